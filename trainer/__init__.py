@@ -1,0 +1,1 @@
+"""The trainer: one readable loop around a model, its shards and its data."""
