@@ -1,0 +1,147 @@
+"""What InternLM-XComposer2 makes of a picture before its vision tower: resize, pad, normalise.
+
+Input: a `PIL.Image` of any mode and size. Output: float32 [3, H, W], normalised as CLIP's, bit for bit what
+the original makes with torchvision. `num_tokens(width, height)` says without pixels how many tokens that is.
+
+Square (2.0: `-7b`, `-vl-7b`, `-vl-1_8b`): squashed to `img_size`, bicubic; a token per patch.
+
+    >>> SquareImageProcessor(img_size=490, patch_size=14).num_tokens(640, 480)  # 35 · 35 patches
+    1225
+
+HD (`4khd`, `2d5`): resized to the tiling of at most `hd_num` tiles that fits its shape, bilinear, and padded
+white, centred. The tower also sees the whole picture in one tile. 2×2 patches merge into a token: a tile of
+560 pixels is m · m tokens, m = 20. A separator ends every row of tokens, and one stands between the views.
+
+    >>> processor = HDImageProcessor(tile=560, patch_size=14, hd_num=18, max_upscale=1.5)
+    >>> processor.num_tokens(640, 480)  # 2 = min(4, ceil(1.5 · 640 / 560)) columns: 1120×840, so 2×2 tiles
+    2061
+    >>> (2 * 2 + 1) * 20 * 20 + 1 + (2 + 1) * 20  # (tiles + global) · m² + 1 + (rows + global) · m
+    2061
+
+Any mode becomes RGB by `convert("RGB")`, as in the original: a transparent pixel shows the colour under it,
+16-bit grey saturates at 255, unscaled. Orientation tags and limits on the size are the caller's.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+TILE_4KHD = 336
+"""4KHD is told from 2.5 by its tile: 336 pixels, where 2.5 has 560."""
+
+
+@dataclass(frozen=True)
+class SquareImageProcessor:
+    """Squashes every picture to img_size × img_size pixels."""
+
+    img_size: int
+    patch_size: int
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """float32 [3, img_size, img_size]"""
+        size = (self.img_size, self.img_size)
+        return _normalise(image.convert("RGB").resize(size, Image.Resampling.BICUBIC))
+
+    def num_tokens(self, width: int, height: int) -> int:
+        """Image tokens of a picture of that many pixels: one number for all pictures."""
+        return (self.img_size // self.patch_size) ** 2
+
+    def dummy(self) -> torch.Tensor:
+        """The smallest valid image, all zeros."""
+        return torch.zeros(3, self.img_size, self.img_size)
+
+
+@dataclass(frozen=True)
+class HDImageProcessor:
+    """Resizes a picture to the largest tiling of its own shape that `hd_num` and `max_upscale` allow."""
+
+    tile: int
+    """Side of a tile, in pixels."""
+    patch_size: int
+    hd_num: int
+    """At most so many tiles, the global view not counted."""
+    max_upscale: float | None
+    """The longer side grows at most by this factor, rounded up to a whole tile; None: no limit."""
+
+    def __post_init__(self) -> None:
+        if self.hd_num < 1:
+            raise ValueError(f"hd_num is {self.hd_num}; a high-resolution model needs at least 1 tile")
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """float32 [3, rows · tile, columns · tile]"""
+        image = image.convert("RGB")
+        # The original resizes portraits on their side; Pillow rounds between its two passes, so that shows.
+        portrait = image.width < image.height
+        if portrait:
+            image = image.transpose(Image.Transpose.TRANSPOSE)
+        width, height = self._resized(*image.size)
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+        padded_height = math.ceil(height / self.tile) * self.tile
+        padded = Image.new("RGB", (width, padded_height), (255, 255, 255))
+        padded.paste(image, (0, (padded_height - height) // 2))
+        return _normalise(padded.transpose(Image.Transpose.TRANSPOSE) if portrait else padded)
+
+    def num_tokens(self, width: int, height: int) -> int:
+        """Image tokens of a picture of width × height pixels, separators included."""
+        long, short = (
+            math.ceil(side / self.tile) for side in self._resized(max(width, height), min(width, height))
+        )
+        rows = short if width >= height else long
+        merged = self.tile // self.patch_size // 2  # tokens along a tile's side
+        return (long * short + 1) * merged**2 + 1 + (rows + 1) * merged
+
+    def dummy(self) -> torch.Tensor:
+        """The smallest valid image, all zeros: one tile."""
+        return torch.zeros(3, self.tile, self.tile)
+
+    def _resized(self, width: int, height: int) -> tuple[int, int]:
+        """New (width, height) of a landscape picture, before padding; the width is a multiple of the tile."""
+        ratio = width / height
+        columns = 1
+        while (columns + 1) * math.ceil((columns + 1) / ratio) <= self.hd_num:
+            columns += 1
+        if self.max_upscale is not None:
+            columns = min(math.ceil(width * self.max_upscale / self.tile), columns)
+        new_width = columns * self.tile
+        # A strip of 2000×1 would be less than a pixel high, where the original fails.
+        return new_width, max(1, int(new_width / ratio))
+
+
+ImageProcessor = SquareImageProcessor | HDImageProcessor
+
+
+def image_processor_for(config: Any, hd_num: int | None = None) -> ImageProcessor:
+    """The processor that a model of this configuration was trained with.
+
+    config: `is_hd`; `vision_config` with "image_size" (HD: the tile) and "patch_size"; `img_size` (square).
+    hd_num: for HD only; None or -1, as the original's scripts write it, is what its fine-tuning uses: 16 for
+    4KHD, 18 for 2.5. ValueError for another number below 1.
+    """
+    vision = config.vision_config
+    if not config.is_hd:
+        return SquareImageProcessor(config.img_size, vision["patch_size"])
+    is_4khd = vision["image_size"] == TILE_4KHD
+    if hd_num in (None, -1):
+        hd_num = 16 if is_4khd else 18
+    return HDImageProcessor(
+        tile=vision["image_size"],
+        patch_size=vision["patch_size"],
+        hd_num=hd_num,
+        max_upscale=None if is_4khd else 1.5,
+    )
+
+
+def _normalise(image: Image.Image) -> torch.Tensor:
+    """RGB of H × W pixels → float32 [3, H, W], in torchvision's order of operations."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    return pixels.float().div_(255).sub_(mean).div_(std)
