@@ -1,0 +1,93 @@
+"""Model families. Importing this package registers them with transformers' Auto classes.
+
+    import trainer.models
+    model = AutoModelForCausalLM.from_pretrained("internlm-xcomposer2-vl-7b")
+
+The trainer needs of a family only what this file exposes:
+
+    config = load_config("internlm-xcomposer2-vl-7b")     # variant told from config.json and the weights' shapes
+    with torch.device("meta"):
+        model = build_model(config)                       # no weights yet
+    parts_of(config).language_blocks                      # "model.layers"
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from trainer.models.xcomposer2.configuration_xcomposer2 import PLORA_LAYERS, InternLMXcomposer2Config
+from trainer.models.xcomposer2.modeling_xcomposer2 import InternLMXComposer2ForCausalLM
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the trainer must know of a model family."""
+
+    language_blocks: str
+    """Dotted name of the ModuleList of language blocks, sharded one by one."""
+    vision_blocks: str
+    """The same for vision."""
+    vision: tuple[str, ...]
+    """Prefixes of the vision tower's parameters."""
+    projector: tuple[str, ...]
+    """Prefixes of what stands between vision and language."""
+    lora_targets: tuple[str, ...]
+    """Endings of the names of the linear layers that LoRA adapts."""
+    code_files: tuple[Path, ...]
+    """Python files that, beside the weights, make `trust_remote_code` work alone."""
+
+
+def parts_of(config: PreTrainedConfig) -> Parts:
+    """The parts of the model that `config` describes."""
+    assert isinstance(config, InternLMXcomposer2Config)
+    return Parts(
+        language_blocks="model.layers",
+        vision_blocks="vit.vision_tower.vision_model.encoder.layers",
+        vision=("vit.",),
+        projector=("vision_proj.", "plora_glb_GN", "plora_sub_GN"),
+        lora_targets=tuple(PLORA_LAYERS.values()),
+        code_files=tuple(sorted((Path(__file__).parent / "xcomposer2").glob("*_xcomposer2.py"))),
+    )
+
+
+def load_config(folder: str | Path, img_size: int | None = None) -> PreTrainedConfig:
+    """The configuration of the model in `folder`; `img_size` asks for another input size than the folder's.
+
+    ValueError if the folder holds no configuration, or that of another model.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: no config.json; is this the folder of a model?")
+    model_type = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise ValueError(f"{folder}: model_type is {model_type}, not one of {', '.join(MODEL_TYPES)}")
+    return InternLMXcomposer2Config.from_pretrained(folder)
+
+
+def build_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model without a checkpoint's weights: random, or nothing at all under `torch.device("meta")`."""
+    assert isinstance(config, InternLMXcomposer2Config)
+    return InternLMXComposer2ForCausalLM(config)
+
+
+class _InternLM2Config(InternLMXcomposer2Config):
+    """2.5 and many fine-tunes name their model_type internlm2 or internlm; both load as what they are."""
+
+    model_type = "internlm2"
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
+        return InternLMXcomposer2Config.from_dict(config_dict, **kwargs)
+
+
+class _InternLMConfig(_InternLM2Config):
+    model_type = "internlm"
+
+
+MODEL_TYPES = ("internlmxcomposer2", "internlm2", "internlm")
+for _config_class in (InternLMXcomposer2Config, _InternLM2Config, _InternLMConfig):
+    AutoConfig.register(_config_class.model_type, _config_class)
+AutoModel.register(InternLMXcomposer2Config, InternLMXComposer2ForCausalLM)
+AutoModelForCausalLM.register(InternLMXcomposer2Config, InternLMXComposer2ForCausalLM)

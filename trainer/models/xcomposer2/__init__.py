@@ -1,0 +1,1 @@
+"""InternLM-XComposer2, self-contained: these files are saved beside the weights and load there by themselves."""
