@@ -18,7 +18,10 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a model folder; ValueError in a sentence when it has none or a broken one."""
     folder = Path(folder)
     if (folder / "tokenizer.json").is_file():
-        return PreTrainedTokenizerFast.from_pretrained(folder)
+        try:
+            return PreTrainedTokenizerFast.from_pretrained(folder)
+        except Exception as error:  # `tokenizers` raises no narrower class for a file that it cannot parse
+            raise ValueError(f"the tokenizer files of {folder} cannot be read: {error}") from error
     if (folder / "tokenizer.model").is_file():
         return tokenizer_from_sentencepiece(folder / "tokenizer.model")
     raise ValueError(

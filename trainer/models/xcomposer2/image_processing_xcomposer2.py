@@ -48,8 +48,11 @@ class SquareImageProcessor:
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """float32 [3, img_size, img_size]"""
-        size = (self.img_size, self.img_size)
-        return _normalise(image.convert("RGB").resize(size, Image.Resampling.BICUBIC))
+        return _normalise(self.resize(image))
+
+    def resize(self, image: Image.Image) -> Image.Image:
+        """The RGB picture that the model sees."""
+        return image.convert("RGB").resize((self.img_size, self.img_size), Image.Resampling.BICUBIC)
 
     def num_tokens(self, width: int, height: int) -> int:
         """Image tokens of a picture of that many pixels: one number for all pictures."""
@@ -78,22 +81,26 @@ class HDImageProcessor:
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """float32 [3, rows · tile, columns · tile]"""
+        return _normalise(self.resize(image))
+
+    def resize(self, image: Image.Image) -> Image.Image:
+        """The RGB picture that the model sees, padded to whole tiles."""
         image = image.convert("RGB")
         # The original resizes portraits on their side; Pillow rounds between its two passes, so that shows.
         portrait = image.width < image.height
         if portrait:
             image = image.transpose(Image.Transpose.TRANSPOSE)
-        width, height = self._resized(*image.size)
+        width, height = self._size(*image.size)
         image = image.resize((width, height), Image.Resampling.BILINEAR)
         padded_height = math.ceil(height / self.tile) * self.tile
         padded = Image.new("RGB", (width, padded_height), (255, 255, 255))
         padded.paste(image, (0, (padded_height - height) // 2))
-        return _normalise(padded.transpose(Image.Transpose.TRANSPOSE) if portrait else padded)
+        return padded.transpose(Image.Transpose.TRANSPOSE) if portrait else padded
 
     def num_tokens(self, width: int, height: int) -> int:
         """Image tokens of a picture of width × height pixels, separators included."""
         long, short = (
-            math.ceil(side / self.tile) for side in self._resized(max(width, height), min(width, height))
+            math.ceil(side / self.tile) for side in self._size(max(width, height), min(width, height))
         )
         rows = short if width >= height else long
         merged = self.tile // self.patch_size // 2  # tokens along a tile's side
@@ -103,7 +110,7 @@ class HDImageProcessor:
         """The smallest valid image, all zeros: one tile."""
         return torch.zeros(3, self.tile, self.tile)
 
-    def _resized(self, width: int, height: int) -> tuple[int, int]:
+    def _size(self, width: int, height: int) -> tuple[int, int]:
         """New (width, height) of a landscape picture, before padding; the width is a multiple of the tile."""
         ratio = width / height
         columns = 1
@@ -122,20 +129,23 @@ ImageProcessor = SquareImageProcessor | HDImageProcessor
 def image_processor_for(config: Any, hd_num: int | None = None) -> ImageProcessor:
     """The processor that a model of this configuration was trained with.
 
-    config: `is_hd`; `vision_config` with "image_size" (HD: the tile) and "patch_size"; `img_size` (square).
-    hd_num: for HD only; None or -1, as the original's scripts write it, is what its fine-tuning uses: 16 for
-    4KHD, 18 for 2.5. ValueError for another number below 1.
+    config: `high_resolution`, `vision_config.image_size` (of the square or the tile), `vision_config.patch_size`.
+    hd_num: the most tiles of a high-resolution image; None, or -1 as in the original's scripts, stands for
+    what its fine-tuning uses: 16 for 4KHD, 18 for 2.5. ValueError if it is below 1 or the model takes squares.
     """
-    vision = config.vision_config
-    if not config.is_hd:
-        return SquareImageProcessor(config.img_size, vision["patch_size"])
-    is_4khd = vision["image_size"] == TILE_4KHD
-    if hd_num in (None, -1):
-        hd_num = 16 if is_4khd else 18
+    side, patch_size = config.vision_config.image_size, config.vision_config.patch_size
+    hd_num = None if hd_num == -1 else hd_num
+    if not config.high_resolution:
+        if hd_num is not None:
+            raise ValueError(
+                f"hd_num is {hd_num}, but this model takes square images of {side} pixels: leave hd_num out"
+            )
+        return SquareImageProcessor(side, patch_size)
+    is_4khd = side == TILE_4KHD
     return HDImageProcessor(
-        tile=vision["image_size"],
-        patch_size=vision["patch_size"],
-        hd_num=hd_num,
+        tile=side,
+        patch_size=patch_size,
+        hd_num=(16 if is_4khd else 18) if hd_num is None else hd_num,
         max_upscale=None if is_4khd else 1.5,
     )
 
