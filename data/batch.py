@@ -1,0 +1,124 @@
+"""Encoded samples and their pictures → one micro-batch, as the model takes it.
+
+    two samples of 5 and 3 tokens, unpacked           packed (one row, no padding)
+    input_ids       [[a a a a a], [b b b 0 0]]        [[a a a a a b b b]]
+    attention_mask  [[1 1 1 1 1], [1 1 1 0 0]]        None
+    position_ids    None                              [[0 1 2 3 4 0 1 2]]
+
+A packed row tells its samples apart by the positions, which restart at 0. Without padding there is no mask.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import torch
+
+from data.tokens import IGNORED, Encoded
+
+DUMMY_TOKENS = 2
+"""Length of the row that stands for an empty micro-batch: one position has a next one, as in any row."""
+
+
+@dataclass
+class MicroBatch:
+    """One rank's share of one forward and backward."""
+
+    inputs: dict[str, Any]
+    """The model's keyword arguments: input_ids and labels, [B, T] int64; im_mask, [B, T] bool; attention_mask
+    and position_ids, [B, T] int64 or None; pixel_values, [N, 3, H, W], or a list of [3, H, W] where the sizes
+    differ, or None."""
+    source_of_target: torch.Tensor
+    """[num_supervised] int64: the source of each supervised token, row by row where `labels != -100`."""
+    num_tokens: int
+    """Real tokens: no padding, no dummy row."""
+    num_supervised: int
+    sample_ids: list[tuple[int, int]] = field(default_factory=list)
+    """(source, record) of the samples in it."""
+    skipped: list[tuple[int, str]] = field(default_factory=list)
+    """(source, why) of samples left out because they are bad."""
+    unsupervised: list[tuple[int, str]] = field(default_factory=list)
+    """(source, what) of samples left out because max_length leaves no answer to train on."""
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.sample_ids)
+
+    @property
+    def num_left_out(self) -> int:
+        return len(self.skipped) + len(self.unsupervised)
+
+    def to(self, device: torch.device | str) -> "MicroBatch":
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "MicroBatch":  # the name that DataLoader looks for
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, change: Any) -> "MicroBatch":
+        def changed(value: Any) -> Any:
+            if isinstance(value, list):
+                return [changed(item) for item in value]
+            return change(value) if isinstance(value, torch.Tensor) else value
+
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        values["inputs"] = {name: changed(value) for name, value in self.inputs.items()}
+        values["source_of_target"] = changed(self.source_of_target)
+        return MicroBatch(**values)
+
+
+def collate(
+    samples: Sequence[Encoded],
+    pixels: Sequence[torch.Tensor],
+    sample_ids: Sequence[tuple[int, int]],
+    pad_id: int,
+    *,
+    packed: bool = False,
+) -> MicroBatch:
+    """Puts samples into rows: one each, padded on the right, or all in one row (`packed`).
+
+    No samples give a row of padding, so that a rank with nothing to do still takes part in the collectives.
+
+    Args:
+        pixels: [3, H, W] of each image of the samples, in order; or a dummy image that no slot belongs to.
+        sample_ids: (source, record) of each sample.
+    """
+    lengths = [len(sample.input_ids) for sample in samples]
+    width = (sum(lengths) if packed else max(lengths)) if samples else DUMMY_TOKENS
+    num_rows = 1 if packed else max(1, len(samples))
+    input_ids = np.full((num_rows, width), pad_id)
+    labels = np.full((num_rows, width), IGNORED)
+    im_mask = np.zeros((num_rows, width), dtype=bool)
+    position_ids = np.tile(np.arange(width), (num_rows, 1))
+    attention_mask = np.zeros((num_rows, width), dtype=np.int64)
+    begins = np.cumsum([0, *lengths[:-1]]) if packed else [0] * len(samples)
+    for number, (sample, begin, length) in enumerate(zip(samples, begins, lengths, strict=True)):
+        place = (0 if packed else number, slice(begin, begin + length))
+        input_ids[place], labels[place], im_mask[place] = sample.input_ids, sample.labels, sample.im_mask
+        position_ids[place] = np.arange(length)
+        attention_mask[place] = 1
+    is_padded = bool(samples) and not attention_mask.all()
+    sources = [
+        np.full(sample.num_supervised, source)
+        for sample, (source, _) in zip(samples, sample_ids, strict=True)
+    ]
+    inputs = {
+        "input_ids": torch.from_numpy(input_ids),
+        "attention_mask": torch.from_numpy(attention_mask) if is_padded else None,
+        "position_ids": torch.from_numpy(position_ids) if packed else None,
+        "im_mask": torch.from_numpy(im_mask),
+        "pixel_values": _stack(pixels) if pixels else None,
+        "labels": torch.from_numpy(labels),
+    }
+    return MicroBatch(
+        inputs=inputs,
+        source_of_target=torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *sources])),
+        num_tokens=sum(lengths),
+        num_supervised=sum(sample.num_supervised for sample in samples),
+        sample_ids=list(sample_ids),
+    )
+
+
+def _stack(pixels: Sequence[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
+    same_size = all(image.shape == pixels[0].shape for image in pixels)
+    return torch.stack(list(pixels)) if same_size else list(pixels)

@@ -1,0 +1,185 @@
+"""Worker processes that turn the plan of each optimizer step into this rank's micro-batches.
+
+    reader = SampleReader(sources, SampleEncoder(tokenizer, max_length=4096), image_processor)
+    loader = StepLoader(reader, StepSampler(sources, seed=0, global_batch=64), rank=0, num_ranks=2,
+                        samples_per_micro_batch=4, first_step=120, num_steps=1000, num_workers=4)
+    for micro_batches in loader:         # step 120, 121, …: a list of MicroBatch, equally long on every rank
+        ...
+
+The main process only plans; a worker reads, tokenises, decodes and collates one micro-batch at a time, and
+they come back in the plan's order whatever the number of workers. The state is `first_step`. A bad sample
+ends the run with a DataError that names it, or (`on_bad_sample="skip"`) is left out, logged and listed in the
+micro-batch.
+"""
+
+import logging
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from data.batch import MicroBatch, collate
+from data.errors import DataError
+from data.images import ImageProcessor, open_image, to_rgb, viewed_size
+from data.mixture import Source
+from data.packing import deal
+from data.sampler import StepSampler
+from data.tokens import Encoded, SampleEncoder
+
+logger = logging.getLogger(__name__)
+
+MAX_WARNINGS = 100
+"""Left-out samples that a rank logs one by one; the rest is only counted."""
+PREFETCHED_PER_WORKER = 4
+"""Micro-batches."""
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """A DataError on its way from a worker: raised there, it would arrive wrapped in a traceback."""
+
+    message: str
+
+
+@dataclass
+class SampleReader:
+    """(source, record) → ids, labels and pictures."""
+
+    sources: Sequence[Source]
+    encoder: SampleEncoder
+    image_processor: ImageProcessor
+    as_viewed: bool = False
+
+    def read(self, source_number: int, index: int) -> tuple[Encoded, list[torch.Tensor]]:
+        """Raises DataError with the record's place. Pictures behind the cut at max_length are not decoded."""
+        source = self.sources[source_number]
+        sample = source.sample(index)
+        opened = []
+        try:
+
+            def num_image_tokens(number: int) -> int:
+                opened.append(open_image(source.image_root / sample.images[number]))
+                return self.image_processor.num_tokens(*viewed_size(opened[-1], self.as_viewed))
+
+            encoded = self.encoder.encode(sample, num_image_tokens)
+            used = opened[: len(encoded.image_tokens)] if encoded.num_supervised else []
+            return encoded, [self.image_processor(to_rgb(image, self.as_viewed)) for image in used]
+        except DataError as error:
+            raise DataError(f"{source.where(index, sample.id)} {error}") from error
+        finally:
+            for image in opened:
+                image.close()
+
+
+class StepLoader:
+    """Iterates over optimizer steps: a list of this rank's micro-batches for each."""
+
+    def __init__(
+        self,
+        reader: SampleReader,
+        sampler: StepSampler,
+        *,
+        rank: int,
+        num_ranks: int,
+        samples_per_micro_batch: int,
+        num_steps: int,
+        first_step: int = 0,
+        num_workers: int = 0,
+        on_bad_sample: Literal["error", "skip"] = "error",
+    ):
+        """Args: num_steps, first_step: the steps are first_step … num_steps − 1, counted from 0."""
+        self._reader, self._sampler = reader, sampler
+        self._rank, self._num_ranks = rank, num_ranks
+        self._samples_per_micro_batch = samples_per_micro_batch
+        self._steps = range(first_step, num_steps)
+        self._num_workers, self._on_bad_sample = num_workers, on_bad_sample
+        self._num_left_out = 0
+
+    def plan(self, step: int) -> list[list[tuple[int, int]]]:
+        """(source, record) of this rank's samples in each of its micro-batches of a step."""
+        samples = self._sampler.samples(step)
+        parts = deal(len(samples), self._num_ranks, self._samples_per_micro_batch)[self._rank]
+        return [[(int(source), int(record)) for source, record in samples[part]] for part in parts]
+
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
+        """Raises DataError at a sample that cannot be used, unless bad samples are skipped."""
+        ends_step: deque[bool] = deque()  # of each micro-batch under way
+
+        def micro_batch_plans() -> Iterator[list[tuple[int, int]]]:
+            for step in self._steps:
+                parts = self.plan(step)
+                for number, part in enumerate(parts, 1):
+                    ends_step.append(number == len(parts))
+                    yield part
+
+        batches = DataLoader(
+            _MicroBatches(self._reader, self._on_bad_sample == "skip"),
+            batch_size=None,
+            sampler=micro_batch_plans(),
+            num_workers=self._num_workers,
+            prefetch_factor=PREFETCHED_PER_WORKER if self._num_workers else None,
+            worker_init_fn=_start_worker,
+            pin_memory=torch.accelerator.is_available(),
+        )
+        step: list[MicroBatch] = []
+        for batch in batches:
+            if isinstance(batch, _Failure):
+                raise DataError(batch.message)
+            self._log_left_out(batch)
+            step.append(batch)
+            if ends_step.popleft():
+                yield step
+                step = []
+
+    def _log_left_out(self, batch: MicroBatch) -> None:
+        for _, why in (*batch.skipped, *batch.unsupervised):
+            self._num_left_out += 1
+            if self._num_left_out <= MAX_WARNINGS:
+                logger.warning("left out: %s", why)
+            if self._num_left_out == MAX_WARNINGS:
+                logger.warning("%d samples left out on this rank; more are counted silently", MAX_WARNINGS)
+
+
+class _MicroBatches(Dataset[MicroBatch | _Failure]):
+    """What a worker does: the "index" is a micro-batch's plan."""
+
+    def __init__(self, reader: SampleReader, skip_bad: bool):
+        self._reader, self._skip_bad = reader, skip_bad
+        # Where any sample of the run has an image, every micro-batch of every rank runs the vision tower: its
+        # collectives must match, and gradients must not depend on how samples are dealt.
+        any_images = any(source.records.num_images for source in reader.sources)
+        self._dummy = [reader.image_processor.dummy()] if any_images else []
+
+    def __getitem__(self, plan: list[tuple[int, int]]) -> MicroBatch | _Failure:
+        samples: list[Encoded] = []
+        pixels: list[torch.Tensor] = []
+        sample_ids, skipped, unsupervised = [], [], []
+        for source_number, index in plan:
+            try:
+                sample, images = self._reader.read(source_number, index)
+            except DataError as error:
+                if not self._skip_bad:
+                    return _Failure(str(error))
+                skipped.append((source_number, str(error)))
+                continue
+            if sample.num_supervised == 0:
+                what = f"keeps no answer token within max_length={self._reader.encoder.max_length}"
+                unsupervised.append(
+                    (source_number, f"{self._reader.sources[source_number].where(index)} {what}")
+                )
+                continue
+            samples.append(sample)
+            pixels += images
+            sample_ids.append((source_number, index))
+        batch = collate(samples, pixels or self._dummy, sample_ids, self._reader.encoder.pad_id)
+        batch.skipped, batch.unsupervised = skipped, unsupervised
+        return batch
+
+
+def _start_worker(_: int) -> None:
+    # Workers are the parallelism; the tokenizer's own threads would warn about the fork.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
