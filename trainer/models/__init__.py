@@ -5,7 +5,7 @@
 
 The trainer needs of a family only what this file exposes:
 
-    config = load_config("internlm-xcomposer2-vl-7b")     # variant told from config.json and the weights' shapes
+    config = load_config("internlm-xcomposer2-vl-7b")     # the variant, told from config.json and the weights
     with torch.device("meta"):
         model = build_model(config)                       # no weights yet
     parts_of(config).language_blocks                      # "model.layers"
@@ -17,8 +17,11 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from trainer.models.processors import load_image_processor, load_tokenizer
 from trainer.models.xcomposer2.configuration_xcomposer2 import PLORA_LAYERS, InternLMXcomposer2Config
 from trainer.models.xcomposer2.modeling_xcomposer2 import InternLMXComposer2ForCausalLM
+
+__all__ = ["Parts", "build_model", "load_config", "load_image_processor", "load_tokenizer", "parts_of"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class Parts:
     """Prefixes of the vision tower's parameters."""
     projector: tuple[str, ...]
     """Prefixes of what stands between vision and language."""
+    unused: tuple[str, ...]
+    """Prefixes of parameters that no forward pass uses, and that a checkpoint may lack."""
     lora_targets: tuple[str, ...]
     """Endings of the names of the linear layers that LoRA adapts."""
     code_files: tuple[Path, ...]
@@ -47,6 +52,7 @@ def parts_of(config: PreTrainedConfig) -> Parts:
         vision_blocks="vit.vision_tower.vision_model.encoder.layers",
         vision=("vit.",),
         projector=("vision_proj.", "plora_glb_GN", "plora_sub_GN"),
+        unused=("vit.vision_tower.vision_model.post_layernorm.",),
         lora_targets=tuple(PLORA_LAYERS.values()),
         code_files=tuple(sorted((Path(__file__).parent / "xcomposer2").glob("*_xcomposer2.py"))),
     )
@@ -63,7 +69,15 @@ def load_config(folder: str | Path, img_size: int | None = None) -> PreTrainedCo
     model_type = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
     if model_type not in MODEL_TYPES:
         raise ValueError(f"{folder}: model_type is {model_type}, not one of {', '.join(MODEL_TYPES)}")
-    return InternLMXcomposer2Config.from_pretrained(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    if img_size is not None:
+        if config.high_resolution:
+            raise ValueError(f"{folder}: img_size is for square images; this model has tiles")
+        config.img_size = img_size
+    return config
 
 
 def build_model(config: PreTrainedConfig) -> PreTrainedModel:

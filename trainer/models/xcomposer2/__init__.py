@@ -1,1 +1,1 @@
-"""InternLM-XComposer2, self-contained: these files are saved beside the weights and load there by themselves."""
+"""InternLM-XComposer2. These files import nothing of the project: they are saved beside the weights."""

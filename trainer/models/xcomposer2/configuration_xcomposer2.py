@@ -1,14 +1,12 @@
-"""The configuration of InternLM-XComposer2: what config.json says, what the original hard-codes, and what only
-the shapes of the weights tell.
+"""The configuration of InternLM-XComposer2: from config.json, and from the shapes of the weights.
 
-Input: the config.json of a published, fine-tuned or saved model, and the headers of its safetensors files.
-Output: one flat configuration, complete: a saved folder needs no inference when it is loaded again.
+Input: the config.json of a published, fine-tuned or saved model, and the headers of its safetensors files,
+which tell what the original hard-codes. Output: one complete configuration; saved, it needs no weights again.
 
     config = InternLMXcomposer2Config.from_pretrained("internlm-xcomposer2-4khd-7b")
-    config.high_resolution              # True: the weights hold plora_glb_GN
-    config.plora_rank["wqkv"]           # 8: the rows of its Plora_A
-    config.plora_alpha["wqkv"]          # 16: a wqkv rank that differs from wo's has scale 2
-    config.vision_config.image_size     # 336: a 24 × 24 position grid of 14-pixel patches, the size of a tile
+    config.high_resolution            # True: the weights hold plora_glb_GN
+    config.plora("wqkv")              # (8, 2.0): the rows of its Plora_A; scale 2, as its rank is not wo's
+    config.vision_config.image_size   # 336: a position grid of 24 × 24 patches of 14 pixels, one tile
 
 Paper: InternLM-XComposer2, arXiv 2401.16420 (partial LoRA, section 3.1); 4KHD, arXiv 2404.06512.
 """
@@ -16,8 +14,9 @@ Paper: InternLM-XComposer2, arXiv 2401.16420 (partial LoRA, section 3.1); 4KHD, 
 import json
 import math
 import os
+from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, cast
 
 from safetensors import safe_open
 from transformers import CLIPVisionConfig, PreTrainedConfig
@@ -43,19 +42,18 @@ PATCHES = "vit.vision_tower.vision_model.embeddings.patch_embedding.weight"
 
 
 class InternLMXcomposer2Config(PreTrainedConfig):
-    """Fields keep the original's names; those after `vision_config` are not in a published config.json.
+    """Fields keep the original's names; those from `vision_config` on are not in a published config.json.
 
-    img_size: side of the square that an image is squashed to, in pixels; None for a high-resolution model.
-    vision_config: CLIP's fields; its `image_size` is the side of one ViT input, `img_size` or the tile.
+    vision_config: CLIP's fields. Its image_size is the side of one ViT input, in pixels: of the square that
+        an image is squashed to, which the original calls `img_size`, or of a tile.
     plora_rank, plora_alpha: an int for all layers, or one each for wqkv, wo, w1, w2, w3.
     plora_dropout: applied in training to the input of Plora_A.
     end_token_id: `[UNUSED_TOKEN_145]`, which ends a turn.
-    high_resolution: 4KHD and 2.5: an image is a global view and a grid of tiles.
+    high_resolution: 4KHD and 2.5, where an image is a global view and a grid of tiles.
     """
 
     model_type = "internlmxcomposer2"
     keys_to_ignore_at_inference = ("past_key_values",)
-    sub_configs_defaults = {"vision_config": CLIPVisionConfig}  # noqa: RUF012
     default_theta = 1_000_000.0
 
     vocab_size: int = 92544
@@ -70,15 +68,14 @@ class InternLMXcomposer2Config(PreTrainedConfig):
     max_position_embeddings: int = 32768
     initializer_range: float = 0.02
     rms_norm_eps: float = 1e-5
-    rope_parameters: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] = field(default_factory=dict)
     use_cache: bool = True
     pad_token_id: int = 2
     bos_token_id: int = 1
     eos_token_id: int = 2
     tie_word_embeddings: bool = False
-    img_size: int | None = None
 
-    vision_config: dict[str, Any] | CLIPVisionConfig | None = None
+    vision_config: CLIPVisionConfig = field(default_factory=lambda: CLIPVisionConfig(**VIT_L_14))
     plora_rank: dict[str, int] | int = 256
     plora_alpha: dict[str, int] | int | None = None
     plora_dropout: float = 0.05
@@ -86,21 +83,18 @@ class InternLMXcomposer2Config(PreTrainedConfig):
     high_resolution: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if not isinstance(self.vision_config, CLIPVisionConfig):
-            self.vision_config = CLIPVisionConfig(**{**VIT_L_14, **(self.vision_config or {})})
-        if self.high_resolution:
-            self.img_size = None
-        elif self.img_size is None:
-            self.img_size = self.vision_config.image_size
-        else:
-            self.vision_config.image_size = self.img_size
+        if isinstance(self.vision_config, dict):
+            self.vision_config = CLIPVisionConfig(**{**VIT_L_14, **self.vision_config})
+        img_size = kwargs.pop("img_size", None)
+        if img_size is not None and not self.high_resolution:
+            self.img_size = img_size
         if self.end_token_id is None:
             self.end_token_id = self.vocab_size - 2
-        self.plora_rank = _per_layer(self.plora_rank, {})
-        scale = 2 if self.plora_rank["wqkv"] != self.plora_rank["wo"] else 1
-        published = {**self.plora_rank, "wqkv": scale * self.plora_rank["wqkv"]}
-        self.plora_alpha = _per_layer(self.plora_alpha or {}, published)
-        kwargs["architectures"] = None
+        self.plora_rank = _per_layer(self.plora_rank)
+        wqkv_scale = 1 if self.plora_rank["wqkv"] == self.plora_rank["wo"] else 2
+        published = {**self.plora_rank, "wqkv": wqkv_scale * self.plora_rank["wqkv"]}
+        self.plora_alpha = {**published, **_per_layer({} if self.plora_alpha is None else self.plora_alpha)}
+        # What a saved folder is loaded with: transformers' Auto classes read these.
         self.architectures = ["InternLMXComposer2ForCausalLM"]
         model = "modeling_xcomposer2.InternLMXComposer2ForCausalLM"
         kwargs["auto_map"] = {
@@ -109,47 +103,73 @@ class InternLMXcomposer2Config(PreTrainedConfig):
             "AutoModelForCausalLM": model,
         }
         super().__post_init__(**kwargs)
-        self.validate()
+        self._check()
 
-    def validate(self) -> None:
+    def _check(self) -> None:
         """ValueError for what the model cannot compute."""
         if self.rope_parameters["rope_type"] not in ("default", "dynamic"):
-            raise ValueError(
-                f"rope_scaling {self.rope_parameters} is not supported: use null or type dynamic"
-            )
+            raise ValueError(f"rope_scaling is {self.rope_parameters}: only null and type dynamic are known")
         if self.hidden_size % self.num_attention_heads or self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads {self.num_key_value_heads} must divide num_attention_heads "
                 f"{self.num_attention_heads}, and that must divide hidden_size {self.hidden_size}"
             )
-        grid, rest = divmod(self.vision_config.image_size, self.vision_config.patch_size)
-        if rest or (self.high_resolution and grid % 2):
+        if self.image_size % (self.patch_size * (2 if self.high_resolution else 1)):
             raise ValueError(
-                f"an image side of {self.vision_config.image_size} pixels is not a whole number of "
-                f"{self.vision_config.patch_size}-pixel patches" + " by two" * self.high_resolution
+                f"an image side of {self.image_size} pixels is not a whole number of "
+                f"{self.patch_size}-pixel patches" + ", two by two" * self.high_resolution
             )
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any):
-        return super().from_pretrained(
-            pretrained_model_name_or_path, name_or_path=str(pretrained_model_name_or_path), **kwargs
-        )
+    @property
+    def image_size(self) -> int:
+        """Side of one ViT input, in pixels."""
+        return cast(int, self.vision_config.image_size)
+
+    @property
+    def patch_size(self) -> int:
+        return cast(int, self.vision_config.patch_size)
+
+    @property
+    def img_size(self) -> int | None:
+        """The original's name for the side of a square image; None for a high-resolution model."""
+        return None if self.high_resolution else self.image_size
+
+    @img_size.setter
+    def img_size(self, pixels: int) -> None:
+        assert not self.high_resolution, "a tile has the size that the weights were trained with"
+        self.vision_config.image_size = pixels
+
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | ({} if self.img_size is None else {"img_size": self.img_size})
+
+    def plora(self, layer: str) -> tuple[int, float]:
+        """Rank and scale (alpha / rank) of one of `PLORA_LAYERS`."""
+        assert isinstance(self.plora_rank, dict)
+        assert isinstance(self.plora_alpha, dict)
+        return self.plora_rank[layer], self.plora_alpha[layer] / self.plora_rank[layer]
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        config_dict, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        # As AutoConfig does it: from_dict must know the folder, to look at its weights.
+        return config_dict, {**unused, "name_or_path": str(pretrained_model_name_or_path)}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
         folder = Path(str(kwargs.get("name_or_path", "")))
         shapes = weight_shapes(folder) if (folder / "config.json").is_file() else {}
         return super().from_dict(complete(config_dict, shapes), **kwargs)
 
 
-def _per_layer(value: dict[str, int] | int, default: dict[str, int]) -> dict[str, int]:
+def _per_layer(value: dict[str, int] | int) -> dict[str, int]:
     """One number for each PLoRA layer; w2 and w3 take w1's where only that is given."""
     if isinstance(value, int):
         return dict.fromkeys(PLORA_LAYERS, value)
     if unknown := value.keys() - PLORA_LAYERS.keys():
         raise ValueError(f"plora layers are {', '.join(PLORA_LAYERS)}, not {', '.join(sorted(unknown))}")
-    feed_forward = {name: value["w1"] for name in ("w2", "w3") if "w1" in value}
-    return {name: {**default, **feed_forward, **value}[name] for name in PLORA_LAYERS}
+    return {**{name: value["w1"] for name in ("w2", "w3") if "w1" in value}, **value}
 
 
 def weight_shapes(folder: Path) -> dict[str, list[int]]:

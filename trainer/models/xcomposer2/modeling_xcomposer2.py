@@ -30,7 +30,7 @@ from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
     eager_attention_forward,
 )
-from transformers.utils import can_return_tuple
+from transformers.utils.generic import can_return_tuple
 
 from .configuration_xcomposer2 import InternLMXcomposer2Config
 from .vision_xcomposer2 import VisionEncoder, resize_positions
@@ -51,23 +51,22 @@ class PLoRALinear(nn.Linear):
         self, inputs: int, outputs: int, config: InternLMXcomposer2Config, name: str, bias: bool = False
     ) -> None:
         super().__init__(inputs, outputs, bias)
-        rank = config.plora_rank[name]
-        self.scale = config.plora_alpha[name] / rank
+        rank, self.scale = config.plora(name)
         self.dropout = nn.Dropout(config.plora_dropout)
         self.Plora_A = PLoRADown(inputs, rank, bias=False)
         self.Plora_B = PLoRAUp(rank, outputs, bias=False)
 
-    def forward(self, x: Tensor, slots: Tensor | None = None) -> Tensor:
-        """x [B, T, inputs]; slots [N], the image slots' places among B·T, or None for no image.
+    def forward(self, input: Tensor, slots: Tensor | None = None) -> Tensor:
+        """input [B, T, inputs]; slots [N], the image slots' places among B·T, or None for no image.
 
         N = 0 is not None: the product of an empty matrix gives A and B gradients that are exactly zero.
         """
-        y = super().forward(x)
-        if slots is None:
-            return y
-        at_slots = self.dropout(x.flatten(0, 1).index_select(0, slots))
-        delta = self.Plora_B(self.Plora_A(at_slots)) * self.scale
-        return y.flatten(0, 1).index_add(0, slots, delta.to(y.dtype)).view_as(y)
+        y = super().forward(input)
+        if slots is not None:
+            at_slots = self.dropout(input.flatten(0, 1).index_select(0, slots))
+            delta = self.Plora_B(self.Plora_A(at_slots)) * self.scale
+            y.flatten(0, 1).index_add_(0, slots, delta.to(y.dtype))  # a view of y
+        return y
 
 
 class RotaryEmbedding(nn.Module):
@@ -100,7 +99,7 @@ class RotaryEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention; wqkv interleaves, for each key-value head, its queries, its key and its value."""
+    """Grouped-query attention; for each key-value head, wqkv gives its queries, its key and its value."""
 
     def __init__(self, config: InternLMXcomposer2Config, layer_idx: int) -> None:
         super().__init__()
@@ -133,15 +132,14 @@ class Attention(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
+            self.config._attn_implementation or "eager", eager_attention_forward
         )
         return attend(self, q, k, v, mask, scaling=self.head_dim**-0.5)[0]  # [B, T, H, E]
 
-    @torch.compiler.disable
     def _attend_packed(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
         """One sample of the row at a time: exactly what it gives alone, and no T × T mask."""
         samples = zip(*(x.split(lengths.tolist(), dim=2) for x in (q, k, v)), strict=True)
-        return torch.cat([self._attend(*sample, None) for sample in samples], dim=1)
+        return torch.cat([self._attend(*sample, mask=None) for sample in samples], dim=1)
 
 
 class FeedForward(nn.Module):
@@ -224,7 +222,8 @@ class InternLM2Model(nn.Module):
     def _packed_lengths(self, position_ids: Tensor, batch: int) -> Tensor | None:
         """Lengths, on the CPU, of the samples of a packed row; None if it holds one, or if the attention
         needs a mask to be causal (then transformers makes one that separates the samples)."""
-        if batch > 1 or not self.config._attn_implementation.startswith(("sdpa", "flash")):
+        attention = self.config._attn_implementation or "eager"
+        if batch > 1 or not attention.startswith(("sdpa", "flash")):
             return None
         starts = (position_ids[0, 1:] != position_ids[0, :-1] + 1).nonzero()[:, 0].cpu() + 1
         if len(starts) == 0:
@@ -253,12 +252,13 @@ class InternLMXComposer2ForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = ""
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("InternLM2Block", "CLIPEncoderLayer")
+    _no_split_modules = ["InternLM2Block", "CLIPEncoderLayer"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _keys_to_ignore_on_load_missing = (r"post_layernorm\.",)  # unused, and not in every fine-tuned checkpoint
+    # It is never used, and some fine-tuned checkpoints lack it.
+    _keys_to_ignore_on_load_missing = [r"post_layernorm\."]  # noqa: RUF012
 
     def __init__(self, config: InternLMXcomposer2Config) -> None:
         super().__init__(config)
@@ -283,7 +283,8 @@ class InternLMXComposer2ForCausalLM(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.model.tok_embeddings
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        assert isinstance(value, nn.Embedding)
         self.model.tok_embeddings = value
 
     def get_output_embeddings(self) -> nn.Linear:

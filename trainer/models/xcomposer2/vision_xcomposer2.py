@@ -4,10 +4,10 @@ Input: images [3, H, W]. Output: one row of features for each image slot, in the
 
 Square models (VL 2.0): every image is img_size × img_size; 490 pixels are 35 × 35 patches → [1225, 1024].
 
-High-resolution models (4KHD, 2.5): an image is a whole number of tiles, h by w. The ViT sees a global view (the
-image squeezed into one tile), then the tiles row by row. 2 × 2 neighbouring patches merge into one feature four
-times as wide, a learned `sub_GN` ends every row, and `glb_GN` stands between the two pictures. A 672 × 336
-image in 4KHD has h = 2, w = 1, 12 merged rows a tile:
+High-resolution models (4KHD, 2.5): an image is a whole number of tiles, h by w. The ViT sees a global view,
+the image squeezed into one tile, then the tiles row by row. 2 × 2 neighbouring patches merge into one feature
+four times as wide, a learned `sub_GN` ends every row, and `glb_GN` stands between the two pictures. An image
+672 pixels high and 336 wide has h = 2, w = 1 in 4KHD, with 12 merged rows a tile:
 
     global 12 · (12 + 1) = 156, glb_GN 1, tiles 24 · (12 + 1) = 312        → [469, 4096]
 """
@@ -27,6 +27,7 @@ class VisionTower(nn.Module):
 
     def __init__(self, config: InternLMXcomposer2Config) -> None:
         super().__init__()
+        config.vision_config._attn_implementation = config._attn_implementation
         self.vision_model = CLIPVisionModel(config.vision_config)
 
 
@@ -37,8 +38,8 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.vision_tower = VisionTower(config)
         self.high_resolution = config.high_resolution
-        self.image_size = config.vision_config.image_size
-        self.grid = self.image_size // config.vision_config.patch_size
+        self.image_size = config.image_size
+        self.grid = config.image_size // config.patch_size
 
     def num_tokens(self, height: int, width: int) -> int:
         """Image slots that an image of this size fills."""
@@ -98,7 +99,8 @@ class VisionEncoder(nn.Module):
 
     def _arrange(self, patches: Tensor, rows: int, sub_gn: Tensor | None, glb_gn: Tensor | None) -> Tensor:
         """[1 + h·w, grid², C] → [slots, 4 C]."""
-        assert sub_gn is not None and glb_gn is not None
+        assert sub_gn is not None
+        assert glb_gn is not None
         half = self.grid // 2
         merged = patches.unflatten(1, (half, 2, half, 2)).permute(0, 1, 3, 2, 4, 5).flatten(3)
         tiles = merged[1:].unflatten(0, (rows, -1))  # [h, w, half, half, 4 C]
