@@ -1,4 +1,4 @@
-"""The tokenizer of InternLM-XComposer2, read from its SentencePiece file by `tokenizers` alone.
+r"""The tokenizer of InternLM-XComposer2, read from its SentencePiece file by `tokenizers` alone.
 
 Input: the path of a `tokenizer.model`, the one vocabulary file that published checkpoints bring.
 Output: a `PreTrainedTokenizerFast` that gives the ids of the original's slow tokenizer (transformers 4.33.1),
