@@ -120,8 +120,7 @@ def test_alpha_is_dropped_not_blended_and_16_bit_grey_saturates():
 
 
 def config_of(image_size: int, high_resolution: bool) -> SimpleNamespace:
-    vision = SimpleNamespace(image_size=image_size, patch_size=14)
-    return SimpleNamespace(high_resolution=high_resolution, vision_config=vision)
+    return SimpleNamespace(high_resolution=high_resolution, image_size=image_size, patch_size=14)
 
 
 def test_the_configuration_chooses_the_variant_and_its_default_hd_num():

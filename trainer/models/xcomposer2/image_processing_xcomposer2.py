@@ -129,12 +129,12 @@ ImageProcessor = SquareImageProcessor | HDImageProcessor
 def image_processor_for(config: Any, hd_num: int | None = None) -> ImageProcessor:
     """The processor that a model of this configuration was trained with.
 
-    config: its `high_resolution`, and in `vision_config` the `image_size` of the square or the tile, and the
-    `patch_size`. hd_num: the most tiles of a high-resolution image; None, or -1 as in the original's scripts,
-    stands for what its fine-tuning uses: 16 for 4KHD, 18 for 2.5.
+    config: its `high_resolution`, `image_size` (of the square or the tile) and `patch_size`.
+    hd_num: the most tiles of a high-resolution image; None, or -1 as in the original's scripts, stands for
+    what its fine-tuning uses: 16 for 4KHD, 18 for 2.5.
     ValueError if hd_num is below 1, or given for a model that takes squares.
     """
-    side, patch_size = config.vision_config.image_size, config.vision_config.patch_size
+    side, patch_size = config.image_size, config.patch_size
     hd_num = None if hd_num == -1 else hd_num
     if not config.high_resolution:
         if hd_num is not None:
