@@ -1,0 +1,192 @@
+"""What the tests share: a tiny model folder, tiny data, and ways to run the trainer on several ranks.
+
+model = tiny_model(tmp_path / "model")                       # the golden weights, a word-level tokenizer
+data = tiny_data(tmp_path / "data")                          # data.txt over three JSON files, with images
+assert run_ranks(2, ["--model_name_or_path", model, "--data_path", data, ...]) == [0, 0]
+result = torchrun(2, [...])                                  # real torchrun, output captured
+"""
+
+import json
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = Path(__file__).resolve().parent / "golden"
+
+# As in the tiny golden models: bos 1, eos = pad 2, unk 0, and the two control tokens last.
+SPECIAL = {"<unk>": 0, "<s>": 1, "</s>": 2, "[UNUSED_TOKEN_145]": 318, "[UNUSED_TOKEN_146]": 319}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _rank(rank: int, world: int, port: int, function: Callable[..., Any], args: tuple, log: Path) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    torch.set_num_threads(1)
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        status = function(*args)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status if isinstance(status, int) else 0)
+
+
+def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[str]:
+    """Call `function(*args)` on `world` forked ranks and return what each printed.
+
+    Forking skips the import of torch and transformers, which costs a torchrun seconds a rank. A rank that
+    fails, or returns a non-zero number, fails the test with its output.
+    """
+    context = multiprocessing.get_context("fork")
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [Path(folder) / f"rank{rank}.log" for rank in range(world)]
+        ranks = [
+            context.Process(target=_rank, args=(rank, world, port, function, args, logs[rank]))
+            for rank in range(world)
+        ]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(timeout)
+        hung = [process for process in ranks if process.is_alive()]
+        for process in hung:
+            process.kill()
+        outputs = [log.read_text() if log.exists() else "" for log in logs]
+        statuses = [process.exitcode for process in ranks]
+        assert not hung, f"{len(hung)} of {world} ranks hung:\n" + "\n".join(outputs)
+        assert statuses == [0] * world, f"statuses {statuses}:\n" + "\n".join(outputs)
+        return outputs
+
+
+def torchrun(
+    world: int, arguments: Sequence[object], timeout: float = 120, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """`torchrun --nproc_per_node world -m trainer.main arguments`, as a user would, its output captured."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world)]
+    command += ["--master_port", str(free_port()), "-m", "trainer.main", *map(str, arguments)]
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def word_tokenizer(folder: Path) -> None:
+    """Save a word-level tokenizer of 320 ids: the words of the tiny data, and the control tokens."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = dict(SPECIAL)
+    words = ["user", "assistant", "system", "\n", " ", "?", ".", "what", "colour", "is", "the", "it", "red"]
+    words += ["green", "blue", "square", "how", "many", "are", "there", "one", "two", "say", "yes", "no"]
+    words += [f"w{i}" for i in range(200)]
+    for index, word in enumerate(words):
+        vocabulary[word] = 3 + index
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|\s|[^\w\s]"), behavior="isolated")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["[UNUSED_TOKEN_145]", "[UNUSED_TOKEN_146]"],
+    )
+    fast.save_pretrained(folder)
+
+
+def tiny_model(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    """A whole model folder of 0.2 M parameters: 2 language and 2 vision blocks, 70-pixel images, 25 slots."""
+    from trainer.models.xcomposer2.configuration_xcomposer2 import InternLMXcomposer2Config
+    from trainer.models.xcomposer2.modeling_xcomposer2 import InternLMXComposer2ForCausalLM
+
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    fields = {
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+        "img_size": 70,
+        "plora_rank": 8,
+        "vision_config": {**vision, "image_size": 70, "patch_size": 14, "projection_dim": 32},
+    }
+    torch.manual_seed(0)
+    model = InternLMXComposer2ForCausalLM(InternLMXcomposer2Config(**{**fields, **changes}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "Plora_B" in name:  # zero in a new model: nothing would depend on PLoRA
+                parameter.normal_(std=0.1)
+    model.to(dtype).save_pretrained(folder)
+    word_tokenizer(folder)
+    return folder
+
+
+def tiny_data(folder: Path, samples: int = 12, image_sizes: Sequence[int] = (40, 90)) -> Path:
+    """data.txt over image questions (`colour.json`), two-image ones (`both.json`) and text (`text.json`)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    colours = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 50, 220)}
+    for name, rgb in colours.items():
+        for size in image_sizes:
+            Image.new("RGB", (size, size), rgb).save(folder / f"{name}{size}.png")
+
+    def turn(question: str, answer: str) -> list[dict[str, str]]:
+        return [{"from": "user", "value": question}, {"from": "assistant", "value": answer}]
+
+    names = list(colours)
+    one = [
+        {
+            "id": f"colour-{i}",
+            "image": [f"{names[i % 3]}{image_sizes[i % 2]}.png"],
+            "conversations": turn("<ImageHere>what colour is it?", f"it is {names[i % 3]}."),
+        }
+        for i in range(samples)
+    ]
+    both = [
+        {
+            "id": f"both-{i}",
+            "image": [f"{names[i % 3]}{image_sizes[0]}.png", f"{names[(i + 1) % 3]}{image_sizes[1]}.png"],
+            "conversations": turn(
+                "<ImageHere> <ImageHere>what are the two?", f"{names[i % 3]} {names[(i + 1) % 3]}"
+            ),
+        }
+        for i in range(samples // 2)
+    ]
+    text = [
+        {
+            "id": f"text-{i}",
+            "conversations": turn(f"say w{i}", f"w{i}") + turn("how many?", " ".join(["w1"] * (1 + i % 5))),
+        }
+        for i in range(samples)
+    ]
+    for name, records in {"colour": one, "both": both, "text": text}.items():
+        (folder / f"{name}.json").write_text(json.dumps(records))
+    lines = [f"colour.json {samples / 1000}", f"both.json {samples / 2000}", f"text.json {samples / 1000}"]
+    (folder / "data.txt").write_text("\n".join(lines) + "\n")
+    return folder / "data.txt"

@@ -1,0 +1,343 @@
+"""The whole configuration: one flat dataclass, a docstring under each field, flags derived from both.
+
+Input: a command line, and the YAML file that its `--config` names, whose values are defaults below it.
+Output: a `Config`, or `ConfigError` with every problem at once.
+
+    config = parse(["--model_name_or_path", "base", "--data_path", "data.txt", "--bf16", "False"])
+    config.bf16                                       # False
+    parse(["--max_lenght", "10"])                     # ConfigError: --max_lenght is unknown; did you mean …
+
+Names and defaults are those of the original scripts and of Hugging Face wherever they have one.
+"""
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import inspect
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import NoneType
+from typing import Any, NoReturn, get_args
+
+import yaml
+
+from trainer.optim import SCHEDULES
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used; the message holds one line a problem."""
+
+
+@dataclass
+class Config:
+    """Everything that a run can be told; `trainer.main` reads it and nothing else."""
+
+    # --- model ---------------------------------------------------------------------------------------
+    model_name_or_path: str = ""
+    """Folder of the model to start from: config.json, *.safetensors and a tokenizer."""
+    img_size: int | None = None
+    """Side of the square that images are resized to, in pixels; the checkpoint's own by default."""
+    hd_num: int | None = None
+    """High-resolution models: the most tiles an image is cut into; the model's own default if absent."""
+    attn_implementation: str = "sdpa"
+    """Attention kernel, by transformers' name: sdpa, eager, flash_attention_2, …"""
+    plora_dropout: float = 0.05
+    """Dropout in the model's own partial LoRA at image positions, while training."""
+
+    # --- data ----------------------------------------------------------------------------------------
+    data_path: str = "data.txt"
+    """data.txt (lines `<json path> <number>`), or one .json / .jsonl file."""
+    given_num: bool = True
+    """Numbers in data.txt are thousands of samples an epoch; False: ratios of each file."""
+    image_root: str | None = None
+    """Folder that image paths are relative to; each JSON file's own folder by default."""
+    max_length: int = 4096
+    """Tokens a sample is cut to, image slots included; an image is never cut."""
+    on_bad_sample: str = "error"
+    """A sample that cannot be read in mid-training: `error` ends the run, `skip` counts it and goes on."""
+    dataloader_num_workers: int = 2
+    """Processes a rank that decode images ahead of the step; 0 works in the training process."""
+
+    # --- what trains ---------------------------------------------------------------------------------
+    fix_vit: bool = True
+    """Freeze the vision tower."""
+    fix_sampler: bool = False
+    """Freeze the projector between vision and language."""
+    vit_learning_rate: float | None = None
+    """Peak learning rate of the vision tower; learning_rate if absent."""
+    sampler_learning_rate: float | None = None
+    """Peak learning rate of the projector; learning_rate if absent."""
+
+    # --- optimisation --------------------------------------------------------------------------------
+    num_train_epochs: float = 1.0
+    """Passes over the samples that data_path declares for an epoch."""
+    max_steps: int = -1
+    """Optimizer steps; overrides num_train_epochs when positive."""
+    per_device_train_batch_size: int = 1
+    """Samples a rank computes at once."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches a rank sums before a step; global batch = this × per-device batch × ranks."""
+    learning_rate: float = 1e-5
+    """Peak learning rate."""
+    weight_decay: float = 0.1
+    """AdamW's decoupled weight decay, on matrices only."""
+    adam_beta1: float = 0.9
+    """AdamW's decay of the first moment."""
+    adam_beta2: float = 0.95
+    """AdamW's decay of the second moment."""
+    adam_epsilon: float = 1e-8
+    """AdamW's term against division by zero."""
+    max_grad_norm: float = 1.0
+    """Largest norm of the whole gradient; 0 turns clipping off."""
+    warmup_ratio: float = 0.01
+    """Share of all steps over which the learning rate rises from 0."""
+    lr_scheduler_type: str = "cosine"
+    """cosine, linear, constant or constant_with_warmup."""
+    seed: int = 42
+    """Of the data order, dropout, and newly made weights."""
+    loss_average: str = "token"
+    """`token`: one mean over the global batch's supervised tokens; `micro_batch`: the original's mean of
+    means, for comparison with old runs."""
+    original_weight_decay: bool = False
+    """Decay RMSNorm weights too, as the original did, for comparison with old runs."""
+
+    # --- memory and speed ----------------------------------------------------------------------------
+    bf16: bool = True
+    """Compute in bfloat16; parameters that train, reductions and the optimizer stay in float32."""
+    gradient_checkpointing: bool = True
+    """Keep only each block's input for the backward pass and compute the block again there."""
+    loss_chunk_tokens: int = 1024
+    """Rows of logits that exist at a time."""
+    compile: bool = False
+    """torch.compile every block."""
+
+    # --- output --------------------------------------------------------------------------------------
+    output_dir: str = "output"
+    """Where the model, checkpoints, metrics.jsonl and run.json go; on a file system that all ranks see."""
+    logging_steps: int = 1
+    """Steps between lines of metrics.jsonl."""
+    save_strategy: str = "epoch"
+    """When to save besides the end: no, steps or epoch."""
+    save_steps: int = 500
+    """Steps between saves when save_strategy is steps."""
+    save_total_limit: int | None = None
+    """Checkpoints kept; the oldest goes only when a new one is complete."""
+    save_dtype: str = "auto"
+    """Of the saved weights: auto (the base checkpoint's), float32 or bfloat16."""
+    report_to: str = "none"
+    """none, or tensorboard (needs `pip install tensorboard`)."""
+    timeout_minutes: float = 30.0
+    """A collective that waits longer than this ends the job."""
+
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        """Part of the model → peak learning rate."""
+        rates = {"vision": self.vit_learning_rate, "projector": self.sampler_learning_rate, "language": None}
+        return {part: self.learning_rate if rate is None else rate for part, rate in rates.items()}
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with the values alone, a sentence each; no file but paths' existence."""
+        found = []
+        if not self.model_name_or_path:
+            found.append("--model_name_or_path is missing: name the folder of the model to start from")
+        elif not Path(self.model_name_or_path).is_dir():
+            found.append(
+                f"--model_name_or_path {self.model_name_or_path}: there is no such folder; "
+                "download the model first, nothing is fetched from a hub"
+            )
+        if not Path(self.data_path).is_file():
+            found.append(f"--data_path {self.data_path}: there is no such file")
+        if self.image_root is not None and not Path(self.image_root).is_dir():
+            found.append(f"--image_root {self.image_root}: there is no such folder")
+        if Path(self.output_dir).is_file():
+            found.append(f"--output_dir {self.output_dir}: this is a file; name a folder")
+        for name, choices in {
+            "on_bad_sample": ("error", "skip"),
+            "lr_scheduler_type": SCHEDULES,
+            "loss_average": ("token", "micro_batch"),
+            "save_strategy": ("no", "steps", "epoch"),
+            "save_dtype": ("auto", "float32", "bfloat16"),
+            "report_to": ("none", "tensorboard"),
+        }.items():
+            if getattr(self, name) not in choices:
+                found.append(f"--{name} {getattr(self, name)}: choose one of {', '.join(choices)}")
+        at_least = {
+            "img_size": 1,
+            "hd_num": 1,
+            "max_length": 2,
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": 1,
+            "dataloader_num_workers": 0,
+            "loss_chunk_tokens": 1,
+            "logging_steps": 1,
+            "save_steps": 1,
+            "save_total_limit": 1,
+            "learning_rate": 0,
+            "vit_learning_rate": 0,
+            "sampler_learning_rate": 0,
+            "weight_decay": 0,
+            "max_grad_norm": 0,
+            "seed": 0,
+        }
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                found.append(f"--{name} {value}: must be at least {least}")
+        for name, low, high in (
+            ("adam_beta1", 0, 1),
+            ("adam_beta2", 0, 1),
+            ("plora_dropout", 0, 1),
+            ("warmup_ratio", 0, 1.0001),
+        ):
+            if not low <= getattr(self, name) < high:
+                found.append(f"--{name} {getattr(self, name)}: must be from {low} to below {high:g}")
+        for name in ("adam_epsilon", "timeout_minutes"):
+            if not getattr(self, name) > 0:
+                found.append(f"--{name} {getattr(self, name)}: must be above 0")
+        if self.max_steps <= 0 and self.num_train_epochs <= 0:
+            found.append("nothing to train: --num_train_epochs or --max_steps must be above 0")
+        found += self._contradictions()
+        return found
+
+    def _contradictions(self) -> list[str]:
+        found = []
+        if self.img_size is not None and self.hd_num is not None:
+            found.append(
+                "--img_size and --hd_num exclude each other: the first is for square-image models, "
+                "the second for high-resolution ones"
+            )
+        if self.fix_vit and self.vit_learning_rate is not None:
+            found.append("--vit_learning_rate has no effect while --fix_vit is True: set --fix_vit False")
+        if self.fix_sampler and self.sampler_learning_rate is not None:
+            found.append("--sampler_learning_rate has no effect while --fix_sampler is True")
+        if self.save_strategy == "no" and self.save_total_limit is not None:
+            found.append("--save_total_limit has no effect while --save_strategy is no")
+        return found
+
+
+# Flags of the original scripts and of HF Trainer that have no meaning here → what replaces them.
+REPLACED = {
+    "deepspeed": "FSDP2 shards the model by itself; remove the flag",
+    "fsdp": "the model is always sharded with FSDP2; remove the flag",
+    "fsdp_config": "the model is always sharded with FSDP2; remove the flag",
+    "fp16": "train with --bf16 True, which needs no loss scaling",
+    "batch_size": "use --per_device_train_batch_size; any batch size mixes images and text",
+    "local_rank": "torchrun sets it in the environment; remove the flag",
+    "evaluation_strategy": "evaluate a saved model after training; remove the flag",
+    "tf32": "call torch.set_float32_matmul_precision in trainer/main.py",
+    "optim": "AdamW is built in trainer/main.py: edit it there",
+    "remove_unused_columns": "every field of a record is kept; remove the flag",
+}
+
+
+def parse(argv: Sequence[str] | None = None) -> Config:
+    """Read flags, over the YAML file of `--config`, over the defaults; raise `ConfigError` with all problems.
+
+    Values are checked by themselves only (`Config.problems`); the model and the data are looked at later.
+    """
+    parser = _Parser(prog="trainer.main", description=inspect.getdoc(Config), allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="YAML file with defaults for the flags below")
+    docs = _field_docs()
+    for field in fields(Config):
+        kind = _plain_type(field.type)
+        options: dict[str, Any] = {"nargs": "?", "const": "True"} if kind is bool else {}
+        parser.add_argument(
+            f"--{field.name}",
+            metavar=kind.__name__.upper(),
+            help=f"{docs[field.name]} (default: {field.default})".replace("%", "%%"),
+            default=argparse.SUPPRESS,
+            **options,
+        )
+    known, unknown = parser.parse_known_args(argv)
+    given = vars(known)
+    problems = [_explain_unknown(word) for word in unknown if word.startswith("--")]
+    problems += [
+        f"{word!r} stands alone: every value needs its --flag"
+        for before, word in zip(["", *unknown], unknown, strict=False)
+        if not word.startswith("--") and not before.startswith("--")
+    ]
+    path = given.pop("config", None)
+    values, file_problems = _read_yaml(Path(path)) if path else ({}, [])
+    problems += file_problems
+    values |= given
+    for field in fields(Config):
+        if field.name in values:
+            try:
+                values[field.name] = _convert(values[field.name], field.type)
+            except ValueError as error:
+                problems.append(f"--{field.name} {values[field.name]}: {error}")
+                del values[field.name]
+    config = Config(**values)
+    problems += config.problems()
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def _explain_unknown(word: str) -> str:
+    name = word.removeprefix("--").split("=")[0]
+    if name in REPLACED:
+        return f"--{name} has no meaning here: {REPLACED[name]}"
+    close = difflib.get_close_matches(name, [field.name for field in fields(Config)], n=1)
+    hint = f"did you mean --{close[0]}?" if close else "see --help"
+    return f"--{name} is unknown; {hint}"
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], list[str]]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        return {}, [f"--config {path}: cannot be read as YAML: {' '.join(str(error).split())}"]
+    if not isinstance(content, dict):
+        return {}, [f"--config {path}: must hold lines `flag: value`"]
+    names = {field.name for field in fields(Config)}
+    problems = [f"{path}: {_explain_unknown(f'--{name}')}" for name in content if name not in names]
+    return {name: value for name, value in content.items() if name in names}, problems
+
+
+def _plain_type(annotation: Any) -> type:
+    """`int | None` → int."""
+    return next((t for t in get_args(annotation) if t is not NoneType), annotation)
+
+
+def _convert(value: Any, annotation: Any) -> Any:
+    """A word of the command line or a YAML value → the field's type; ValueError says what was expected."""
+    kind = _plain_type(annotation)
+    if value is None or (kind is not str and str(value).lower() == "none"):
+        if NoneType in get_args(annotation):
+            return None
+        raise ValueError("a value is needed")
+    if kind is bool:
+        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        if str(value).lower() not in words:
+            raise ValueError("must be True or False")
+        return words[str(value).lower()]
+    try:
+        return kind(str(value))
+    except ValueError:
+        raise ValueError(f"must be {'a whole number' if kind is int else 'a number'}") from None
+
+
+def _field_docs() -> dict[str, str]:
+    """Field → the docstring under it, read from this file's source."""
+    (body,) = ast.parse(textwrap.dedent(inspect.getsource(Config))).body
+    assert isinstance(body, ast.ClassDef)
+    docs: dict[str, str] = {}
+    for field, below in zip(body.body, body.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
+            assert isinstance(field.target, ast.Name)
+            docs[field.target.id] = " ".join(ast.literal_eval(below.value).split())
+    return docs
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """The resolved configuration, for run.json."""
+    return dataclasses.asdict(config)

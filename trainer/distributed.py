@@ -1,0 +1,132 @@
+"""Start and end of the process group, who speaks, and the few reductions that the loop needs.
+
+Input: torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), or nothing: a plain
+`python -m trainer.main` becomes a group of one, so that one code path serves 1 to 64 ranks.
+Output: a `Ranks` and an initialised default process group on the machine's accelerator (NCCL on CUDA), or on
+the CPU with gloo.
+
+    ranks = start()                                   # Ranks(rank=1, world=2, local_rank=1, device=cpu)
+    all_sum(torch.tensor(3.0, device=ranks.device))   # 3.0 on each of 2 ranks → 6.0 on both
+    log("only rank 0 says this")
+"""
+
+import os
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all: `rank` of `world`, `local_rank` on this machine, and its `device`."""
+
+    rank: int
+    world: int
+    local_rank: int
+    device: torch.device
+
+
+def start(timeout_seconds: float = 1800) -> Ranks:
+    """Join the process group that torchrun describes, or start one of a single process.
+
+    `timeout_seconds` bounds every collective: a rank that never arrives ends the job instead of hanging it.
+    """
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    local_rank = int(os.environ["LOCAL_RANK"])
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        device = torch.device("cpu")
+    else:
+        device = torch.device(accelerator.type, local_rank)
+        torch.accelerator.set_device_index(local_rank)
+    dist.init_process_group(
+        dist.get_default_backend_for_device(device.type),
+        timeout=timedelta(seconds=timeout_seconds),
+        device_id=device if device.type != "cpu" else None,
+    )
+    return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def finish() -> None:
+    """Leave the process group; a no-op where none was started."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def is_main() -> bool:
+    """True on the one rank that speaks and writes the run's files."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def log(message: str) -> None:
+    """Print on rank 0 alone, on the error stream, so that the standard output stays free for results."""
+    if is_main():
+        print(message, file=sys.stderr, flush=True)
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
+@contextmanager
+def rank_zero_first() -> Iterator[None]:
+    """Rank 0 runs the block, then all others together: for what is made once and cached in files."""
+    if not is_main():
+        barrier()
+    try:
+        yield
+    finally:
+        if is_main():
+            barrier()
+
+
+def all_sum(values: torch.Tensor) -> torch.Tensor:
+    """The element-wise sum over all ranks, on the same device; `values` itself is left as it is."""
+    total = values.clone()
+    if dist.get_world_size() > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def all_max(value: float, device: torch.device) -> float:
+    """The largest value of any rank."""
+    largest = torch.tensor(value, device=device, dtype=torch.float64)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest.item()
+
+
+def agree_on_problems(problems: Sequence[str]) -> bool:
+    """Say rank 0's problems, a line each, and tell every rank whether there are any.
+
+    All ranks read the same files; that they leave together keeps one clear list from drowning in the errors
+    of ranks that lost their peer.
+    """
+    held = [list(problems)]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(held, src=0)
+    for problem in held[0]:
+        log(f"error: {problem}")
+    return bool(held[0]) or bool(problems)
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another rank went away: the cause is that rank's, not ours."""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("gloo", "Connection closed by peer", "NCCL", "Socket")
+    )

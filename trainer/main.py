@@ -1,0 +1,294 @@
+"""The whole run, top to bottom: read it, edit it.
+
+    torchrun --nproc_per_node 8 -m trainer.main --model_name_or_path MODEL --data_path data.txt
+
+Input: a Hugging Face folder and a data.txt (trainer/config.py lists the flags). Output in `output_dir`: the
+trained model as a Hugging Face folder, `checkpoint-<step>/`, `metrics.jsonl` (a line a logged step) and
+`run.json`. One step on 2 ranks, with 2 micro-batches of 4 samples each: of the step's 16 samples every rank
+computes 8; the summed losses are divided once, by the supervised tokens of all 16; gradients are summed over
+ranks in the last micro-batch.
+
+Exit status: 0 finished; 2 bad configuration or data, nothing trained; 1 anything else.
+"""
+
+import dataclasses
+import math
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+
+from data.errors import DataError
+from data.loader import SampleReader, StepLoader
+from data.mixture import read_mixture
+from data.sampler import StepSampler
+from data.tokens import SampleEncoder
+from trainer.config import Config, ConfigError, parse
+from trainer.distributed import (
+    Ranks,
+    agree_on_problems,
+    all_max,
+    all_sum,
+    finish,
+    is_lost_peer,
+    is_main,
+    log,
+    rank_zero_first,
+    start,
+)
+from trainer.folders import appears_whole, move_into, remove_old_checkpoints
+from trainer.loss import chunked_token_losses
+from trainer.metrics import MetricsFile, memory_peak_bytes, model_table, part_of, write_run_file
+from trainer.models import build_model, load_config, load_image_processor, load_tokenizer, parts_of
+from trainer.optim import adamw, learning_rate_factor, parameter_groups
+from trainer.parallelize import parallelize
+from trainer.weights import load_weights, save_model_folder, tensor_files, weights_dtype
+
+
+def train(config: Config, ranks: Ranks) -> int:
+    """One run of a checked configuration; returns the exit status."""
+    device, output_dir, base = ranks.device, Path(config.output_dir), Path(config.model_name_or_path)
+
+    # --- the plan: whatever is wrong with the files shows here, before any weight is read ----------------
+    problems: list[str] = []
+    sources, encoder, tokenizer, model_config, image_processor = [], None, None, None, None
+    skip_bad = config.on_bad_sample == "skip"
+    try:
+        with rank_zero_first():
+            sources = read_mixture(
+                config.data_path,
+                config.given_num,
+                config.image_root,
+                skip_bad=skip_bad,
+                show_progress=ranks.rank == 0,
+            )
+    except DataError as error:
+        problems += str(error).splitlines()
+    try:
+        tensor_files(base)
+        model_config = load_config(base, config.img_size)
+        model_config.plora_dropout = config.plora_dropout
+        model_config._attn_implementation = config.attn_implementation
+        image_processor = load_image_processor(model_config, config.hd_num)
+        tokenizer = load_tokenizer(base)
+        encoder = SampleEncoder(tokenizer, config.max_length)
+    except (ValueError, OSError) as error:
+        problems.append(str(error))
+    if agree_on_problems(problems):
+        return 2
+    assert encoder is not None
+    assert model_config is not None
+    assert tokenizer is not None
+    assert image_processor is not None
+    accumulation = config.gradient_accumulation_steps
+    global_batch = config.per_device_train_batch_size * accumulation * ranks.world
+    sampler = StepSampler(sources, config.seed, global_batch)
+    steps_per_epoch = sampler.steps_per_epoch
+    total_steps = math.ceil(config.num_train_epochs * steps_per_epoch)
+    if config.max_steps > 0:
+        total_steps = config.max_steps
+    warmup_steps = math.ceil(config.warmup_ratio * total_steps)
+
+    # --- the model: described without memory, sharded, then every rank reads its own part ----------------
+    torch.manual_seed(config.seed + ranks.rank)  # for dropout, the one thing that differs between ranks
+    parts = parts_of(model_config)
+    base_dtype = weights_dtype(base)
+    with torch.device("meta"):
+        model = build_model(model_config)
+    trains = {"vision": not config.fix_vit, "projector": not config.fix_sampler, "language": True}
+    parts_by_name = {name: part_of(name, parts) for name, _ in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trains[parts_by_name[name]] and not name.startswith(parts.unused))
+        frozen_as_loaded = config.bf16 and not parameter.requires_grad
+        parameter.data = parameter.data.to(base_dtype if frozen_as_loaded else torch.float32)
+    mesh = init_device_mesh(device.type, (ranks.world,), mesh_dim_names=("data",))
+    model = parallelize(
+        model,
+        mesh,
+        parts,
+        bf16=config.bf16,
+        gradient_checkpointing=config.gradient_checkpointing,
+        compile_blocks=config.compile,
+    )
+    model.to_empty(device=device)
+    loaded = load_weights(model, base, optional=parts.unused)
+    model.init_buffers()
+    model.loss_function = chunked_token_losses(config.loss_chunk_tokens)
+    model.train()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    groups = parameter_groups(
+        trained, parts_by_name, config.learning_rates, config.weight_decay, config.original_weight_decay
+    )
+    optimizer = adamw(groups, (config.adam_beta1, config.adam_beta2), config.adam_epsilon, device)
+
+    # --- say what will happen -----------------------------------------------------------------------------
+    log(model_table(model, parts, config.learning_rates))
+    if loaded.carried:
+        log(
+            f"{len(loaded.carried)} tensors of {base} are unknown to the model and will be saved unchanged, "
+            f"first {next(iter(loaded.carried))}"
+        )
+    for source in sources:
+        log(f"{source.name}: {len(source.records):,} records, {source.num_samples:,} samples an epoch")
+    log(
+        f"global batch {global_batch} samples = {config.per_device_train_batch_size} a micro-batch "
+        f"× {accumulation} accumulated × {ranks.world} ranks; {steps_per_epoch} steps an epoch, "
+        f"{total_steps} in all, {warmup_steps} of them warm-up"
+    )
+    if ranks.rank == 0:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_run_file(output_dir / "run.json", dataclasses.asdict(config), sources, ranks)
+    metrics = MetricsFile(
+        output_dir if ranks.rank == 0 else None, tensorboard=config.report_to == "tensorboard"
+    )
+    save_dtype = base_dtype if config.save_dtype == "auto" else getattr(torch, config.save_dtype)
+
+    # --- the loop ----------------------------------------------------------------------------------------
+    loader = StepLoader(
+        SampleReader(sources, encoder, image_processor),
+        sampler,
+        rank=ranks.rank,
+        num_ranks=ranks.world,
+        samples_per_micro_batch=config.per_device_train_batch_size,
+        num_steps=total_steps,
+        num_workers=config.dataloader_num_workers,
+        on_bad_sample="skip" if skip_bad else "error",
+    )
+    batches = iter(loader)
+    bar = tqdm(total=total_steps, disable=ranks.rank != 0, unit="step", dynamic_ncols=True)
+    window_started, window_wait, window_steps = time.perf_counter(), 0.0, 0
+    # Since the last line of metrics: samples, tokens, supervised tokens, samples left out; then, by source,
+    # sums of losses and supervised tokens.
+    window = torch.zeros(4 + 2 * len(sources), dtype=torch.float64, device=device)
+    for step in range(1, total_steps + 1):
+        waited = time.perf_counter()
+        micro_batches = next(batches)
+        window_wait += time.perf_counter() - waited
+
+        # One mean over the supervised tokens of the global batch, whatever rank or micro-batch has them.
+        rows = [(m.num_samples, m.num_tokens, m.num_supervised, m.num_left_out) for m in micro_batches]
+        counts = all_sum(torch.tensor(rows, dtype=torch.float64, device=device).sum(0))
+        window[:4] += counts
+        num_supervised = counts[2].clamp(min=1.0)
+
+        for i, micro_batch in enumerate(micro_batches):
+            model.set_requires_gradient_sync(i == len(micro_batches) - 1)
+            micro_batch = micro_batch.to(device)
+            losses = model(**micro_batch.inputs).loss  # [supervised tokens], float32
+            if config.loss_average == "micro_batch":
+                divisor = max(1, micro_batch.num_supervised) * len(micro_batches) * ranks.world
+            else:
+                divisor = num_supervised
+            (losses.sum() / divisor).backward()
+            by_source = window[4:].view(2, -1)
+            by_source[0].index_add_(0, micro_batch.source_of_target, losses.detach().double())
+            by_source[1] += micro_batch.source_of_target.bincount(minlength=len(sources))
+
+        if step == 1 and (idle := [name for name, p in trained.items() if p.grad is None]):
+            raise ValueError(
+                f"{len(idle)} parameters are set to train but got no gradient in the first step, "
+                f"first {idle[0]}; freeze them, or give data that reaches them"
+            )
+        grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), config.max_grad_norm or math.inf)
+        factor = learning_rate_factor(config.lr_scheduler_type, step - 1, total_steps, warmup_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        window_steps += 1
+        bar.update()
+
+        # --- say what happened; reading a number off the device waits for it, so only here -----------------
+        if step % config.logging_steps == 0 or step == total_steps:
+            if isinstance(grad_norm, DTensor):
+                grad_norm = grad_norm.full_tensor()
+            window[4:] = all_sum(window[4:])
+            samples, tokens, supervised, left_out, *by_source = window.tolist()
+            loss_sums, loss_counts = by_source[: len(sources)], by_source[len(sources) :]
+            seconds = time.perf_counter() - window_started
+            memory = int(all_max(memory_peak_bytes(device), device))
+            metrics.write(
+                kind="train",
+                step=step,
+                epoch=step / steps_per_epoch,
+                loss=sum(loss_sums) / max(1.0, supervised),
+                learning_rate=config.learning_rate * factor,
+                grad_norm=grad_norm.item(),
+                samples=int(samples),
+                tokens=int(tokens),
+                supervised_tokens=int(supervised),
+                left_out_samples=int(left_out),
+                tokens_per_second=tokens / seconds,
+                seconds_step=seconds / window_steps,
+                seconds_data_wait=window_wait / window_steps,
+                memory_peak_bytes=memory,
+                loss_by_source={
+                    source.name: total / count
+                    for source, total, count in zip(sources, loss_sums, loss_counts, strict=True)
+                    if count
+                },
+            )
+            bar.set_postfix_str(
+                f"loss {sum(loss_sums) / max(1.0, supervised):.4f}, lr {config.learning_rate * factor:.2e}, "
+                f"{tokens / seconds:,.0f} tokens/s, data wait {window_wait / seconds:.1%}, "
+                f"memory {memory / 2**30:.1f} GiB"
+            )
+            window_started, window_wait, window_steps = time.perf_counter(), 0.0, 0
+            window.zero_()
+
+        # --- save ----------------------------------------------------------------------------------------
+        every = {"no": total_steps, "steps": config.save_steps, "epoch": steps_per_epoch}
+        if step % every[config.save_strategy] == 0 and step < total_steps:
+            with appears_whole(output_dir / f"checkpoint-{step}") as folder:
+                save_model_folder(model, model_config, tokenizer, parts, folder, save_dtype, loaded.carried)
+            if config.save_total_limit and ranks.rank == 0:
+                remove_old_checkpoints(output_dir, config.save_total_limit)
+    bar.close()
+
+    # --- the end: the model itself in output_dir --------------------------------------------------------
+    with appears_whole(output_dir / "complete") as folder:
+        save_model_folder(model, model_config, tokenizer, parts, folder, save_dtype, loaded.carried)
+    if ranks.rank == 0:
+        move_into(output_dir / "complete", output_dir)
+    log(f"the trained model is in {output_dir}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, join the other ranks, train; every failure ends as a sentence or one traceback, and a status."""
+    try:
+        config = parse(argv)
+    except ConfigError as error:
+        for problem in str(error).splitlines():
+            log(f"error: {problem}")
+        return 2
+    ranks = start(60 * config.timeout_minutes)
+    try:
+        status = train(config, ranks)
+    except DataError as error:
+        print(f"error: rank {ranks.rank}: {error}", file=sys.stderr, flush=True)
+        return 1
+    except Exception as error:
+        if is_lost_peer(error):
+            # Another rank failed first and says why; torchrun ends this one meanwhile.
+            time.sleep(20)
+        traceback.print_exc()
+        return 1
+    finish()
+    return status
+
+
+if __name__ == "__main__":
+    code = main()
+    if is_main() and "XCOMPOSER_STATUS_FILE" in os.environ:  # torchrun itself knows only success and failure
+        Path(os.environ["XCOMPOSER_STATUS_FILE"]).write_text(str(code))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code) if code else sys.exit(0)

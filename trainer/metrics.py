@@ -1,0 +1,130 @@
+"""What was measured and what will run: metrics.jsonl, run.json, the table at the start, memory.
+
+Input: numbers that the loop already has. Output: files in `output_dir` and text for the terminal:
+
+    part                    parameters  trains  learning rate  dtype     saved
+    vision tower           303,507,456  no      -              bfloat16  as loaded
+    projector               20,979,712  yes     1.0e-05        float32   yes
+    …
+"""
+
+import json
+import platform
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from data.mixture import Source
+from trainer.distributed import Ranks
+from trainer.models import Parts
+
+
+class MetricsFile:
+    """`metrics.jsonl` in a folder: one JSON object a line, flushed, so that a killed run keeps every line.
+
+    folder None writes nothing, so that the ranks which do not speak run the same code. tensorboard: the
+    numbers go to event files in `folder`/tensorboard too (needs the package of that name).
+    """
+
+    def __init__(self, folder: Path | None, tensorboard: bool = False) -> None:
+        self.file = (folder / "metrics.jsonl").open("a", encoding="utf-8") if folder else None
+        self.board = None
+        if folder and tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(folder / "tensorboard")
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """One line; floats keep full precision, so that two runs can be compared exactly."""
+        if self.file:
+            self.file.write(json.dumps({"kind": kind, "step": step, **values}, ensure_ascii=False) + "\n")
+            self.file.flush()
+        if self.board:
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self.board.add_scalar(f"{kind}/{name}", value, step)
+            self.board.flush()
+
+
+def memory_peak_bytes(device: torch.device) -> int:
+    """The most memory this rank has used since the last call: the accelerator's, or the process's resident
+    set on a CPU, whose peak can't be reset and is that of the whole run."""
+    if device.type == "cpu":
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    peak = torch.accelerator.max_memory_allocated(device)
+    torch.accelerator.reset_peak_memory_stats(device)
+    return peak
+
+
+def part_of(name: str, parts: Parts) -> str:
+    """The part of the model that a parameter belongs to: vision, projector or language."""
+    if name.startswith(parts.vision):
+        return "vision"
+    return "projector" if name.startswith(parts.projector) else "language"
+
+
+def _group_of(name: str, parts: Parts) -> str:
+    """The row of the start table that a parameter counts in."""
+    part = part_of(name, parts)
+    if part != "language":
+        return {"vision": "vision tower", "projector": "projector"}[part]
+    if "Plora_" in name:
+        return "language: PLoRA"
+    return (
+        "language: blocks" if name.startswith(parts.language_blocks + ".") else "language: embeddings, head"
+    )
+
+
+def model_table(model: nn.Module, parts: Parts, learning_rates: Mapping[str, float]) -> str:
+    """Group of modules → parameters, whether they train, peak learning rate, dtype, and if they are saved."""
+    rows: dict[tuple[str, bool, torch.dtype], int] = {}
+    for name, parameter in model.named_parameters():
+        key = (_group_of(name, parts), parameter.requires_grad, parameter.dtype)
+        rows[key] = rows.get(key, 0) + parameter.numel()
+    lines = [
+        f"{'part':<28}{'parameters':>15}  {'trains':<8}{'learning rate':<15}{'stored as':<11}saved",
+    ]
+    for (group, trains, dtype), count in rows.items():
+        part = {"vision tower": "vision", "projector": "projector"}.get(group, "language")
+        rate = f"{learning_rates[part]:.2e}" if trains else "-"
+        lines.append(
+            f"{group:<28}{count:>15,}  {'yes' if trains else 'no':<8}{rate:<15}"
+            f"{str(dtype).removeprefix('torch.'):<11}{'trained' if trains else 'as loaded'}"
+        )
+    total = sum(rows.values())
+    trained = sum(count for (_, trains, _), count in rows.items() if trains)
+    lines.append(f"{'all':<28}{total:>15,}  {trained:,} train")
+    return "\n".join(lines)
+
+
+def write_run_file(path: Path, config: Mapping[str, Any], sources: Sequence[Source], ranks: Ranks) -> None:
+    """`run.json`: the resolved configuration, versions and the data plan, to tell later what ran."""
+    samples = sum(source.num_samples for source in sources)
+    content = {
+        "config": dict(config),
+        "data_plan": [
+            {
+                "source": source.name,
+                "path": str(source.records.path),
+                "records": len(source.records),
+                "samples_per_epoch": source.num_samples,
+                "share": source.num_samples / samples,
+            }
+            for source in sources
+        ],
+        "ranks": ranks.world,
+        "device": ranks.device.type,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

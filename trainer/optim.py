@@ -1,0 +1,87 @@
+"""Parameter groups, AdamW and the learning rate as a pure function of the step.
+
+Input: named trainable parameters, the model's parts, the configuration's rates.
+Output: an AdamW whose groups are (vision, projector, language) × (decayed, not decayed), and schedules:
+
+    learning_rate_factor("cosine", step=0, total_steps=6, warmup_steps=2)   # 0.0
+    learning_rate_factor("cosine", step=1, total_steps=6, warmup_steps=2)   # 0.5
+    learning_rate_factor("cosine", step=2, total_steps=6, warmup_steps=2)   # 1.0
+    learning_rate_factor("cosine", step=4, total_steps=6, warmup_steps=2)   # 0.5
+
+Steps count from 0 here, and the schedules are those of transformers' `get_scheduler`, so a first step under
+warm-up has rate 0, as in the original scripts.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
+
+
+def learning_rate_factor(schedule: str, step: int, total_steps: int, warmup_steps: int) -> float:
+    """What the peak learning rate is multiplied by at `step` (from 0) of `total_steps`."""
+    if schedule == "constant":
+        return 1.0
+    if step < warmup_steps:
+        return step / max(1, warmup_steps)
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    if schedule == "constant_with_warmup":
+        return 1.0
+    if schedule == "linear":
+        return max(0.0, 1.0 - progress)
+    assert schedule == "cosine", schedule
+    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+def is_decayed(name: str, parameter: nn.Parameter, original: bool) -> bool:
+    """Whether weight decay applies to a parameter.
+
+    Ours: to matrices only; never to norms, biases, the class embedding and the learnt separators.
+    `original` restores what HF Trainer did with the original model: all but biases and nn.LayerNorm, so its
+    own RMSNorm class was decayed.
+    """
+    if original:
+        is_layer_norm = "layer_norm" in name or "layrnorm" in name or "layernorm" in name
+        return not (name.endswith("bias") or is_layer_norm)
+    return parameter.ndim >= 2 and "plora_glb_GN" not in name and "plora_sub_GN" not in name
+
+
+def parameter_groups(
+    trained: Mapping[str, nn.Parameter],
+    parts_by_name: Mapping[str, str],
+    learning_rates: Mapping[str, float],
+    weight_decay: float,
+    original_decay: bool = False,
+) -> list[dict[str, Any]]:
+    """Groups for the optimizer: one per part and decay, each with its own peak rate in `peak_lr`.
+
+    parts_by_name: parameter → part ("vision", "projector", "language"); learning_rates: part → peak rate.
+    A group without parameters does not exist.
+    """
+    groups: dict[tuple[str, bool], dict[str, Any]] = {}
+    for name, parameter in trained.items():
+        part, decayed = parts_by_name[name], is_decayed(name, parameter, original_decay)
+        group = groups.setdefault(
+            (part, decayed),
+            {
+                "params": [],
+                "part": part,
+                "peak_lr": learning_rates[part],
+                "lr": learning_rates[part],
+                "weight_decay": weight_decay if decayed else 0.0,
+            },
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def adamw(
+    groups: list[dict[str, Any]], betas: tuple[float, float], eps: float, device: torch.device
+) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter, 2019) in its fused form where the device has one."""
+    fused = device.type in ("cpu", "cuda", "xpu", "mps")
+    return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=fused, foreach=None if fused else True)

@@ -1,0 +1,65 @@
+"""One function that turns a model into its sharded form: activation checkpointing → compile → fully_shard.
+
+The order matters. Checkpointing wraps a block's `forward` only, so parameter names stay; compile then sees a
+whole checkpointed block; `fully_shard` hooks the outside of both, so the gather of a block's parameters is
+neither compiled nor recomputed twice.
+
+    model = parallelize(build_model(config), mesh, parts, ...)    # on the meta device: nothing allocated yet
+    model.to_empty(device="cuda"); load_weights(model, folder)    # each rank allocates and reads its part
+
+With 2 ranks every parameter becomes a DTensor sharded along its first dimension; a block of 100 M parameters
+costs 50 M a rank, and 100 M more in the compute dtype while it runs.
+"""
+
+import functools
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
+
+from trainer.models import Parts
+
+
+def checkpoint_activations(block: nn.Module) -> None:
+    """Keep only the block's input for the backward pass and run its forward again there."""
+    block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def parallelize(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    parts: Parts,
+    *,
+    bf16: bool,
+    gradient_checkpointing: bool,
+    compile_blocks: bool = False,
+) -> FSDPModule:
+    """Shard `model` over `mesh`, a group for every vision and language block and one for all the rest.
+
+    bf16: parameters are gathered and used in bfloat16; their shards, the gradients' reduction and the
+    optimizer keep the stored dtype. Gradients are summed over ranks, never averaged: the loop divides the
+    loss by the number of supervised tokens of all ranks itself.
+    """
+    blocks = [
+        block
+        for path in (parts.vision_blocks, parts.language_blocks)
+        for block in model.get_submodule(path).children()
+    ]
+    if gradient_checkpointing:
+        for block in blocks:
+            checkpoint_activations(block)
+    if compile_blocks:
+        for block in blocks:
+            block.compile()
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32 if bf16 else None
+    )
+    sharded = [fully_shard(block, mesh=mesh, mp_policy=policy) for block in blocks]
+    sharded.append(fully_shard(model, mesh=mesh, mp_policy=policy))
+    for module in sharded:
+        # A plain sum is exact for any number of ranks; an average would have to be undone in the loss.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    return sharded[-1]

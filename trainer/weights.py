@@ -1,0 +1,235 @@
+"""Weights between a Hugging Face folder and a sharded model: no rank ever holds the whole model.
+
+Reading. Input: a model whose parameters are DTensors with allocated but unset shards, and a folder with
+*.safetensors. Every rank reads the rows of its own shards from the memory-mapped files:
+
+    model.to_empty(device="cpu")
+    report = load_weights(model, Path("internlm-xcomposer2-vl-7b"))
+    report.carried           # {"extra.weight": Path(".../model-00002-of-00002.safetensors")}: unknown keys
+
+A [6144, 4096] matrix over 2 ranks: rank 1 reads rows 3072 to 6143 alone, 25 MB of bfloat16.
+
+Writing. Output: `model-00001-of-0000N.safetensors` and their index, or one `model.safetensors`. Tensors are
+gathered one at a time; file i stays with rank i modulo N, so a rank holds one file (1 GB) at most. Keys that
+the base checkpoint had and the model does not know are copied over unchanged. `save_model_folder` adds what
+makes the folder load with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` in a process
+that has transformers and torch but not this project: config.json, the tokenizer and the model's own code.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from trainer.distributed import barrier, is_main
+from trainer.folders import sync_to_disk
+from trainer.models import Parts
+
+INDEX = "model.safetensors.index.json"
+SAFETENSORS_DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F64": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a folder held beside what the model asked for."""
+
+    missing: list[str]
+    """Parameters that the folder lacks; set to the module's own initial values."""
+    carried: dict[str, Path]
+    """Keys that the model does not know → their file; written again by `save_weights`."""
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """Tensor name → the safetensors file of `folder` that holds it; ValueError if there is no usable file."""
+    index = folder / INDEX
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        paths = [folder / name for name in names]
+    else:
+        paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
+        raise ValueError(
+            f"{folder}: no *.safetensors file; "
+            + (
+                "its weights are pickles, which are never opened here: convert them once, "
+                "see 'Weights that come as .bin' in the README"
+                if pickled
+                else "is this the folder of a model?"
+            )
+        )
+    files: dict[str, Path] = {}
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt") as file:
+                files.update(dict.fromkeys(file.keys(), path))
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path}: cannot be read as safetensors: {error}") from None
+    return files
+
+
+def weights_dtype(folder: Path) -> torch.dtype:
+    """The dtype of the folder's largest tensor, which is that of its matrices."""
+    largest, dtype = -1, torch.float32
+    files = tensor_files(folder)
+    for path in sorted(set(files.values())):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (a safetensors file is not a mapping)
+                entry = file.get_slice(name)
+                size = math.prod(entry.get_shape())
+                if size > largest and entry.get_dtype() in SAFETENSORS_DTYPES:
+                    largest, dtype = size, SAFETENSORS_DTYPES[entry.get_dtype()]
+    return dtype
+
+
+def _local_rows(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
+    """A rank's own part of a parameter, and where that part lies in the whole."""
+    if not isinstance(parameter, DTensor):
+        return parameter, tuple(slice(0, size) for size in parameter.shape)
+    shape, offset = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    return parameter.to_local(), tuple(
+        slice(start, start + size) for start, size in zip(offset, shape, strict=True)
+    )
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, folder: Path, optional: tuple[str, ...] = ()) -> LoadReport:
+    """Fill the model's parameters from `folder`, each rank its own shards, in the parameters' dtype.
+
+    `optional`: name parts of parameters that a checkpoint may lack; they start from their module's own
+    initialisation. A tensor of another shape is offered to `model.resize_for_load`. ValueError names the
+    first tensors that are missing or do not fit.
+    """
+    files = tensor_files(folder)
+    parameters = dict(model.named_parameters())
+    missing = [name for name in parameters if name not in files]
+    needed = [name for name in missing if not any(part in name for part in optional)]
+    if needed:
+        raise ValueError(
+            f"{folder}: {len(needed)} of the model's {len(parameters)} tensors are missing from its "
+            f"safetensors files, first {', '.join(needed[:3])}; is config.json that of these weights?"
+        )
+    by_file: dict[Path, list[str]] = {}
+    for name in parameters:
+        if name in files:
+            by_file.setdefault(files[name], []).append(name)
+    for path, names in by_file.items():
+        with safe_open(path, framework="pt") as file:
+            for name in names:
+                target, where = _local_rows(parameters[name])
+                entry = file.get_slice(name)
+                if tuple(entry.get_shape()) == tuple(parameters[name].shape):
+                    if target.numel():
+                        target.copy_(entry[where])
+                    continue
+                whole = model.resize_for_load(name, file.get_tensor(name))
+                if whole.shape != parameters[name].shape:
+                    raise ValueError(
+                        f"{path}: {name} has shape {entry.get_shape()}, "
+                        f"the model needs {list(parameters[name].shape)}"
+                    )
+                target.copy_(whole[where])
+    for name in missing:
+        # Only vectors of a norm may be absent: their initial values need no random numbers.
+        target, _ = _local_rows(parameters[name])
+        target.fill_(1.0 if name.endswith("weight") else 0.0)
+    return LoadReport(missing, {name: path for name, path in files.items() if name not in parameters})
+
+
+def save_weights(
+    model: nn.Module,
+    folder: Path,
+    dtype: torch.dtype,
+    carried: Mapping[str, Path],
+    max_file_bytes: int = 10**9,
+) -> None:
+    """Write all parameters to `folder` as safetensors, floating ones in `dtype`; every rank must call it.
+
+    Files hold whole tensors in the model's order, `max_file_bytes` each (a larger tensor has its own), and
+    are the same bytes for any number of ranks.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    parameters = dict(model.named_parameters())
+    files: list[list[str]] = [[]]
+    size = total = 0
+    sizes = {name: parameter.numel() * dtype.itemsize for name, parameter in parameters.items()}
+    for name, path in carried.items():
+        with safe_open(path, framework="pt") as file:
+            sizes[name] = file.get_tensor(name).nbytes
+    for name in sizes:
+        if size and size + sizes[name] > max_file_bytes:
+            files.append([])
+            size = 0
+        files[-1].append(name)
+        size += sizes[name]
+        total += sizes[name]
+    names = (
+        ["model.safetensors"]
+        if len(files) == 1
+        else [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    )
+    for i, (file_name, tensors) in enumerate(zip(names, files, strict=True)):
+        mine = i % world == rank
+        held: dict[str, Tensor] = {}
+        for name in tensors:
+            if name in parameters:
+                tensor = parameters[name].detach().to(dtype)
+                if isinstance(tensor, DTensor):
+                    tensor = tensor.full_tensor()
+                if mine:
+                    held[name] = tensor.cpu().contiguous()
+            elif mine:
+                with safe_open(carried[name], framework="pt") as file:
+                    held[name] = file.get_tensor(name)
+        if mine:
+            save_file(held, folder / file_name, metadata={"format": "pt"})
+            sync_to_disk(folder / file_name)
+    if rank == 0 and len(files) > 1:
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": {tensor: name for name, part in zip(names, files, strict=True) for tensor in part},
+        }
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    barrier()
+
+
+def save_model_folder(
+    model: nn.Module,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    parts: Parts,
+    folder: Path,
+    dtype: torch.dtype,
+    carried: Mapping[str, Path],
+) -> None:
+    """Write everything to the existing `folder`; every rank must call it, rank 0 writes the small files.
+
+    dtype: of the saved weights; carried: unknown tensors of the base checkpoint, copied over unchanged.
+    """
+    save_weights(model, folder, dtype, carried)
+    if is_main():
+        saved = config.__class__.from_dict(config.to_dict())
+        saved.dtype = dtype
+        saved.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        for source in parts.code_files:
+            shutil.copyfile(source, folder / source.name)
+    barrier()
