@@ -28,7 +28,7 @@ PLORA_LAYERS = {
     "w2": "feed_forward.w2",
     "w3": "feed_forward.w3",
 }
-VIT_L_14 = {
+VIT_L_14: dict[str, Any] = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
     "num_hidden_layers": 24,

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_causal_mask
@@ -33,6 +33,7 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_xcomposer2 import InternLMXcomposer2Config
+from .generation_xcomposer2 import XComposer2GenerationMixin
 from .vision_xcomposer2 import VisionEncoder, resize_positions
 
 
@@ -244,7 +245,7 @@ def supervised_cross_entropy(
     return total / (max(len(targets), 1) if num_items_in_batch is None else num_items_in_batch)
 
 
-class InternLMXComposer2ForCausalLM(PreTrainedModel, GenerationMixin):
+class InternLMXComposer2ForCausalLM(XComposer2GenerationMixin, PreTrainedModel):
     """The whole model; see the module's docstring."""
 
     config_class = InternLMXcomposer2Config

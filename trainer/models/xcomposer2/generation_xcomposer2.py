@@ -1,0 +1,187 @@
+"""Answers: `generate` with images, and `chat` in the original's prompt format.
+
+    answer, history = model.chat(tokenizer, "<ImageHere>What colour is it?", image="cat.jpg")
+    answer, history = model.chat(tokenizer, "And the background?", image="cat.jpg", history=history)
+
+The first prompt, with the control tokens as ids and the slots of a 490-pixel model:
+
+    1 92543 "user\\n" 1,225 slots "What colour is it?" 92542 "\\n" 92543 "assistant\\n"
+
+`generate` takes what `forward` takes; rows of unequal length are padded on the left.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from transformers import Cache, GenerationMixin, PreTrainedTokenizerBase
+
+from .image_processing_xcomposer2 import image_processor_for
+
+IMAGE = "<ImageHere>"
+TURN_START, TURN_END = "[UNUSED_TOKEN_146]", "[UNUSED_TOKEN_145]"
+
+ImageLike = str | Path | Image.Image
+
+
+class XComposer2GenerationMixin(GenerationMixin):
+    """What generation needs beyond transformers' own: images in the first step only, and rows that repeat."""
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        im_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        parent: Any = super()
+        inputs = parent.prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length,
+            past_key_values,
+            attention_mask,
+            inputs_embeds,
+            is_first_iteration,
+            **kwargs,
+        )
+        # pixel_values come and go by the same rule, in transformers' method.
+        if im_mask is not None and (is_first_iteration or not kwargs.get("use_cache", True)):
+            new_tokens = max(input_ids.shape[1] - im_mask.shape[1], 0)
+            inputs["im_mask"] = F.pad(im_mask, (0, new_tokens))
+        return inputs
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[Any, dict[str, Any]]:
+        """Repeat each row, for beams or several answers, and its images with it."""
+        images, im_mask = model_kwargs.pop("pixel_values", None), model_kwargs.get("im_mask")
+        if images is not None and im_mask is not None and expand_size > 1:
+            images = self._repeat_images(list(images), im_mask.sum(dim=1).tolist(), expand_size)
+        parent: Any = super()
+        input_ids, model_kwargs = parent._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        return input_ids, model_kwargs if images is None else {**model_kwargs, "pixel_values": images}
+
+    def _repeat_images(self: Any, images: list[Tensor], slots_of_row: list[int], times: int) -> list[Tensor]:
+        repeated, at = [], 0
+        for slots in slots_of_row:
+            first = at
+            while slots > 0 and at < len(images):
+                slots -= self.vit.num_tokens(*images[at].shape[1:])
+                at += 1
+            repeated += images[first:at] * times
+        return repeated
+
+    @torch.no_grad()
+    def chat(
+        self: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        query: str,
+        image: ImageLike | Sequence[ImageLike] | None = None,
+        history: Sequence[tuple[str, str]] = (),
+        meta_instruction: str = "",
+        hd_num: int | None = None,
+        max_new_tokens: int = 1024,
+        do_sample: bool = False,
+        **generation: Any,
+    ) -> tuple[str, list[tuple[str, str]]]:
+        """Answer `query`; returns the answer and the history with it.
+
+        image: one or several, for the `<ImageHere>` of history and query in order; a single one without a
+            placeholder goes first. meta_instruction: a system turn. hd_num: the most tiles of an image.
+        generation: more of `generate`'s arguments, such as temperature.
+
+        Control tokens that the query, the history or the instruction spell out are read as plain text.
+        ValueError if the images are not as many as the placeholders.
+        """
+        if image is None:
+            images = []
+        else:
+            images = [image] if isinstance(image, (str, Path, Image.Image)) else list(image)
+        process = image_processor_for(self.config, hd_num)
+        pixels = [process(_open(item)).to(self.device) for item in images]
+        turns = [("system", meta_instruction)] if meta_instruction else []
+        for asked, answered in history:
+            turns += [("user", asked), ("assistant", answered)]
+        turns.append(("user", query))
+        slots = [self.vit.num_tokens(*item.shape[1:]) for item in pixels]
+        ids, is_slot = prompt_ids(tokenizer, turns, slots)
+        output = self.generate(
+            input_ids=torch.tensor([ids], device=self.device),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.int64, device=self.device),
+            im_mask=torch.tensor([is_slot], device=self.device),
+            pixel_values=pixels or None,
+            max_new_tokens=max_new_tokens,
+            do_sample=do_sample,
+            **{"eos_token_id": [tokenizer.eos_token_id, _token_id(tokenizer, TURN_END)], **generation},
+        )
+        answer = cast(str, tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))
+        return answer, [*history, (query, answer)]
+
+
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]], slots: Sequence[int]
+) -> tuple[list[int], list[bool]]:
+    """(role, text) turns → the ids up to where the assistant speaks, and which of them are image slots.
+
+    slots: how many each image fills, in the order of `<ImageHere>` in the texts. Each piece of text between
+    two placeholders is tokenized by itself, as in training.
+    """
+    placeholders = sum(text.count(IMAGE) for _, text in turns)
+    first = len(slots) == 1 and placeholders == 0
+    if placeholders != len(slots) and not first:
+        raise ValueError(f"{placeholders} {IMAGE} for {len(slots)} images: write one for each image")
+    bos = _token_id(tokenizer, str(tokenizer.bos_token))
+    filler = _token_id(tokenizer, str(tokenizer.pad_token))
+    start, end = _token_id(tokenizer, TURN_START), _token_id(tokenizer, TURN_END)
+    waiting = list(slots)
+    ids: list[int] = []
+    is_slot: list[bool] = []
+
+    def add(more: list[int], slot: bool = False) -> None:
+        ids.extend(more)
+        is_slot.extend([slot] * len(more))
+
+    def add_text(text: str) -> None:
+        ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        add(cast(list[int], ids))
+
+    if first:
+        add([filler] * waiting.pop(0), slot=True)
+    add([bos])
+    for role, text in turns:
+        add([start])
+        for i, piece in enumerate(f"{role}\n{text}".split(IMAGE)):
+            if i:
+                add([filler] * waiting.pop(0), slot=True)
+            if piece:
+                add_text(piece)
+        add([end])
+        add_text("\n")
+    add([start])
+    add_text("assistant\n")
+    return ids, is_slot
+
+
+def _token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    token_id = tokenizer.convert_tokens_to_ids(token)
+    if not isinstance(token_id, int) or token_id == tokenizer.unk_token_id:
+        raise ValueError(f"the tokenizer does not know {token}: it is not that of InternLM-XComposer2")
+    return token_id
+
+
+def _open(image: ImageLike) -> Image.Image:
+    return image if isinstance(image, Image.Image) else Image.open(image)
