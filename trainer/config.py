@@ -41,7 +41,7 @@ class Config:
     img_size: int | None = None
     """Side of the square that images are resized to, in pixels; the checkpoint's own by default."""
     hd_num: int | None = None
-    """High-resolution models: the most tiles an image is cut into; the model's own default if absent."""
+    """High-resolution models: the most tiles an image is cut into; -1 or absent: the model's own default."""
     attn_implementation: str = "sdpa"
     """Attention kernel, by transformers' name: sdpa, eager, flash_attention_2, …"""
     plora_dropout: float = 0.05
@@ -166,7 +166,6 @@ class Config:
                 found.append(f"--{name} {getattr(self, name)}: choose one of {', '.join(choices)}")
         at_least = {
             "img_size": 1,
-            "hd_num": 1,
             "max_length": 2,
             "per_device_train_batch_size": 1,
             "gradient_accumulation_steps": 1,
@@ -197,6 +196,8 @@ class Config:
         for name in ("adam_epsilon", "timeout_minutes"):
             if not getattr(self, name) > 0:
                 found.append(f"--{name} {getattr(self, name)}: must be above 0")
+        if self.hd_num is not None and self.hd_num < 1 and self.hd_num != -1:
+            found.append(f"--hd_num {self.hd_num}: must be at least 1, or -1 for the model's own default")
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
             found.append("nothing to train: --num_train_epochs or --max_steps must be above 0")
         found += self._contradictions()
@@ -204,7 +205,7 @@ class Config:
 
     def _contradictions(self) -> list[str]:
         found = []
-        if self.img_size is not None and self.hd_num is not None:
+        if self.img_size is not None and self.hd_num not in (None, -1):
             found.append(
                 "--img_size and --hd_num exclude each other: the first is for square-image models, "
                 "the second for high-resolution ones"

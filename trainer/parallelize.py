@@ -12,11 +12,12 @@ costs 50 M a rank, and 100 M more in the compute dtype while it runs.
 """
 
 import functools
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from trainer.models import Parts
@@ -35,12 +36,14 @@ def parallelize(
     bf16: bool,
     gradient_checkpointing: bool,
     compile_blocks: bool = False,
-) -> FSDPModule:
+) -> Any:
     """Shard `model` over `mesh`, a group for every vision and language block and one for all the rest.
 
     bf16: parameters are gathered and used in bfloat16; their shards, the gradients' reduction and the
     optimizer keep the stored dtype. Gradients are summed over ranks, never averaged: the loop divides the
     loss by the number of supervised tokens of all ranks itself.
+
+    Returns the same object, which is now an `FSDPModule` as well as a model; no static type is both.
     """
     blocks = [
         block

@@ -22,6 +22,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -140,7 +141,7 @@ def load_weights(model: nn.Module, folder: Path, optional: tuple[str, ...] = ())
                     if target.numel():
                         target.copy_(entry[where])
                     continue
-                whole = model.resize_for_load(name, file.get_tensor(name))
+                whole = cast(Any, model).resize_for_load(name, file.get_tensor(name))
                 if whole.shape != parameters[name].shape:
                     raise ValueError(
                         f"{path}: {name} has shape {entry.get_shape()}, "
