@@ -91,7 +91,7 @@ def collate(
     im_mask = np.zeros((num_rows, width), dtype=bool)
     position_ids = np.tile(np.arange(width), (num_rows, 1))
     attention_mask = np.zeros((num_rows, width), dtype=np.int64)
-    begins = np.cumsum([0, *lengths[:-1]]) if packed else [0] * len(samples)
+    begins = np.cumsum([0, *lengths])[:-1] if packed else [0] * len(samples)
     for number, (sample, begin, length) in enumerate(zip(samples, begins, lengths, strict=True)):
         place = (0 if packed else number, slice(begin, begin + length))
         input_ids[place], labels[place], im_mask[place] = sample.input_ids, sample.labels, sample.im_mask

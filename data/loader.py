@@ -167,10 +167,10 @@ class _MicroBatches(Dataset[MicroBatch | _Failure]):
                 skipped.append((source_number, str(error)))
                 continue
             if sample.num_supervised == 0:
+                source = self._reader.sources[source_number]
+                place = source.where(index, source.sample(index).id)
                 what = f"keeps no answer token within max_length={self._reader.encoder.max_length}"
-                unsupervised.append(
-                    (source_number, f"{self._reader.sources[source_number].where(index)} {what}")
-                )
+                unsupervised.append((source_number, f"{place} {what}"))
                 continue
             samples.append(sample)
             pixels += images

@@ -118,7 +118,7 @@ def _split_line(line: str) -> tuple[str, str | None] | None:
     if quoted := re.fullmatch(r"""(["'])(.+?)\1(?:\s+(.*))?""", line):
         amount = re.sub(r"(^|\s)#.*", "", quoted[3] or "")
         return quoted[2], amount or None
-    line = re.sub(r"(^|\s)#.*", "", line)
+    line = re.sub(r"(^|\s)#.*", "", line).rstrip()
     if not line:
         return None
     path, _, last = line.rpartition(" ") if " " in line else line.rpartition("\t")

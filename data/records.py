@@ -279,14 +279,16 @@ class _Window:
     def decode(self, begin: int) -> tuple[Any, int]:
         """The value at a byte offset, and the offset behind it; DataError if there is none."""
         while True:
+            num_tried = len(self._text) if self._begin == begin else 0
+            at_file_end = self._begin + len(self._text) == len(self._data)
             try:
                 value, end = self._raw_decode(self._text, begin - self._begin)
-                return value, self._begin + end
+                if end < len(self._text) or at_file_end:  # else it may be a number cut in two
+                    return value, self._begin + end
             except RecursionError as error:
                 raise DataError("it is nested too deeply") from error
             except ValueError as error:  # broken, or cut off by the window's end
-                num_tried = len(self._text) if self._begin == begin else 0
-                if self._begin + len(self._text) == len(self._data) or num_tried >= MAX_RECORD_BYTES:
+                if at_file_end or num_tried >= MAX_RECORD_BYTES:
                     line = _line_at(self._data, self._begin + getattr(error, "pos", 0))
                     raise DataError(f"line {line}: {getattr(error, 'msg', error)}") from error
             self._begin = begin

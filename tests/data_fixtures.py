@@ -1,0 +1,114 @@
+"""What the data tests share: records, files of them, sources of made-up sizes, a tokenizer of numbers.
+
+write_json(tmp_path / "a.json", [record("Hi", "Hello")])
+NumberTokenizer()(["11 12"])["input_ids"] == [[11, 12]]
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from PIL import Image
+
+from data.mixture import Source, read_mixture
+from data.tokens import SampleEncoder
+
+START, END, BOS, EOS, NEWLINE = 92543, 92542, 1, 2, 364
+HEADERS = {"user\n": [1008, NEWLINE], "assistant\n": [525, 11353, NEWLINE], "system\n": [77, NEWLINE]}
+
+
+CONTROL_IDS = {"<s>": BOS, "</s>": EOS, "<unk>": 0, "[UNUSED_TOKEN_145]": END, "[UNUSED_TOKEN_146]": START}
+
+
+class NumberTokenizer:
+    """Reads "11 12" as the ids 11 and 12, a word by its length; has InternLM2's control tokens."""
+
+    bos_token, eos_token, unk_token, unk_token_id, pad_token_id = "<s>", "</s>", "<unk>", 0, EOS
+    all_special_tokens = tuple(CONTROL_IDS)
+
+    def convert_tokens_to_ids(self, tokens):
+        if isinstance(tokens, str):
+            return CONTROL_IDS.get(tokens, 0)
+        return [CONTROL_IDS.get(token, 0) for token in tokens]
+
+    def __call__(self, texts: list[str], *, split_special_tokens: bool = False, **_: Any):
+        assert split_special_tokens, "user text must not be able to bring in control tokens"
+        return {"input_ids": [self._encode(text) for text in texts]}
+
+    def _encode(self, text: str) -> list[int]:
+        if text in HEADERS:
+            return HEADERS[text]
+        if text == "\n":
+            return [NEWLINE]
+        return [int(word) if word.isdigit() else 100 + len(word) for word in text.split()]
+
+
+class SquareProcessor:
+    """A picture becomes its mean colour in a 2×2 square, and `slots` tokens."""
+
+    def __init__(self, slots: int = 4):
+        self.slots = slots
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        assert image.mode == "RGB"
+        pixel = image.resize((1, 1)).getpixel((0, 0))
+        return torch.tensor(cast(tuple, pixel)).float().div(255).view(3, 1, 1).expand(3, 2, 2).clone()
+
+    def num_tokens(self, width: int, height: int) -> int:
+        return self.slots
+
+    def dummy(self) -> torch.Tensor:
+        return torch.zeros(3, 2, 2)
+
+
+class SizedProcessor(SquareProcessor):
+    """Keeps a picture's own size, a token a pixel: the high-resolution case."""
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        return torch.zeros(3, image.height, image.width)
+
+    def num_tokens(self, width: int, height: int) -> int:
+        return width * height
+
+
+def encoder(max_length: int = 1000) -> SampleEncoder:
+    return SampleEncoder(NumberTokenizer(), max_length)
+
+
+def turns(*texts: str) -> list[dict[str, str]]:
+    """Alternating turns, the user's first."""
+    roles = ("user", "assistant")
+    return [{"from": roles[number % 2], "value": text} for number, text in enumerate(texts)]
+
+
+def record(*texts: str, images: Sequence[str] = (), record_id: str | None = None) -> dict[str, Any]:
+    fields: dict[str, Any] = {"conversations": turns(*texts)}
+    if images:
+        fields["image"] = list(images)
+    if record_id is not None:
+        fields["id"] = record_id
+    return fields
+
+
+def write_json(path: Path, records: Any) -> Path:
+    path.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
+    return path
+
+
+def numbered_mixture(folder: Path, sizes: Sequence[tuple[int, float]]) -> list[Source]:
+    """Sources of (records, samples an epoch); the answer of record i of source s is "1<s><i>"."""
+    lines = []
+    for number, (num_records, num_samples) in enumerate(sizes):
+        records = [record("5", f"1{number}{index:03}") for index in range(num_records)]
+        write_json(folder / f"s{number}.json", records)
+        lines.append(f"s{number}.json {num_samples / 1000}")
+    (folder / "data.txt").write_text("\n".join(lines))
+    return read_mixture(folder / "data.txt")
+
+
+def fake_sources(sizes: Sequence[tuple[int, int]]) -> list[Source]:
+    """Sources that only the order looks at: (records, samples an epoch)."""
+    return [cast(Source, SimpleNamespace(records=range(n), num_samples=k)) for n, k in sizes]
