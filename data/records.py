@@ -280,15 +280,17 @@ class _Window:
         """The value at a byte offset, and the offset behind it; DataError if there is none."""
         while True:
             num_tried = len(self._text) if self._begin == begin else 0
-            at_file_end = self._begin + len(self._text) == len(self._data)
+            is_last_try = num_tried >= MAX_RECORD_BYTES or self._begin + len(self._text) == len(self._data)
             try:
                 value, end = self._raw_decode(self._text, begin - self._begin)
-                if end < len(self._text) or at_file_end:  # else it may be a number cut in two
+                # Only a number does not show where it ends: 1 may be what the window leaves of 1.5.
+                cut_off = isinstance(value, int | float) and self._text[end : end + 1] in "0123456789.eE+-"
+                if is_last_try or not cut_off:
                     return value, self._begin + end
             except RecursionError as error:
                 raise DataError("it is nested too deeply") from error
             except ValueError as error:  # broken, or cut off by the window's end
-                if at_file_end or num_tried >= MAX_RECORD_BYTES:
+                if is_last_try:
                     line = _line_at(self._data, self._begin + getattr(error, "pos", 0))
                     raise DataError(f"line {line}: {getattr(error, 'msg', error)}") from error
             self._begin = begin
