@@ -40,9 +40,9 @@ def _rank(rank: int, world: int, port: int, function: Callable[..., Any], args: 
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+        sys.stdout = sys.stderr = file
         status = function(*args)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        file.flush()
     os._exit(status if isinstance(status, int) else 0)
 
 
@@ -141,7 +141,9 @@ def tiny_model(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any)
     model = InternLMXComposer2ForCausalLM(InternLMXcomposer2Config(**{**fields, **changes}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "Plora_B" in name:  # zero in a new model: nothing would depend on PLoRA
+            if "Plora_B" in name or name.endswith(
+                "bias"
+            ):  # zero in a new model: nothing would depend on them
                 parameter.normal_(std=0.1)
     model.to(dtype).save_pretrained(folder)
     word_tokenizer(folder)
