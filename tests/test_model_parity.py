@@ -1,4 +1,4 @@
-"""The model gives the original's numbers: logits, losses and gradients of every case, and of its parts alone."""
+"""The model gives the original's numbers: logits, losses and gradients, of every case and of its parts."""
 
 import pytest
 import torch

@@ -95,6 +95,7 @@ class InternLMXcomposer2Config(PreTrainedConfig):
         published = {**self.plora_rank, "wqkv": wqkv_scale * self.plora_rank["wqkv"]}
         self.plora_alpha = {**published, **_per_layer({} if self.plora_alpha is None else self.plora_alpha)}
         # What a saved folder is loaded with: transformers' Auto classes read these.
+        kwargs.pop("model_type", None)
         self.architectures = ["InternLMXComposer2ForCausalLM"]
         model = "modeling_xcomposer2.InternLMXComposer2ForCausalLM"
         kwargs["auto_map"] = {
@@ -153,6 +154,8 @@ class InternLMXcomposer2Config(PreTrainedConfig):
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         config_dict, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        # 2.5 and many fine-tunes say internlm2 or internlm, of which transformers would warn.
+        config_dict = {**config_dict, "model_type": cls.model_type}
         # As AutoConfig does it: from_dict must know the folder, to look at its weights.
         return config_dict, {**unused, "name_or_path": str(pretrained_model_name_or_path)}
 
@@ -160,7 +163,10 @@ class InternLMXcomposer2Config(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
         folder = Path(str(kwargs.get("name_or_path", "")))
         shapes = weight_shapes(folder) if (folder / "config.json").is_file() else {}
-        return super().from_dict(complete(config_dict, shapes), **kwargs)
+        fields = complete(config_dict, shapes)
+        # Published files say eager, the slowest; how to compute is for the caller to say, in kwargs.
+        fields.pop("attn_implementation", None)
+        return super().from_dict(fields, **kwargs)
 
 
 def _per_layer(value: dict[str, int] | int) -> dict[str, int]:
@@ -193,7 +199,7 @@ def complete(config_dict: dict[str, Any], shapes: dict[str, list[int]]) -> dict[
     described by `vision_config`: the number of its heads is in no shape.
     """
     if not shapes:
-        return config_dict
+        return dict(config_dict)
     if POSITIONS not in shapes:
         raise ValueError(f"the weights lack {POSITIONS}: this is not an InternLM-XComposer2 model")
     found: dict[str, Any] = {"high_resolution": "plora_glb_GN" in shapes}

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from transformers import Cache, GenerationMixin, PreTrainedTokenizerBase
+from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
 
 from .image_processing_xcomposer2 import image_processor_for
 
@@ -30,6 +30,29 @@ ImageLike = str | Path | Image.Image
 
 class XComposer2GenerationMixin(GenerationMixin):
     """What generation needs beyond transformers' own: images in the first step only, and rows that repeat."""
+
+    def set_generation_defaults(self: Any) -> None:
+        """Stop at the end of a turn too, and forget what a published config.json says of training: use_cache
+        false, and a max_length."""
+        defaults = self.generation_config
+        eos = defaults.eos_token_id
+        ends = eos if isinstance(eos, list) else [self.config.eos_token_id if eos is None else eos]
+        defaults.eos_token_id = list(dict.fromkeys([*ends, self.config.end_token_id]))
+        defaults.use_cache = True
+        if defaults.max_length == self.config.max_length:
+            defaults.max_length = None
+
+    def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
+        """from_pretrained reads the defaults again, from the folder."""
+        parent: Any = super()
+        parent.adjust_generation_fn(*args, **kwargs)
+        self.set_generation_defaults()
+
+    def _prepare_attention_mask_for_generation(
+        self, inputs_tensor: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
+    ) -> Any:
+        """Without a mask every position is real: image slots may hold the id of padding."""
+        return torch.ones(inputs_tensor.shape[:2], dtype=torch.int64, device=inputs_tensor.device)
 
     def prepare_inputs_for_generation(
         self,

@@ -275,10 +275,7 @@ class InternLMXComposer2ForCausalLM(XComposer2GenerationMixin, PreTrainedModel):
             nn.Linear(width, config.hidden_size), nn.GELU(), nn.Linear(config.hidden_size, config.hidden_size)
         )
         self.loss_function = supervised_cross_entropy
-        # A published config.json says use_cache false and a max_length that is training's.
-        self.generation_config.update(
-            use_cache=True, max_length=None, eos_token_id=[config.eos_token_id, config.end_token_id]
-        )
+        self.set_generation_defaults()
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:

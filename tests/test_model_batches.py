@@ -1,0 +1,273 @@
+"""What a batch must not change: padding, packing, neighbours, dummy images, frozen parts, checkpointing."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from tests.model_cases import FAMILIES, golden
+from trainer.models import build_model, parts_of
+
+SQUARE = ("text_only", "one_image_front", "two_images_apart")
+HD = ("text_only", "one_image_wide_1x3", "two_images_multi_turn")
+SAMPLES = {"xcomposer2": SQUARE, "xcomposer2-hd": HD}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {name: golden(name).model() for name in FAMILIES}
+
+
+def samples(family):
+    parts = [golden(family).inputs(case) for case in SAMPLES[family]]
+    return [{**part, "attention_mask": None} for part in parts]
+
+
+def images_of(parts):
+    return [image for part in parts for image in part["pixel_values"] or []]
+
+
+def padded(parts, side):
+    """One batch of all samples, padded with </s> on `side`."""
+    width = max(part["input_ids"].shape[1] for part in parts)
+
+    def pad(tensor, value):
+        gap = width - tensor.shape[1]
+        return torch.nn.functional.pad(tensor, (gap, 0) if side == "left" else (0, gap), value=value)
+
+    batch = {
+        "input_ids": torch.cat([pad(part["input_ids"], 2) for part in parts]),
+        "attention_mask": torch.cat([pad(torch.ones_like(part["input_ids"]), 0) for part in parts]),
+        "im_mask": torch.cat([pad(part["im_mask"], False) for part in parts]),
+        "labels": torch.cat([pad(part["labels"], -100) for part in parts]),
+    }
+    return {**batch, "pixel_values": images_of(parts)}
+
+
+def packed(parts):
+    """One row of all samples, told apart by their positions."""
+    keys = ("input_ids", "im_mask", "labels")
+    row = {key: torch.cat([part[key] for part in parts], dim=1) for key in keys}
+    positions = [torch.arange(part["input_ids"].shape[1]) for part in parts]
+    return {**row, "position_ids": torch.cat(positions)[None], "pixel_values": images_of(parts)}
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def summed_loss(model, batches):
+    model.zero_grad(set_to_none=True)
+    total = sum(model(**batch, num_items_in_batch=1).loss for batch in batches)
+    total.backward()
+    return total.detach(), gradients(model)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@torch.no_grad()
+def test_a_padded_row_gives_what_it_gives_alone(models, family, side):
+    parts = samples(family)
+    batch = padded(parts, side)
+    logits = models[family](**batch, return_logits=True).logits
+    for row, mask, part in zip(logits, batch["attention_mask"].bool(), parts, strict=True):
+        alone = models[family](**part, return_logits=True).logits[0]
+        torch.testing.assert_close(row[mask], alone, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_packed_row_gives_the_logits_and_gradients_of_its_samples(models, family, attention):
+    model, parts = models[family], samples(family)
+    alone = torch.cat([model(**part, return_logits=True).logits for part in parts], dim=1)
+    expected_loss, expected = summed_loss(model, parts)
+    model.set_attn_implementation(attention)
+    try:
+        torch.testing.assert_close(
+            model(**packed(parts), return_logits=True).logits, alone, rtol=0, atol=2e-5
+        )
+        loss, found = summed_loss(model, [packed(parts)])
+    finally:
+        model.set_attn_implementation("sdpa")
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
+    assert found.keys() == expected.keys()
+    whole = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() < 1e-5 * whole, name
+
+
+@torch.no_grad()
+def test_a_poisoned_neighbour_in_a_packed_row_is_not_felt(models):
+    model, parts = models["xcomposer2"], samples("xcomposer2")[:2]
+    lengths = [part["input_ids"].shape[1] for part in parts]
+    row = packed(parts)
+    embeds = model.model.tok_embeddings(row["input_ids"])
+    embeds = embeds.index_copy(
+        1, row["im_mask"][0].nonzero()[:, 0], model.image_features(row["pixel_values"])[None]
+    )
+    for poisoned in range(2):
+        poison = embeds.clone()
+        start = 0 if poisoned == 0 else lengths[0]
+        poison[:, start : start + lengths[poisoned]] = float("nan")
+        logits = model(
+            inputs_embeds=poison, im_mask=row["im_mask"], position_ids=row["position_ids"]
+        ).logits.split(lengths, dim=1)
+        clean = model(**parts[1 - poisoned], return_logits=True).logits
+        torch.testing.assert_close(logits[1 - poisoned], clean, rtol=0, atol=2e-5)
+        assert logits[poisoned].isnan().all()
+
+
+def test_a_dummy_image_adds_exact_zeros(models, family):
+    model, text = models[family], samples(family)[0]
+    loss, expected = summed_loss(model, [text])
+    side = model.config.image_size
+    dummy_loss, found = summed_loss(model, [{**text, "pixel_values": torch.randn(1, 3, side, side)}])
+    assert torch.equal(loss, dummy_loss)
+    for name, gradient in found.items():
+        if name in expected:
+            assert torch.equal(gradient, expected[name]), name
+        else:
+            assert name.startswith(("vit.", "vision_proj.", "plora_")), name
+            assert not gradient.any(), name
+    used = {name for name, _ in model.named_parameters() if "post_layernorm" not in name}
+    assert found.keys() == used
+
+
+def test_without_an_image_partial_lora_has_zeros_and_vision_nothing(models):
+    _, found = summed_loss(models["xcomposer2"], samples("xcomposer2")[:1])
+    assert any("Plora_A" in name for name in found)
+    assert all(not gradient.any() for name, gradient in found.items() if "Plora" in name)
+    assert not any(name.startswith(("vit.", "vision_proj.")) for name in found)
+
+
+def test_nothing_supervised_gives_zero_and_not_nan(models):
+    part = samples("xcomposer2")[1]
+    part["labels"] = torch.full_like(part["labels"], -100)
+    loss, found = summed_loss(models["xcomposer2"], [part])
+    assert loss == 0
+    assert "output.weight" in found
+    assert all(not gradient.any() for gradient in found.values())
+
+
+def test_no_logits_are_formed_when_there_are_labels(models):
+    part = samples("xcomposer2")[0]
+    assert models["xcomposer2"](**part).logits is None
+    seen = []
+
+    def loss_function(hidden, targets, lm_head, num_items_in_batch):
+        seen.append((hidden.shape, targets.shape, lm_head, num_items_in_batch))
+        return hidden.sum()
+
+    model = golden("xcomposer2").model()
+    model.loss_function = loss_function
+    model(**part, num_items_in_batch=7)
+    supervised = int((part["labels"] != -100).sum())
+    assert seen == [((supervised, 64), (supervised,), model.output, 7)]
+
+
+def test_a_wrong_number_of_slots_is_an_error_with_both_numbers(models):
+    part = samples("xcomposer2")[1]
+    with pytest.raises(ValueError, match="25 image slots, but the images give 50 features"):
+        models["xcomposer2"](**{**part, "pixel_values": part["pixel_values"] * 2})
+    with pytest.raises(ValueError, match="25 image slots, but there are no pixel_values"):
+        models["xcomposer2"](**{**part, "pixel_values": None})
+
+
+def test_an_image_of_another_size_is_an_error(models):
+    for family, shape in [
+        ("xcomposer2", (3, 70, 84)),
+        ("xcomposer2-hd", (3, 56, 84)),
+        ("xcomposer2", (1, 70, 70)),
+    ]:
+        with pytest.raises(ValueError, match="an image has shape"):
+            models[family].image_features([torch.zeros(shape)])
+
+
+def test_a_misspelt_argument_is_an_error(models):
+    part = samples("xcomposer2")[0]
+    with pytest.raises(TypeError, match="im_masks"):
+        models["xcomposer2"](**part, im_masks=part["im_mask"])
+
+
+def test_a_frozen_tower_keeps_no_graph_and_the_projector_still_learns(family):
+    model = golden(family).model()
+    model.vit.requires_grad_(False)
+    _, found = summed_loss(model, samples(family)[1:2])
+    assert not any(name.startswith("vit.") for name in found)
+    reference = golden(family).model()
+    _, expected = summed_loss(reference, samples(family)[1:2])
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=1e-6)
+    assert found["vision_proj.0.weight"].any()
+    assert model.vit(samples(family)[1]["pixel_values"], *gn_of(model)).requires_grad == bool(gn_of(model))
+
+
+def gn_of(model):
+    return (model.plora_sub_GN, model.plora_glb_GN) if model.config.high_resolution else ()
+
+
+def test_checkpointed_activations_give_the_same_gradients():
+    model, part = golden("xcomposer2").model(), samples("xcomposer2")[1]
+    model.config.plora_dropout = 0.0
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.train()
+    _, expected = summed_loss(model, [part])
+    model.gradient_checkpointing_enable()
+    _, found = summed_loss(model, [part])
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-6)
+
+
+def test_dropout_acts_in_training_and_at_image_slots_only():
+    model, part = golden("xcomposer2").model(), samples("xcomposer2")[1]
+    with torch.no_grad():
+        still = model(**part, return_logits=True).logits
+        model.train()
+        torch.manual_seed(0)
+        moved = model(**part, return_logits=True).logits
+        before_image = int(part["im_mask"][0].nonzero()[0, 0])
+    torch.testing.assert_close(moved[:, :before_image], still[:, :before_image])
+    assert not torch.allclose(moved, still, atol=1e-4)
+
+
+def test_lora_wraps_the_layers_and_passes_the_slots_on():
+    model, part = golden("xcomposer2").model(), samples("xcomposer2")[1]
+    expected = model(**part, return_logits=True).logits
+    targets = list(parts_of(model.config).lora_targets)
+    wrapped = get_peft_model(model, LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))
+    torch.testing.assert_close(wrapped(**part, return_logits=True).logits, expected)
+    wrapped(**part).loss.backward()
+    trained = [name for name, p in wrapped.named_parameters() if p.grad is not None]
+    assert trained
+    assert all("lora_" in name for name in trained)
+
+
+def test_a_new_model_starts_sane():
+    torch.manual_seed(0)
+    config = golden("xcomposer2-hd").model().config
+    model = build_model(config)
+    for name, parameter in model.named_parameters():
+        assert parameter.isfinite().all(), name
+        zero = name.endswith("bias") or "Plora_B" in name or "_GN" in name
+        assert bool(parameter.any()) != zero, name
+    loss = model(**golden("xcomposer2-hd").inputs("one_image_2x2")).loss
+    assert loss.item() == pytest.approx(torch.log(torch.tensor(320.0)).item(), abs=0.3)
+
+
+def test_buffers_are_right_after_meta_and_to_empty():
+    reference = golden("xcomposer2").model()
+    with torch.device("meta"):
+        model = build_model(reference.config)
+    model.to_empty(device="cpu")
+    for buffer in model.buffers():
+        buffer.fill_(17)
+    model.init_buffers()
+    model.load_state_dict(reference.state_dict())
+    part = samples("xcomposer2")[1]
+    with torch.no_grad():
+        logits = model.eval()(**part, return_logits=True).logits
+    assert torch.equal(logits, reference(**part, return_logits=True).logits)
