@@ -139,8 +139,10 @@ def test_another_image_size_is_asked_for_and_the_positions_are_resized(folder):
     model.load_state_dict(resized)
     assert resized[name].shape == (37, 32)
     assert model.image_features(torch.zeros(1, 3, 84, 84)).shape == (36, 64)
-    with pytest.raises(ValueError, match="tiles"):
+    with pytest.raises(ValueError, match="tiles of 56 pixels"):
         load_config(GOLDEN / "xcomposer2-hd", img_size=84)
+    with pytest.raises(ValueError, match="85 pixels"):
+        load_config(folder, img_size=85)
 
 
 def fields_of(config):

@@ -12,7 +12,7 @@ from tests.tiny import word_tokenizer
 from trainer.models import load_image_processor, load_tokenizer
 from trainer.models.xcomposer2.generation_xcomposer2 import prompt_ids
 
-GREEDY = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": -1}
+GREEDY = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": 320}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -63,7 +63,7 @@ images = [inputs.pop(name) for name in sorted(inputs) if name.startswith("image.
 inputs["im_mask"] = inputs["im_mask"].bool()
 with torch.no_grad():
     logits = model(**inputs, pixel_values=images).logits
-answer = model.generate(**inputs, pixel_values=images, max_new_tokens=5, do_sample=False, eos_token_id=-1)
+answer = model.generate(**inputs, pixel_values=images, max_new_tokens=5, do_sample=False, eos_token_id=320)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 picture = Image.new("RGB", (60, 60))
 text, history = model.chat(tokenizer, "<ImageHere>what is it?", image=picture, max_new_tokens=3)
@@ -99,7 +99,9 @@ def test_a_saved_folder_works_without_this_project(tmp_path, family):
     with torch.no_grad():
         expected = model(**inputs, pixel_values=images).logits
     torch.testing.assert_close(outputs["logits"], expected, rtol=0, atol=1e-5)
-    answer = model.generate(**inputs, pixel_values=images, max_new_tokens=5, do_sample=False, eos_token_id=-1)
+    answer = model.generate(
+        **inputs, pixel_values=images, max_new_tokens=5, do_sample=False, eos_token_id=320
+    )
     assert torch.equal(outputs["answer"], answer)
     # Saved once more by that process, it brings its code along.
     assert (out / "again" / "modeling_xcomposer2.py").is_file()

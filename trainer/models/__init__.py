@@ -71,12 +71,10 @@ def load_config(folder: str | Path, img_size: int | None = None) -> PreTrainedCo
         raise ValueError(f"{folder}: model_type is {model_type}, not one of {', '.join(MODEL_TYPES)}")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if img_size is not None:
+            config.img_size = img_size
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
-    if img_size is not None:
-        if config.high_resolution:
-            raise ValueError(f"{folder}: img_size is for square images; this model has tiles")
-        config.img_size = img_size
     return config
 
 

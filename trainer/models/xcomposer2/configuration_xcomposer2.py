@@ -115,6 +115,9 @@ class InternLMXcomposer2Config(PreTrainedConfig):
                 f"num_key_value_heads {self.num_key_value_heads} must divide num_attention_heads "
                 f"{self.num_attention_heads}, and that must divide hidden_size {self.hidden_size}"
             )
+        self._check_image_size()
+
+    def _check_image_size(self) -> None:
         if self.image_size % (self.patch_size * (2 if self.high_resolution else 1)):
             raise ValueError(
                 f"an image side of {self.image_size} pixels is not a whole number of "
@@ -137,8 +140,12 @@ class InternLMXcomposer2Config(PreTrainedConfig):
 
     @img_size.setter
     def img_size(self, pixels: int) -> None:
-        assert not self.high_resolution, "a tile has the size that the weights were trained with"
+        if self.high_resolution:
+            raise ValueError(
+                f"img_size is for square images; this model has tiles of {self.image_size} pixels"
+            )
         self.vision_config.image_size = pixels
+        self._check_image_size()
 
     def to_dict(self) -> dict[str, Any]:
         return super().to_dict() | ({} if self.img_size is None else {"img_size": self.img_size})

@@ -66,7 +66,7 @@ class PLoRALinear(nn.Linear):
         if slots is not None:
             at_slots = self.dropout(input.flatten(0, 1).index_select(0, slots))
             delta = self.Plora_B(self.Plora_A(at_slots)) * self.scale
-            y.flatten(0, 1).index_add_(0, slots, delta.to(y.dtype))  # a view of y
+            y.view(-1, y.shape[-1]).index_add_(0, slots, delta.to(y.dtype))
         return y
 
 

@@ -54,7 +54,7 @@ class VisionEncoder(nn.Module):
         """images [N, 3, H, W] or N of [3, H, W], any floating dtype; sub_gn and glb_gn, both 4 C wide, for
         high resolution. ValueError for an image that is not of the model's size."""
         for image in images:
-            if not self._fits(*image.shape):
+            if not self._fits(image.shape):
                 raise ValueError(
                     f"an image has shape {tuple(image.shape)}; this model takes 3 channels and "
                     + ("multiples of " * self.high_resolution)
@@ -72,11 +72,11 @@ class VisionEncoder(nn.Module):
             ]
         )
 
-    def _fits(self, channels: int, height: int, width: int) -> bool:
+    def _fits(self, shape: torch.Size) -> bool:
         tile = self.image_size
         if self.high_resolution:
-            return channels == 3 and min(height, width) >= tile and height % tile == width % tile == 0
-        return (channels, height, width) == (3, tile, tile)
+            return len(shape) == 3 and shape[0] == 3 and all(x >= tile and x % tile == 0 for x in shape[1:])
+        return tuple(shape) == (3, tile, tile)
 
     def _patches(self, pixels: Tensor) -> Tensor:
         """[N, 3, S, S] → [N, grid², C]: the last layer before post_layernorm, without the class token.
