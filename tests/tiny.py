@@ -7,6 +7,7 @@ result = torchrun(2, [...])                                  # real torchrun, ou
 """
 
 import json
+import logging
 import multiprocessing
 import os
 import socket
@@ -41,16 +42,19 @@ def _rank(rank: int, world: int, port: int, function: Callable[..., Any], args: 
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         sys.stdout = sys.stderr = file
+        logging.getLogger().handlers.clear()  # pytest's own
         status = function(*args)
         file.flush()
     os._exit(status if isinstance(status, int) else 0)
 
 
-def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[str]:
+def run_ranks(
+    world: int, function: Callable[..., Any], *args: Any, timeout: float = 120, status: int = 0
+) -> list[str]:
     """Call `function(*args)` on `world` forked ranks and return what each printed.
 
     Forking skips the import of torch and transformers, which costs a torchrun seconds a rank. A rank that
-    fails, or returns a non-zero number, fails the test with its output.
+    hangs, or ends with another exit status than `status`, fails the test with its output.
     """
     context = multiprocessing.get_context("fork")
     port = free_port()
@@ -70,7 +74,7 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
         outputs = [log.read_text() if log.exists() else "" for log in logs]
         statuses = [process.exitcode for process in ranks]
         assert not hung, f"{len(hung)} of {world} ranks hung:\n" + "\n".join(outputs)
-        assert statuses == [0] * world, f"statuses {statuses}:\n" + "\n".join(outputs)
+        assert statuses == [status] * world, f"statuses {statuses}:\n" + "\n".join(outputs)
         return outputs
 
 

@@ -1,0 +1,149 @@
+"""What a user gets wrong is said in one sentence with the place and the remedy, before any weight is read."""
+
+import json
+import shutil
+
+import pytest
+from PIL import Image
+
+from tests.tiny import read_metrics, run_ranks, tiny_data, tiny_model
+from trainer.main import main
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("bad") / "model")
+
+
+@pytest.fixture
+def data(tmp_path):
+    tiny_data(tmp_path / "data")
+    return tmp_path / "data"
+
+
+def run(status, model, data_path, output_dir, *flags, ranks=1):
+    arguments = f"""
+        --model_name_or_path {model} --data_path {data_path} --output_dir {output_dir} --bf16 False
+        --max_steps 3 --per_device_train_batch_size 4 --save_strategy no --dataloader_num_workers 0
+    """
+    return run_ranks(ranks, main, [*arguments.split(), *flags], status=status)
+
+
+def errors_of(output):
+    return [line for line in output.splitlines() if line.startswith("error: ")]
+
+
+def change_record(data, index, **fields):
+    records = json.loads((data / "colour.json").read_text())
+    records[index] |= fields
+    records[index] = {name: value for name, value in records[index].items() if value is not ...}
+    (data / "colour.json").write_text(json.dumps(records))
+
+
+QUESTION = {"from": "user", "value": "<ImageHere>what colour is it?"}
+ANSWER = {"from": "assistant", "value": "red"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"conversations": ...}, "has no 'conversations'"),
+        ({"conversations": [{"from": "usr", "value": "hi"}, ANSWER]}, "unknown role 'usr'"),
+        ({"conversations": [QUESTION]}, "no assistant turn"),
+        (
+            {"conversations": [{**QUESTION, "value": "<ImageHere><ImageHere>"}, ANSWER]},
+            "2 <ImageHere> but 1 images",
+        ),
+        ({"image": ["red40.png", "red90.png"]}, "1 <ImageHere> but 2 images"),
+    ],
+)
+def test_a_bad_record_is_named_by_file_index_and_id(model, data, tmp_path, fields, said):
+    change_record(data, 7, **fields)
+    (output,) = run(2, model, data / "data.txt", tmp_path / "out")
+    (error,) = errors_of(output)
+    assert "colour.json: record 7 (id 'colour-7')" in error
+    assert said in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("missing.json 1\n", "missing.json"),
+        ("", "names no file"),
+        ("# only a comment\n\n", "names no file"),
+        ("colour.json 0\n", "is no sample an epoch"),
+        ("colour.json -1\n", "is not a number of samples"),
+        ("broken.json\n", "broken.json"),
+    ],
+)
+def test_a_bad_data_txt_is_named_by_file_and_line(model, data, tmp_path, content, said):
+    (data / "broken.json").write_text('[{"id": 1, "conversations": [')
+    (data / "data.txt").write_text(content)
+    (output,) = run(2, model, data / "data.txt", tmp_path / "out")
+    (error,) = errors_of(output)
+    assert said in error
+    assert str(data) in error
+    assert "Traceback" not in output
+
+
+def test_problems_of_data_and_model_are_reported_together_and_once_for_all_ranks(model, data, tmp_path):
+    shutil.copytree(model, tmp_path / "empty")
+    (tmp_path / "empty" / "model.safetensors").unlink()
+    (data / "data.txt").write_text("none.json\nnothing.json\n")
+    first, second = run(2, tmp_path / "empty", data / "data.txt", tmp_path / "out", ranks=2)
+    errors = errors_of(first)
+    assert len(errors) == 3
+    assert "none.json" in errors[0]
+    assert "nothing.json" in errors[1]
+    assert f"{tmp_path}/empty: no *.safetensors file" in errors[2]
+    assert not errors_of(second)
+
+
+def test_contradictory_flags_are_refused_before_anything_is_read(model, data, tmp_path):
+    flags = ["--img_size", "70", "--hd_num", "4", "--vit_learning_rate", "1e-5", "--deepspeed", "zero2.json"]
+    (output,) = run(2, model, data / "data.txt", tmp_path / "out", *flags)
+    assert len(errors_of(output)) == 3
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_an_unreadable_image_ends_the_run_with_its_place_and_no_traceback(model, data, tmp_path, workers):
+    (data / "red40.png").write_bytes(b"not an image")
+    (output,) = run(1, model, data / "data.txt", tmp_path / "out", "--dataloader_num_workers", workers)
+    (error,) = errors_of(output)
+    assert "colour.json: record" in error or "both.json: record" in error
+    assert "red40.png" in error
+    assert "Traceback" not in output
+
+
+def test_unreadable_images_are_skipped_and_counted_when_asked_for(model, data, tmp_path):
+    (data / "red40.png").write_bytes(b"not an image")
+    flags = ["--on_bad_sample", "skip", "--max_steps", "-1"]
+    (output,) = run(0, model, data / "data.txt", tmp_path / "out", *flags)
+    lines = read_metrics(tmp_path / "out")
+    bad = [
+        record["id"]
+        for name in ("colour", "both")
+        for record in json.loads((data / f"{name}.json").read_text())
+        if "red40.png" in record["image"]
+    ]
+    assert sum(line["left_out_samples"] for line in lines) == len(bad)
+    assert sum(line["samples"] for line in lines) == 30 - len(bad)
+    assert all(f"'{record_id}'" in output for record_id in bad)
+
+
+def test_a_sample_that_truncation_leaves_without_an_answer_is_named_and_trains_nothing(model, data, tmp_path):
+    image_tokens, question = 25, 12
+    flags = f"--max_length {image_tokens + question} --max_steps -1 --dataloader_num_workers 0".split()
+    (output,) = run(0, model, data / "data.txt", tmp_path / "out", *flags)
+    lines = read_metrics(tmp_path / "out")
+    assert sum(line["left_out_samples"] for line in lines) > 0
+    assert "keeps no answer token within max_length=37" in output
+    assert all(line["loss"] == line["loss"] for line in lines)  # never NaN
+
+
+def test_a_bomb_of_an_image_is_refused(model, data, tmp_path):
+    Image.new("1", (40_000, 40_000)).save(data / "red40.png")
+    (output,) = run(1, model, data / "data.txt", tmp_path / "out")
+    (error,) = errors_of(output)
+    assert "red40.png" in error
