@@ -26,7 +26,7 @@ from data.batch import MicroBatch, collate
 from data.errors import DataError
 from data.images import ImageProcessor, open_image, to_rgb, viewed_size
 from data.mixture import Source
-from data.packing import deal
+from data.packing import Packing, deal
 from data.sampler import StepSampler
 from data.tokens import Encoded, SampleEncoder
 
@@ -54,8 +54,14 @@ class SampleReader:
     image_processor: ImageProcessor
     as_viewed: bool = False
 
-    def read(self, source_number: int, index: int) -> tuple[Encoded, list[torch.Tensor]]:
-        """Raises DataError with the record's place. Pictures behind the cut at max_length are not decoded."""
+    def read(
+        self, source_number: int, index: int, *, decode: bool = True
+    ) -> tuple[Encoded, list[torch.Tensor]]:
+        """Raises DataError with the record's place.
+
+        Pictures behind the cut at max_length are not decoded, and none where no answer is left before it.
+        `decode=False` reads the pictures' headers alone and returns none.
+        """
         source = self.sources[source_number]
         sample = source.sample(index)
         opened = []
@@ -66,7 +72,7 @@ class SampleReader:
                 return self.image_processor.num_tokens(*viewed_size(opened[-1], self.as_viewed))
 
             encoded = self.encoder.encode(sample, num_image_tokens)
-            used = opened[: len(encoded.image_tokens)] if encoded.num_supervised else []
+            used = opened[: len(encoded.image_tokens)] if decode and encoded.num_supervised else []
             return encoded, [self.image_processor(to_rgb(image, self.as_viewed)) for image in used]
         except DataError as error:
             raise DataError(f"{source.where(index, sample.id)} {error}") from error
@@ -90,20 +96,28 @@ class StepLoader:
         first_step: int = 0,
         num_workers: int = 0,
         on_bad_sample: Literal["error", "skip"] = "error",
+        packing: Packing | None = None,
     ):
-        """Args: num_steps, first_step: the steps are first_step … num_steps − 1, counted from 0."""
+        """Args:
+        num_steps, first_step: the steps are first_step … num_steps − 1, counted from 0.
+        packing: rows are packed and balanced by it; None means samples_per_micro_batch padded rows.
+        """
         self._reader, self._sampler = reader, sampler
         self._rank, self._num_ranks = rank, num_ranks
         self._samples_per_micro_batch = samples_per_micro_batch
         self._steps = range(first_step, num_steps)
         self._num_workers, self._on_bad_sample = num_workers, on_bad_sample
+        self._packing = packing
         self._num_left_out = 0
 
     def plan(self, step: int) -> list[list[tuple[int, int]]]:
         """(source, record) of this rank's samples in each of its micro-batches of a step."""
         samples = self._sampler.samples(step)
-        parts = deal(len(samples), self._num_ranks, self._samples_per_micro_batch)[self._rank]
-        return [[(int(source), int(record)) for source, record in samples[part]] for part in parts]
+        if self._packing:
+            plan = self._packing.plan(samples, self._num_ranks)
+        else:
+            plan = deal(len(samples), self._num_ranks, self._samples_per_micro_batch)
+        return [[(int(source), int(record)) for source, record in samples[part]] for part in plan[self._rank]]
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         """Raises DataError at a sample that cannot be used, unless bad samples are skipped."""
@@ -117,12 +131,12 @@ class StepLoader:
                     yield part
 
         batches = DataLoader(
-            _MicroBatches(self._reader, self._on_bad_sample == "skip"),
+            _MicroBatches(self._reader, self._on_bad_sample == "skip", self._packing is not None),
             batch_size=None,
             sampler=micro_batch_plans(),
             num_workers=self._num_workers,
             prefetch_factor=PREFETCHED_PER_WORKER if self._num_workers else None,
-            worker_init_fn=_start_worker,
+            worker_init_fn=start_worker,
             pin_memory=torch.accelerator.is_available(),
         )
         step: list[MicroBatch] = []
@@ -147,8 +161,8 @@ class StepLoader:
 class _MicroBatches(Dataset[MicroBatch | _Failure]):
     """What a worker does: the "index" is a micro-batch's plan."""
 
-    def __init__(self, reader: SampleReader, skip_bad: bool):
-        self._reader, self._skip_bad = reader, skip_bad
+    def __init__(self, reader: SampleReader, skip_bad: bool, packed: bool):
+        self._reader, self._skip_bad, self._packed = reader, skip_bad, packed
         # Where any sample of the run has an image, every micro-batch of every rank runs the vision tower: its
         # collectives must match, and gradients must not depend on how samples are dealt.
         any_images = any(source.records.num_images for source in reader.sources)
@@ -175,11 +189,17 @@ class _MicroBatches(Dataset[MicroBatch | _Failure]):
             samples.append(sample)
             pixels += images
             sample_ids.append((source_number, index))
-        batch = collate(samples, pixels or self._dummy, sample_ids, self._reader.encoder.pad_id)
+        encoder = self._reader.encoder
+        batch = collate(samples, pixels or self._dummy, sample_ids, encoder.pad_id, packed=self._packed)
+        if self._packed and batch.num_tokens > encoder.max_length:
+            return _Failure(
+                f"a packed row has {batch.num_tokens} tokens, over max_length={encoder.max_length}: images"
+                " have changed since they were measured; remove the *.lengths files beside the JSON files"
+            )
         batch.skipped, batch.unsupervised = skipped, unsupervised
         return batch
 
 
-def _start_worker(_: int) -> None:
+def start_worker(_: int) -> None:
     # Workers are the parallelism; the tokenizer's own threads would warn about the fork.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

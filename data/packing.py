@@ -8,7 +8,16 @@ what and nothing else: the step trains on the same samples, and its loss is one 
     → rank 0: [0 1] [4 5]    rank 1: [2 3] [6 7]
     deal(num_samples=3, num_ranks=2, samples_per_micro_batch=2)      # the last step of an epoch
     → rank 0: [0 1]          rank 1: [2]
+
+Packed, a micro-batch is one row of whole samples, at most max_tokens long, without padding. Ranks wait for
+each other in every micro-batch, so the rows of one round must cost the same:
+
+    pack(tokens=[90, 10, 50, 40, 60], costs=[90, 10, 50, 40, 60], num_ranks=2, max_tokens=100)
+    → rank 0: [0] [2]        rank 1: [4] [1 3]       # 90 beside 60, then 50 beside 50
 """
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -20,3 +29,111 @@ def deal(num_samples: int, num_ranks: int, samples_per_micro_batch: int) -> Plan
     num_rounds = -(-num_samples // (num_ranks * samples_per_micro_batch))
     parts = np.array_split(np.arange(num_samples), num_rounds * num_ranks)
     return [parts[rank::num_ranks] for rank in range(num_ranks)]
+
+
+def pack(tokens: np.ndarray, costs: np.ndarray, num_ranks: int, max_tokens: int) -> Plan:
+    """Packs a step's samples into the fewest rounds of rows, balanced by cost, the costliest round first.
+
+    The same arguments give the same plan on every rank and machine.
+
+    Args: tokens: int [N], none over max_tokens; costs: float [N], in any unit.
+    """
+    assert tokens.max(initial=0) <= max_tokens
+    num_rounds = max(1, -(-int(tokens.sum()) // (num_ranks * max_tokens)))
+    while (packed := _fill_rows(tokens, costs, num_rounds * num_ranks, max_tokens)) is None:
+        num_rounds += 1
+    rows, row_costs = packed
+    by_cost = [np.array(sorted(rows[row]), dtype=np.int64) for row in np.argsort(-row_costs, kind="stable")]
+    return [by_cost[rank::num_ranks] for rank in range(num_ranks)]
+
+
+def _fill_rows(
+    tokens: np.ndarray, costs: np.ndarray, num_rows: int, max_tokens: int
+) -> tuple[list[list[int]], np.ndarray] | None:
+    """Each sample, the costliest first, to the row that costs least of those with room; None if none has."""
+    rows: list[list[int]] = [[] for _ in range(num_rows)]
+    row_tokens, row_costs = np.zeros(num_rows, dtype=np.int64), np.zeros(num_rows)
+    for sample in np.argsort(-costs, kind="stable"):
+        has_room = row_tokens + tokens[sample] <= max_tokens
+        if not has_room.any():
+            return None
+        row = int(np.argmin(np.where(has_room, row_costs, np.inf)))
+        rows[row].append(int(sample))
+        row_tokens[row] += tokens[sample]
+        row_costs[row] += costs[sample]
+    return rows, row_costs
+
+
+def idle_share(plan: Plan, costs: np.ndarray) -> float:
+    """The share of all ranks' time that is spent waiting for the slowest rank of each round."""
+    loads = np.array([[float(costs[part].sum()) for part in parts] for parts in plan])  # [ranks, rounds]
+    return 1 - float(loads.sum() / (loads.max(axis=0).sum() * len(plan))) if loads.any() else 0.0
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """What a sample costs, in units of one text token's way through the language model.
+
+    The defaults are those of a 7B model with square images; `from_sizes` derives them for any.
+    """
+
+    image_slot: float = 0.05
+    """The vision tower's work for one image slot."""
+    token_pair: float = 1.9e-5
+    """Attention between two tokens of a sample."""
+
+    @classmethod
+    def from_sizes(
+        cls,
+        *,
+        language: tuple[int, int, int],
+        vision: tuple[int, int, int],
+        kv_share: float,
+        patches_per_image: int,
+        patches_per_slot: int,
+        trains_vision: bool,
+    ) -> "CostModel":
+        """Multiplications per token, from what a configuration says.
+
+        Args:
+            language, vision: (hidden size, intermediate size, layers).
+            kv_share: key-value heads / heads.
+            patches_per_image: patches that attend to each other in the vision tower: one image or tile.
+            patches_per_slot: 1, or 4 where 2 × 2 patches merge.
+            trains_vision: a frozen tower runs forward only, a third of the work.
+        """
+        hidden, intermediate, layers = language
+        per_token = layers * (hidden * hidden * (2 + 2 * kv_share) + 3 * hidden * intermediate)
+        per_pair = layers * hidden  # scores and values, half of them behind the causal mask
+        hidden, intermediate, layers = vision
+        per_patch = layers * (
+            4 * hidden * hidden + 2 * hidden * intermediate + 2 * hidden * patches_per_image
+        )
+        share = 1.0 if trains_vision else 1 / 3
+        return cls(share * per_patch * patches_per_slot / per_token, per_pair / per_token)
+
+    def __call__(self, tokens: np.ndarray, image_slots: np.ndarray) -> np.ndarray:
+        """The cost of each sample, float64 [N]; both arguments int [N]."""
+        return tokens + self.image_slot * image_slots + self.token_pair * tokens.astype(np.float64) ** 2
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Plans steps from the samples' lengths (`data.lengths`)."""
+
+    lengths: Sequence[np.ndarray]
+    """Of each source: int32 [records, 3], tokens, image slots, supervised tokens."""
+    max_tokens: int
+    """Of a row: the samples' max_length."""
+    cost: CostModel = CostModel()
+
+    def plan(self, samples: np.ndarray, num_ranks: int) -> Plan:
+        """The plan of a step's samples, [N, 2] (source, record)."""
+        tokens, costs = self.measure(samples)
+        return pack(tokens, costs, num_ranks, self.max_tokens)
+
+    def measure(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens, costs) of samples; what will be left out has neither."""
+        rows = np.array([self.lengths[source][record] for source, record in samples], dtype=np.int64)
+        tokens, image_slots, _ = np.where(rows[:, 2:] > 0, rows, 0).T
+        return tokens, self.cost(tokens, image_slots)

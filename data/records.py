@@ -53,8 +53,8 @@ SPACE = re.compile(rb"[ \t\r\n]*")
 class Records:
     """The records of one JSON or JSONL file. Pickles as a path: a worker opens its own memory map.
 
-    Attributes: `path`; `num_images`, over all records; `num_problems`, and `problems`, the first thousand
-    (record index, what is wrong with it).
+    Attributes: `path`; `fingerprint`, which changes with the file; `num_images`, over all records;
+    `num_problems`, and `problems`, the first thousand (record index, what is wrong with it).
     """
 
     def __init__(self, path: str | Path, *, show_progress: bool = True):
@@ -89,6 +89,7 @@ class Records:
         key: dict[str, Any] = {"version": INDEX_VERSION, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
         key["hash"] = _content_hash(self._map)
         candidates = index_paths(self.path)
+        self.fingerprint = f"{stat.st_size}-{stat.st_mtime_ns}-{key['hash']}"
         for index_path in candidates:
             if (found := _read_index(index_path, key)) is not None:
                 header, self._offsets, self._lengths = found

@@ -14,6 +14,7 @@ There is no "\\n" before the final </s>: the original's tokenizer strips it ther
 A sample longer than max_length loses its tail; an image is kept whole or left out with all that follows it.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -42,12 +43,19 @@ class Encoded:
     """Slots of each image that is in; images behind the cut are not."""
 
     @property
+    def num_image_slots(self) -> int:
+        return sum(self.image_tokens)
+
+    @property
     def num_supervised(self) -> int:
         return int((self.labels != IGNORED).sum())
 
 
 class SampleEncoder:
-    """Turns samples into token ids with one tokenizer. Pickles to worker processes."""
+    """Turns samples into token ids with one tokenizer. Pickles to worker processes.
+
+    Attributes: `max_length`, `pad_id`; `fingerprint`, which differs where the ids of a sample may.
+    """
 
     def __init__(self, tokenizer: Any, max_length: int):
         """DataError if the tokenizer lacks a control token or reads one out of plain text."""
@@ -56,6 +64,7 @@ class SampleEncoder:
         self._eos = self._require(tokenizer.eos_token, "eos_token")
         self._start, self._end = self._require(TURN_START, TURN_START), self._require(TURN_END, TURN_END)
         self.pad_id: int = self._eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.fingerprint = f"{max_length}-{_digest(tokenizer)}"
         newline, *headers = self._tokenize(["\n", *(f"{role}\n" for role in ROLE_NAMES)])
         self._newline = newline
         self._headers: dict[str, list[int]] = dict(zip(ROLE_NAMES, headers, strict=True))
@@ -125,3 +134,7 @@ class SampleEncoder:
         ):
             raise DataError(f"the tokenizer has no {what}; it is not one of an InternLM-XComposer2 model")
         return token_id
+
+
+def _digest(tokenizer: Any) -> str:
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]

@@ -6,6 +6,7 @@ NumberTokenizer()(["11 12"])["input_ids"] == [[11, 12]]
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -26,6 +27,7 @@ CONTROL_IDS = {"<s>": BOS, "</s>": EOS, "<unk>": 0, "[UNUSED_TOKEN_145]": END, "
 class NumberTokenizer:
     """Reads "11 12" as the ids 11 and 12, a word by its length; has InternLM2's control tokens."""
 
+    backend_tokenizer = SimpleNamespace(to_str=lambda: "numbers")
     bos_token, eos_token, unk_token, unk_token_id, pad_token_id = "<s>", "</s>", "<unk>", 0, EOS
     all_special_tokens = tuple(CONTROL_IDS)
 
@@ -46,11 +48,11 @@ class NumberTokenizer:
         return [int(word) if word.isdigit() else 100 + len(word) for word in text.split()]
 
 
+@dataclass(frozen=True)
 class SquareProcessor:
     """A picture becomes its mean colour in a 2×2 square, and `slots` tokens."""
 
-    def __init__(self, slots: int = 4):
-        self.slots = slots
+    slots: int = 4
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         assert image.mode == "RGB"
