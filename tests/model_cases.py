@@ -20,6 +20,8 @@ from trainer.models.xcomposer2.modeling_xcomposer2 import InternLMXComposer2ForC
 GOLDEN = Path(__file__).resolve().parent / "golden"
 FAMILIES = ("xcomposer2", "xcomposer2-hd")
 
+torch.set_num_threads(1)  # on models this small a second thread only waits
+
 
 class Golden:
     def __init__(self, family: str) -> None:
