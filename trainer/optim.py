@@ -82,6 +82,17 @@ def parameter_groups(
 def adamw(
     groups: list[dict[str, Any]], betas: tuple[float, float], eps: float, device: torch.device
 ) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter, 2019) in its fused form where the device has one."""
+    """AdamW (Loshchilov and Hutter, 2019) in its fused form where the device has one.
+
+    Its moments are allocated here and not in the first step, so that a checkpoint can be read into them, and
+    too little memory for them shows before any work is done.
+    """
     fused = device.type in ("cpu", "cuda", "xpu", "mps")
-    return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=fused, foreach=None if fused else True)
+    optimizer = torch.optim.AdamW(groups, betas=betas, eps=eps, fused=fused, foreach=None if fused else True)
+    for parameter in (parameter for group in groups for parameter in group["params"]):
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), device=parameter.device if fused else "cpu"),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
