@@ -65,7 +65,7 @@ def read_mixture(
         image_root: where image paths start; None means the folder of their JSON file.
         skip_bad: leave bad records to the loader, which skips and counts them.
 
-    Raises DataError with every problem of every file, one a line.
+    Raises DataError with every problem of every file.
     """
     data_path = Path(data_path)
     lines = [_Line(0, data_path, None)] if data_path.suffix in (".json", ".jsonl") else _read_lines(data_path)
@@ -82,7 +82,7 @@ def read_mixture(
         if not skip_bad:
             problems += _problems_of(sources[-1])
     if problems:
-        raise DataError("\n".join(problems))
+        raise DataError(*problems)
     return sources
 
 

@@ -54,12 +54,12 @@ class Encoded:
 class SampleEncoder:
     """Turns samples into token ids with one tokenizer. Pickles to worker processes.
 
-    Attributes: `max_length`, `pad_id`; `fingerprint`, which differs where the ids of a sample may.
+    Attributes: `tokenizer`, `max_length`, `pad_id`; `fingerprint`, which differs where the ids may.
     """
 
     def __init__(self, tokenizer: Any, max_length: int):
         """DataError if the tokenizer lacks a control token or reads one out of plain text."""
-        self._tokenizer, self.max_length = tokenizer, max_length
+        self.tokenizer, self.max_length = tokenizer, max_length
         self._bos = self._require(tokenizer.bos_token, "bos_token")
         self._eos = self._require(tokenizer.eos_token, "eos_token")
         self._start, self._end = self._require(TURN_START, TURN_START), self._require(TURN_END, TURN_END)
@@ -123,14 +123,14 @@ class SampleEncoder:
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text, as plain text."""
-        return self._tokenizer(
+        return self.tokenizer(
             texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False
         )["input_ids"]
 
     def _require(self, token: str | None, what: str) -> int:
-        token_id = None if token is None else self._tokenizer.convert_tokens_to_ids(token)
+        token_id = None if token is None else self.tokenizer.convert_tokens_to_ids(token)
         if token_id is None or (
-            token_id == self._tokenizer.unk_token_id and token != self._tokenizer.unk_token
+            token_id == self.tokenizer.unk_token_id and token != self.tokenizer.unk_token
         ):
             raise DataError(f"the tokenizer has no {what}; it is not one of an InternLM-XComposer2 model")
         return token_id

@@ -1,0 +1,189 @@
+"""`python -m data.preview data.txt --model_name_or_path DIR --out preview.html`: what the model will get.
+
+One page that needs no network, of the first samples of the training order, from the training's own loader:
+rows as they are packed, pictures as the model gets them, tokens coloured by role and by whether they are
+trained. A menu shows one source alone; `preview.html#source=pets` opens with that choice.
+"""
+
+import argparse
+import base64
+import html
+import io
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from data.batch import MicroBatch
+from data.errors import DataError
+from data.images import ImageProcessor
+from data.lengths import measure_lengths
+from data.loader import SampleReader, StepLoader
+from data.packing import Packing
+from data.processors import add_arguments, boolean, open_data
+from data.sampler import StepSampler
+from data.tokens import IGNORED, TURN_END, TURN_START
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 70em; padding: 0 1em; color: #222; }}
+header {{ position: sticky; top: 0; background: #fff; padding: .6em 0; border-bottom: 1px solid #ccc; }}
+h1 {{ font-size: 1.2em; margin: 0; }} h2 {{ font-size: 1em; margin: 2em 0 .3em; border-top: 4px solid #444; }}
+article {{ border-left: 4px solid #bbb; margin: .8em 0; padding: .2em .9em; }}
+h3 {{ font-size: .95em; margin: 0; }} small {{ color: #666; font-weight: normal; }}
+p {{ white-space: pre-wrap; overflow-wrap: anywhere; margin: .4em 0; font-family: ui-monospace, monospace; }}
+i {{ font-style: normal; border-radius: 2px; box-shadow: inset -1px 0 #fff; }}
+.user {{ background: #dce9fb; }} .assistant {{ background: #e4e4e4; }} .system {{ background: #efe0f7; }}
+.control {{ background: #f7e3c8; color: #875; }} .slots {{ background: #333; color: #fff; padding: 0 .4em; }}
+.trained {{ background: #bfe8bf; border-bottom: 2px solid #2a7d2a; }}
+img {{ max-height: 14em; max-width: 100%; margin: .3em .5em 0 0; border: 1px solid #ccc; }}
+[hidden] {{ display: none; }}
+</style></head><body>
+<header><h1>{title}</h1>
+<label>source <select id="source"><option value="">all</option>{options}</select></label>
+<span id="shown"></span> ·
+<i class="user">user</i> <i class="assistant">assistant</i> <i class="system">system</i>
+<i class="control">control token</i> <i class="trained">trained</i> <i class="slots">image slots</i></header>
+{body}
+<script>
+const menu = document.getElementById("source");
+function show() {{
+  let shown = 0;
+  for (const row of document.querySelectorAll("section")) {{
+    let any = false;
+    for (const sample of row.querySelectorAll("article")) {{
+      sample.hidden = menu.value !== "" && sample.dataset.source !== menu.value;
+      if (!sample.hidden) {{ shown += 1; any = true; }}
+    }}
+    row.hidden = !any && row.dataset.samples !== "0";
+  }}
+  document.getElementById("shown").textContent = shown + " samples shown";
+}}
+menu.onchange = show;
+const chosen = new URLSearchParams(location.hash.slice(1)).get("source");
+if (chosen !== null) menu.value = chosen;
+show();
+</script></body></html>
+"""
+
+
+def preview(reader: SampleReader, num_samples: int, seed: int, packed: bool) -> str:
+    """The page of the first samples of the training order."""
+    sampler = StepSampler(reader.sources, seed, global_batch=num_samples)
+    packing = Packing(measure_lengths(reader), reader.encoder.max_length) if packed else None
+    loader = StepLoader(
+        reader,
+        sampler,
+        rank=0,
+        num_ranks=1,
+        samples_per_micro_batch=1,
+        num_steps=1,
+        on_bad_sample="skip",
+        packing=packing,
+    )
+    (batches,) = list(loader)
+    body = "\n".join(_row(reader, batch, number) for number, batch in enumerate(batches))
+    left_out = [why for batch in batches for _, why in (*batch.skipped, *batch.unsupervised)]
+    if left_out:
+        body += "<h2>left out</h2>" + "".join(f"<p>{html.escape(why)}</p>" for why in left_out)
+    options = "".join(f"<option>{html.escape(source.name)}</option>" for source in reader.sources)
+    return PAGE.format(title=f"{sum(b.num_samples for b in batches)} samples", options=options, body=body)
+
+
+def _row(reader: SampleReader, batch: MicroBatch, number: int) -> str:
+    """A row of the loader: its samples, each with its place, pictures and tokens."""
+    kind = "row" if batch.inputs["position_ids"] is None else "packed row"
+    title = f"{kind} {number} <small>{batch.num_samples} samples, {batch.num_tokens:,} of at most "
+    title += f"{reader.encoder.max_length:,} tokens, {batch.num_supervised:,} trained</small>"
+    pictures = iter([] if batch.inputs["pixel_values"] is None else batch.inputs["pixel_values"])
+    samples = []
+    begin = 0
+    for source_number, index in batch.sample_ids:
+        source = reader.sources[source_number]
+        encoded, _ = reader.read(source_number, index, decode=False)
+        span = slice(begin, begin := begin + len(encoded.input_ids))
+        ids, labels, slots = (
+            batch.inputs[name][0, span].tolist() for name in ("input_ids", "labels", "im_mask")
+        )
+        place = html.escape(source.where(index, source.sample(index).id))
+        numbers = f"{len(ids):,} tokens, {sum(slots):,} image slots, {encoded.num_supervised:,} trained"
+        images = "".join(_picture(next(pictures), reader.image_processor) for _ in encoded.image_tokens)
+        tokens = "".join(_tokens(reader.encoder.tokenizer, ids, labels, slots, encoded.image_tokens))
+        samples.append(
+            f'<article data-source="{html.escape(source.name)}"><h3>{html.escape(source.name)} '
+            f"<small>{place}: {numbers}</small></h3>{images}<p>{tokens}</p></article>"
+        )
+    return f'<section data-samples="{len(samples)}"><h2>{title}</h2>{"".join(samples)}</section>'
+
+
+def _tokens(
+    tokenizer: Any, ids: list[int], labels: list[int], slots: list[bool], image_tokens: list[int]
+) -> Iterator[str]:
+    """A marked-up token at a time, an image's slots as one; roles as the ids tell them."""
+    start, *others = tokenizer.convert_tokens_to_ids(
+        [TURN_START, TURN_END, tokenizer.bos_token, tokenizer.eos_token]
+    )
+    sizes, header, role, at = iter(image_tokens), None, "control", 0
+    while at < len(ids):
+        if slots[at]:
+            size = next(sizes)
+            yield f'<i class="slots">image: {size:,} slots</i>'
+            at += size
+            continue
+        token = tokenizer.convert_ids_to_tokens(ids[at]).replace("▁", " ").replace("<0x0A>", "\n")
+        style = role
+        style = "control"
+        if ids[at] == start:
+            header = ""
+        elif header is not None:  # "assistant\n" names the role of what follows
+            header += token
+            if "\n" in token:
+                role, header = header.strip(), None
+        elif ids[at] in others:
+            role = "control"
+        else:
+            style = role
+        style += " trained" if labels[at] != IGNORED else ""
+        text = html.escape(token).replace("\n", "⏎\n")
+        yield f'<i class="{style}" title="{ids[at]}">{text}</i>'
+        at += 1
+
+
+def _picture(pixels: torch.Tensor, image_processor: ImageProcessor) -> str:
+    """The tensor [3, H, W] as a picture; what black and white become tells how to undo the normalisation."""
+    black, white = (
+        image_processor(Image.new("RGB", (8, 8), shade))[:, :1, :1] for shade in ("black", "white")
+    )
+    levels = (pixels - black) / (white - black)
+    image = Image.fromarray((levels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=90)
+    data = base64.b64encode(file.getvalue()).decode()
+    return f'<img alt="{image.width}×{image.height}" src="data:image/jpeg;base64,{data}">'
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m data.preview", description=(__doc__ or "").split("\n")[0]
+    )
+    add_arguments(parser)
+    parser.add_argument("--out", default="preview.html")
+    parser.add_argument("--num_samples", type=int, default=32)
+    parser.add_argument("--packing", type=boolean, default=True)
+    arguments = parser.parse_args(argv)
+    try:
+        reader = open_data(arguments, skip_bad=True)
+        page = preview(reader, arguments.num_samples, arguments.seed, arguments.packing)
+        Path(arguments.out).write_text(page, encoding="utf-8")
+    except (DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"the page is {arguments.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
