@@ -15,12 +15,13 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import NoneType
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn, get_args, get_origin
 
 import yaml
 
@@ -70,6 +71,33 @@ class Config:
     """Peak learning rate of the vision tower; learning_rate if absent."""
     sampler_learning_rate: float | None = None
     """Peak learning rate of the projector; learning_rate if absent."""
+    train_modules: tuple[str, ...] = ()
+    """More modules or parameters to train as they are, by the end of their names: Plora_A,Plora_B"""
+
+    # --- adapters ------------------------------------------------------------------------------------
+    use_lora: bool = False
+    """Train adapters on a frozen base instead of the language model's own weights."""
+    lora_r: int = 64
+    """Rank of an adapter."""
+    lora_alpha: int = 64
+    """An adapter is added with the factor alpha / rank."""
+    lora_dropout: float = 0.05
+    """Dropout on an adapter's input, while training."""
+    lora_target_modules: tuple[str, ...] = ()
+    """Linear layers that get an adapter, by the end of their names (attention.wqkv) or a regular expression
+    of whole names; or all-linear. By default attention.wqkv, attention.wo and feed_forward.w1, w2, w3."""
+    lora_bias: str = "none"
+    """Biases that train too: none, all, or lora_only (of the layers that get an adapter)."""
+    lora_weight_path: str | None = None
+    """Folder of an adapter to go on from; it brings its own rank, alpha and layers."""
+    use_rslora: bool = False
+    """Rank-stabilised LoRA: the factor is alpha / √rank."""
+    use_dora: bool = False
+    """Weight-decomposed LoRA: the length of each row of a weight trains apart from its direction."""
+    loraplus_lr_ratio: float = 1.0
+    """LoRA+: peak learning rate of the B matrices = this × learning_rate."""
+    verify_adapter: bool = False
+    """At the end, load base and adapter with peft in rank 0's CPU memory and compare the loss of a batch."""
 
     # --- optimisation --------------------------------------------------------------------------------
     num_train_epochs: float = 1.0
@@ -105,6 +133,9 @@ class Config:
     """Decay RMSNorm weights too, as the original did, for comparison with old runs."""
 
     # --- memory and speed ----------------------------------------------------------------------------
+    sharding: str = "full"
+    """full: every parameter is sharded over the ranks; none (with use_lora): the frozen base is whole on
+    every rank, which saves gathering it, and only what trains is sharded."""
     bf16: bool = True
     """Compute in bfloat16; parameters that train, reductions and the optimizer stay in float32."""
     gradient_checkpointing: bool = True
@@ -135,8 +166,12 @@ class Config:
     @property
     def learning_rates(self) -> dict[str, float]:
         """Part of the model → peak learning rate."""
-        rates = {"vision": self.vit_learning_rate, "projector": self.sampler_learning_rate, "language": None}
-        return {part: self.learning_rate if rate is None else rate for part, rate in rates.items()}
+        rates = dict.fromkeys(("vision", "projector", "language", "adapter"), self.learning_rate)
+        if self.vit_learning_rate is not None:
+            rates["vision"] = self.vit_learning_rate
+        if self.sampler_learning_rate is not None:
+            rates["projector"] = self.sampler_learning_rate
+        return rates | {"adapter_b": self.loraplus_lr_ratio * self.learning_rate}
 
     def problems(self) -> list[str]:
         """Everything that is wrong with the values alone, a sentence each; no file but paths' existence."""
@@ -158,6 +193,8 @@ class Config:
             "on_bad_sample": ("error", "skip"),
             "lr_scheduler_type": SCHEDULES,
             "loss_average": ("token", "micro_batch"),
+            "lora_bias": ("none", "all", "lora_only"),
+            "sharding": ("full", "none"),
             "save_strategy": ("no", "steps", "epoch"),
             "save_dtype": ("auto", "float32", "bfloat16"),
             "report_to": ("none", "tensorboard"),
@@ -170,6 +207,8 @@ class Config:
             "per_device_train_batch_size": 1,
             "gradient_accumulation_steps": 1,
             "dataloader_num_workers": 0,
+            "lora_r": 1,
+            "lora_alpha": 1,
             "loss_chunk_tokens": 1,
             "logging_steps": 1,
             "save_steps": 1,
@@ -189,11 +228,12 @@ class Config:
             ("adam_beta1", 0, 1),
             ("adam_beta2", 0, 1),
             ("plora_dropout", 0, 1),
+            ("lora_dropout", 0, 1),
             ("warmup_ratio", 0, 1.0001),
         ):
             if not low <= getattr(self, name) < high:
                 found.append(f"--{name} {getattr(self, name)}: must be from {low} to below {high:g}")
-        for name in ("adam_epsilon", "timeout_minutes"):
+        for name in ("adam_epsilon", "loraplus_lr_ratio", "timeout_minutes"):
             if not getattr(self, name) > 0:
                 found.append(f"--{name} {getattr(self, name)}: must be above 0")
         if self.hd_num is not None and self.hd_num < 1 and self.hd_num != -1:
@@ -214,6 +254,21 @@ class Config:
             found.append("--vit_learning_rate has no effect while --fix_vit is True: set --fix_vit False")
         if self.fix_sampler and self.sampler_learning_rate is not None:
             found.append("--sampler_learning_rate has no effect while --fix_sampler is True")
+        if not self.use_lora:
+            needs_lora = [field.name for field in fields(self) if "lora" in field.name]
+            needs_lora = [name for name in needs_lora if name not in ("use_lora", "plora_dropout")]
+            for name in (*needs_lora, "use_dora", "verify_adapter", "sharding"):
+                if getattr(self, name) != getattr(Config, name):
+                    found.append(f"--{name} has no effect without --use_lora True")
+        elif self.save_dtype != "auto":
+            found.append(
+                "--save_dtype has no effect with --use_lora: an adapter is saved as it trains, in float32"
+            )
+        if self.use_dora and self.lora_dropout > 0:
+            found.append(
+                "--use_dora needs --lora_dropout 0: with dropout, peft's DoRA computes something else in "
+                "training than in use where a layer is more than its weight (PLoRA)"
+            )
         if self.save_strategy == "no" and self.save_total_limit is not None:
             found.append("--save_total_limit has no effect while --save_strategy is no")
         return found
@@ -245,6 +300,8 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     for field in fields(Config):
         kind = _plain_type(field.type)
         options: dict[str, Any] = {"nargs": "?", "const": "True"} if kind is bool else {}
+        if get_origin(field.type) is tuple:
+            options = {"nargs": "+"}
         parser.add_argument(
             f"--{field.name}",
             metavar=kind.__name__.upper(),
@@ -305,13 +362,19 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def _plain_type(annotation: Any) -> type:
-    """`int | None` → int."""
+    """`int | None` → int, `tuple[str, ...]` → str."""
     return next((t for t in get_args(annotation) if t is not NoneType), annotation)
 
 
 def _convert(value: Any, annotation: Any) -> Any:
     """A word of the command line or a YAML value → the field's type; ValueError says what was expected."""
     kind = _plain_type(annotation)
+    if get_origin(annotation) is tuple:
+        words = [str(word) for word in (value if isinstance(value, list) else [value])]
+        plain = re.compile(r"[\w.,-]+")  # a comma in a regular expression is a part of it
+        return tuple(
+            name for word in words for name in (word.split(",") if plain.fullmatch(word) else [word])
+        )
     if value is None or (kind is not str and str(value).lower() == "none"):
         if NoneType in get_args(annotation):
             return None

@@ -36,6 +36,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from trainer.distributed import barrier, is_main
 from trainer.folders import sync_to_disk
 from trainer.models import Parts
+from trainer.trained import checkpoint_name, is_adapter
 
 INDEX = "model.safetensors.index.json"
 SAFETENSORS_DTYPES = {
@@ -99,7 +100,7 @@ def weights_dtype(folder: Path) -> torch.dtype:
     return dtype
 
 
-def _local_rows(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
+def local_rows(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
     """A rank's own part of a parameter, and where that part lies in the whole."""
     if not isinstance(parameter, DTensor):
         return parameter, tuple(slice(0, size) for size in parameter.shape)
@@ -120,7 +121,7 @@ def load_weights(model: nn.Module, folder: Path, optional: tuple[str, ...] = ())
     first tensors that are missing or do not fit.
     """
     files = tensor_files(folder)
-    parameters = dict(model.named_parameters())
+    parameters = {checkpoint_name(n): p for n, p in model.named_parameters() if not is_adapter(n)}
     missing = [name for name in parameters if name not in files]
     needed = [name for name in missing if not any(part in name for part in optional)]
     if needed:
@@ -128,29 +129,27 @@ def load_weights(model: nn.Module, folder: Path, optional: tuple[str, ...] = ())
             f"{folder}: {len(needed)} of the model's {len(parameters)} tensors are missing from its "
             f"safetensors files, first {', '.join(needed[:3])}; is config.json that of these weights?"
         )
-    by_file: dict[Path, list[str]] = {}
-    for name in parameters:
-        if name in files:
-            by_file.setdefault(files[name], []).append(name)
-    for path, names in by_file.items():
-        with safe_open(path, framework="pt") as file:
-            for name in names:
-                target, where = _local_rows(parameters[name])
-                entry = file.get_slice(name)
-                if tuple(entry.get_shape()) == tuple(parameters[name].shape):
-                    if target.numel():
-                        target.copy_(entry[where])
-                    continue
-                whole = cast(Any, model).resize_for_load(name, file.get_tensor(name))
-                if whole.shape != parameters[name].shape:
-                    raise ValueError(
-                        f"{path}: {name} has shape {entry.get_shape()}, "
-                        f"the model needs {list(parameters[name].shape)}"
-                    )
-                target.copy_(whole[where])
+    for name, parameter in parameters.items():
+        if name not in files:
+            continue
+        target, where = local_rows(parameter)
+        # Opened for each tensor: closing gives back the pages of the mapped file that were read.
+        with safe_open(files[name], framework="pt") as file:
+            entry = file.get_slice(name)
+            if tuple(entry.get_shape()) == tuple(parameter.shape):
+                if target.numel():
+                    target.copy_(entry[where])
+                continue
+            whole = cast(Any, model).resize_for_load(name, file.get_tensor(name))
+        if whole.shape != parameter.shape:
+            raise ValueError(
+                f"{files[name]}: {name} has shape {list(whole.shape)}, "
+                f"the model needs {list(parameter.shape)}"
+            )
+        target.copy_(whole[where])
     for name in missing:
         # Only vectors of a norm may be absent: their initial values need no random numbers.
-        target, _ = _local_rows(parameters[name])
+        target, _ = local_rows(parameters[name])
         target.fill_(1.0 if name.endswith("weight") else 0.0)
     return LoadReport(missing, {name: path for name, path in files.items() if name not in parameters})
 
@@ -160,7 +159,7 @@ def save_weights(
     folder: Path,
     dtype: torch.dtype,
     carried: Mapping[str, Path],
-    max_file_bytes: int = 10**9,
+    max_file_bytes: int,
 ) -> None:
     """Write all parameters to `folder` as safetensors, floating ones in `dtype`; every rank must call it.
 
@@ -220,12 +219,13 @@ def save_model_folder(
     folder: Path,
     dtype: torch.dtype,
     carried: Mapping[str, Path],
+    max_file_bytes: int = 10**9,
 ) -> None:
     """Write everything to the existing `folder`; every rank must call it, rank 0 writes the small files.
 
     dtype: of the saved weights; carried: unknown tensors of the base checkpoint, copied over unchanged.
     """
-    save_weights(model, folder, dtype, carried)
+    save_weights(model, folder, dtype, carried, max_file_bytes)
     if is_main():
         saved = config.__class__.from_dict(config.to_dict())
         saved.dtype = dtype
