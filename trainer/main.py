@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+from data.batch import MicroBatch
 from data.errors import DataError
 from data.loader import SampleReader, StepLoader
 from data.mixture import read_mixture
@@ -44,11 +45,13 @@ from trainer.distributed import (
     start,
 )
 from trainer.folders import appears_whole, move_into, remove_old_checkpoints
+from trainer.lora import add_adapters, load_adapters, loads_by_itself, save_adapter, verify_adapter
 from trainer.loss import chunked_token_losses
 from trainer.metrics import MetricsFile, memory_peak_bytes, model_table, part_of, write_run_file
 from trainer.models import build_model, load_config, load_image_processor, load_tokenizer, parts_of
 from trainer.optim import adamw, learning_rate_factor, parameter_groups
 from trainer.parallelize import parallelize
+from trainer.trained import trained_names
 from trainer.weights import load_weights, save_model_folder, tensor_files, weights_dtype
 
 
@@ -59,6 +62,7 @@ def train(config: Config, ranks: Ranks) -> int:
     # --- the plan: whatever is wrong with the files shows here, before any weight is read ----------------
     problems: list[str] = []
     sources, encoder, tokenizer, model_config, image_processor = [], None, None, None, None
+    model, parts, adapters, training = None, None, None, set()
     skip_bad = config.on_bad_sample == "skip"
     try:
         with rank_zero_first():
@@ -79,6 +83,11 @@ def train(config: Config, ranks: Ranks) -> int:
         image_processor = load_image_processor(model_config, config.hd_num)
         tokenizer = load_tokenizer(base)
         encoder = SampleEncoder(tokenizer, config.max_length)
+        parts = parts_of(model_config)
+        with torch.device("meta"):  # a description without memory
+            model = build_model(model_config)
+            adapters = add_adapters(model, parts, config) if config.use_lora else None
+        training = trained_names(model, parts, config)
     except (ValueError, OSError) as error:
         problems.append(str(error))
     if agree_on_problems(problems):
@@ -87,6 +96,8 @@ def train(config: Config, ranks: Ranks) -> int:
     assert model_config is not None
     assert tokenizer is not None
     assert image_processor is not None
+    assert model is not None
+    assert parts is not None
     accumulation = config.gradient_accumulation_steps
     global_batch = config.per_device_train_batch_size * accumulation * ranks.world
     sampler = StepSampler(sources, config.seed, global_batch)
@@ -96,18 +107,16 @@ def train(config: Config, ranks: Ranks) -> int:
         total_steps = config.max_steps
     warmup_steps = math.ceil(config.warmup_ratio * total_steps)
 
-    # --- the model: described without memory, sharded, then every rank reads its own part ----------------
+    # --- the model: sharded while it has no memory, then every rank reads its own part -------------------
     torch.manual_seed(config.seed + ranks.rank)  # for dropout, the one thing that differs between ranks
-    parts = parts_of(model_config)
     base_dtype = weights_dtype(base)
-    with torch.device("meta"):
-        model = build_model(model_config)
-    trains = {"vision": not config.fix_vit, "projector": not config.fix_sampler, "language": True}
+    # A full model is saved with its frozen parts as they were; a base under adapters is not saved.
+    frozen_dtype = torch.float32 if not config.bf16 else torch.bfloat16 if adapters else base_dtype
+    in_float32 = training | adapters.saved if adapters else training
     parts_by_name = {name: part_of(name, parts) for name, _ in model.named_parameters()}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trains[parts_by_name[name]] and not name.startswith(parts.unused))
-        frozen_as_loaded = config.bf16 and not parameter.requires_grad
-        parameter.data = parameter.data.to(base_dtype if frozen_as_loaded else torch.float32)
+        parameter.requires_grad_(name in training)
+        parameter.data = parameter.data.to(torch.float32 if name in in_float32 else frozen_dtype)
     mesh = init_device_mesh(device.type, (ranks.world,), mesh_dim_names=("data",))
     model = parallelize(
         model,
@@ -116,9 +125,12 @@ def train(config: Config, ranks: Ranks) -> int:
         bf16=config.bf16,
         gradient_checkpointing=config.gradient_checkpointing,
         compile_blocks=config.compile,
+        shard_frozen=config.sharding == "full",
     )
     model.to_empty(device=device)
     loaded = load_weights(model, base, optional=parts.unused)
+    if adapters:
+        load_adapters(model, adapters, config.seed)
     model.init_buffers()
     model.loss_function = chunked_token_losses(config.loss_chunk_tokens)
     model.train()
@@ -129,8 +141,13 @@ def train(config: Config, ranks: Ranks) -> int:
     optimizer = adamw(groups, (config.adam_beta1, config.adam_beta2), config.adam_epsilon, device)
 
     # --- say what will happen -----------------------------------------------------------------------------
-    log(model_table(model, parts, config.learning_rates))
-    if loaded.carried:
+    log(model_table(model, parts, config.learning_rates, adapters.saved if adapters else None))
+    if adapters and not loads_by_itself(base, parts):
+        log(
+            f"{base} brings no code that today's transformers can run: to use the adapter without this "
+            f"project, `python -m trainer.export --modernise {base} NEW_BASE --adapter {output_dir}`"
+        )
+    if loaded.carried and not adapters:
         log(
             f"{len(loaded.carried)} tensors of {base} are unknown to the model and will be saved unchanged, "
             f"first {next(iter(loaded.carried))}"
@@ -150,6 +167,12 @@ def train(config: Config, ranks: Ranks) -> int:
     )
     save_dtype = base_dtype if config.save_dtype == "auto" else getattr(torch, config.save_dtype)
 
+    def save(folder: Path) -> None:
+        if adapters:
+            save_adapter(model, adapters, model_config, tokenizer, folder)
+        else:
+            save_model_folder(model, model_config, tokenizer, parts, folder, save_dtype, loaded.carried)
+
     # --- the loop ----------------------------------------------------------------------------------------
     loader = StepLoader(
         SampleReader(sources, encoder, image_processor),
@@ -162,6 +185,7 @@ def train(config: Config, ranks: Ranks) -> int:
         on_bad_sample="skip" if skip_bad else "error",
     )
     batches = iter(loader)
+    micro_batches: list[MicroBatch] = []
     bar = tqdm(total=total_steps, disable=ranks.rank != 0, unit="step", dynamic_ncols=True)
     window_started, window_wait, window_steps = time.perf_counter(), 0.0, 0
     # Since the last line of metrics: samples, tokens, supervised tokens, samples left out; then, by source,
@@ -247,17 +271,19 @@ def train(config: Config, ranks: Ranks) -> int:
         every = {"no": total_steps, "steps": config.save_steps, "epoch": steps_per_epoch}
         if step % every[config.save_strategy] == 0 and step < total_steps:
             with appears_whole(output_dir / f"checkpoint-{step}") as folder:
-                save_model_folder(model, model_config, tokenizer, parts, folder, save_dtype, loaded.carried)
+                save(folder)
             if config.save_total_limit and ranks.rank == 0:
                 remove_old_checkpoints(output_dir, config.save_total_limit)
     bar.close()
 
     # --- the end: the model itself in output_dir --------------------------------------------------------
     with appears_whole(output_dir / "complete") as folder:
-        save_model_folder(model, model_config, tokenizer, parts, folder, save_dtype, loaded.carried)
+        save(folder)
     if ranks.rank == 0:
         move_into(output_dir / "complete", output_dir)
-    log(f"the trained model is in {output_dir}")
+    log(f"the trained {'adapter' if adapters else 'model'} is in {output_dir}")
+    if adapters and config.verify_adapter:
+        log(verify_adapter(model, adapters, output_dir, model_config, micro_batches[-1].to(device).inputs))
     return 0
 
 
@@ -273,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status = train(config, ranks)
     except DataError as error:
-        print(f"error: rank {ranks.rank}: {error}", file=sys.stderr, flush=True)
+        print(f"\nerror: rank {ranks.rank}: {error}", file=sys.stderr, flush=True)  # below the bar
         return 1
     except Exception as error:
         if is_lost_peer(error):

@@ -12,7 +12,7 @@ import json
 import platform
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import nn
 from data.mixture import Source
 from trainer.distributed import Ranks
 from trainer.models import Parts
+from trainer.trained import is_adapter
 
 
 class MetricsFile:
@@ -64,7 +65,9 @@ def memory_peak_bytes(device: torch.device) -> int:
 
 
 def part_of(name: str, parts: Parts) -> str:
-    """The part of the model that a parameter belongs to: vision, projector or language."""
+    """The part of the model that a parameter belongs to: vision, projector, language, or an adapter."""
+    if is_adapter(name):
+        return "adapter_b" if ".lora_B." in name else "adapter"
     if name.startswith(parts.vision):
         return "vision"
     return "projector" if name.startswith(parts.projector) else "language"
@@ -74,7 +77,13 @@ def _group_of(name: str, parts: Parts) -> str:
     """The row of the start table that a parameter counts in."""
     part = part_of(name, parts)
     if part != "language":
-        return {"vision": "vision tower", "projector": "projector"}[part]
+        rows = {
+            "vision": "vision tower",
+            "projector": "projector",
+            "adapter": "adapters",
+            "adapter_b": "adapters: B",
+        }
+        return rows[part]
     if "Plora_" in name:
         return "language: PLoRA"
     return (
@@ -82,24 +91,35 @@ def _group_of(name: str, parts: Parts) -> str:
     )
 
 
-def model_table(model: nn.Module, parts: Parts, learning_rates: Mapping[str, float]) -> str:
-    """Group of modules → parameters, whether they train, peak learning rate, dtype, and if they are saved."""
-    rows: dict[tuple[str, bool, torch.dtype], int] = {}
+def model_table(
+    model: nn.Module,
+    parts: Parts,
+    learning_rates: Mapping[str, float],
+    in_adapter: Collection[str] | None = None,
+) -> str:
+    """Group of modules → parameters, whether they train, peak learning rate, dtype, and if they are saved.
+
+    in_adapter: names of the parameters that an adapter's folder holds; None where the whole model is saved.
+    """
+    rows: dict[tuple[str, str, bool, torch.dtype, str], int] = {}
     for name, parameter in model.named_parameters():
-        key = (_group_of(name, parts), parameter.requires_grad, parameter.dtype)
+        trains = parameter.requires_grad
+        saved = "trained" if trains else "as loaded"
+        if in_adapter is not None:
+            saved = "in the adapter" if name in in_adapter else "no"
+        key = (_group_of(name, parts), part_of(name, parts), trains, parameter.dtype, saved)
         rows[key] = rows.get(key, 0) + parameter.numel()
     lines = [
         f"{'part':<28}{'parameters':>15}  {'trains':<8}{'learning rate':<15}{'stored as':<11}saved",
     ]
-    for (group, trains, dtype), count in rows.items():
-        part = {"vision tower": "vision", "projector": "projector"}.get(group, "language")
+    for (group, part, trains, dtype, saved), count in rows.items():
         rate = f"{learning_rates[part]:.2e}" if trains else "-"
         lines.append(
             f"{group:<28}{count:>15,}  {'yes' if trains else 'no':<8}{rate:<15}"
-            f"{str(dtype).removeprefix('torch.'):<11}{'trained' if trains else 'as loaded'}"
+            f"{str(dtype).removeprefix('torch.'):<11}{saved}"
         )
     total = sum(rows.values())
-    trained = sum(count for (_, trains, _), count in rows.items() if trains)
+    trained = sum(count for (_, _, trains, *_), count in rows.items() if trains)
     lines.append(f"{'all':<28}{total:>15,}  {trained:,} train")
     return "\n".join(lines)
 

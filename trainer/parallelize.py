@@ -36,12 +36,16 @@ def parallelize(
     bf16: bool,
     gradient_checkpointing: bool,
     compile_blocks: bool = False,
+    shard_frozen: bool = True,
 ) -> Any:
     """Shard `model` over `mesh`, a group for every vision and language block and one for all the rest.
 
     bf16: parameters are gathered and used in bfloat16; their shards, the gradients' reduction and the
     optimizer keep the stored dtype. Gradients are summed over ranks, never averaged: the loop divides the
     loss by the number of supervised tokens of all ranks itself.
+
+    shard_frozen False, for adapters: frozen parameters stay whole on every rank, in the compute dtype, and
+    are never gathered. All that trains is one group: gathered once, its gradients reduced once.
 
     Returns the same object, which is now an `FSDPModule` as well as a model; no static type is both.
     """
@@ -56,11 +60,19 @@ def parallelize(
     if compile_blocks:
         for block in blocks:
             block.compile()
-    policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32 if bf16 else None
+    compute_dtype, reduce_dtype = (torch.bfloat16, torch.float32) if bf16 else (None, None)
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype)
+    # Inside the model nothing is cast on entry: a block's rotary cosines and sines stay in float32.
+    inner = MixedPrecisionPolicy(
+        param_dtype=compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
     )
-    sharded = [fully_shard(block, mesh=mesh, mp_policy=policy) for block in blocks]
-    sharded.append(fully_shard(model, mesh=mesh, mp_policy=policy))
+    whole: set[nn.Parameter] = set()
+    if not shard_frozen:
+        used = compute_dtype or torch.float32
+        whole = {p for p in model.parameters() if not p.requires_grad and p.dtype == used}
+        blocks = []
+    sharded = [fully_shard(block, mesh=mesh, mp_policy=inner) for block in blocks]
+    sharded.append(fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=whole))
     for module in sharded:
         # A plain sum is exact for any number of ranks; an average would have to be undone in the loss.
         module.set_gradient_divide_factor(1.0)
