@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from tests.benchmarks.load_memory import growths, make_checkpoint
 from tests.tiny import run_ranks, tiny_data, tiny_model
-from trainer.distributed import start
-from trainer.folders import move_into, remove_old_checkpoints
+from trainer.distributed import barrier, start
+from trainer.folders import MARKER, Jobs, move_into, remove_old_checkpoints
 from trainer.main import main
 from trainer.models import build_model, load_config, load_tokenizer, parts_of
 from trainer.parallelize import parallelize
@@ -35,9 +35,20 @@ def copy_through_shards(source: Path, target: Path, max_file_bytes: int) -> int:
     model.init_buffers()
     if ranks.rank == 0:
         target.mkdir()
+    jobs = Jobs()
     save_model_folder(
-        model, config, load_tokenizer(source), parts, target, torch.float32, loaded.carried, max_file_bytes
+        model,
+        config,
+        load_tokenizer(source),
+        parts,
+        target,
+        torch.float32,
+        loaded.carried,
+        jobs,
+        max_file_bytes,
     )
+    jobs.finish()
+    barrier()
     return 0
 
 
@@ -161,12 +172,17 @@ assert "trainer" not in sys.modules
     assert float(result.stdout) == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_save_that_is_killed_leaves_no_folder_that_loads(model, tmp_path):
-    """Killed between any two of its renames, a move into output_dir never leaves a config.json there."""
+def test_a_move_that_is_killed_is_finished_by_calling_it_again(model, tmp_path):
+    """Killed between any two of its renames; a config.json is never without its weights."""
+    new = tmp_path / "new"
+    shutil.copytree(model, new)
+    save_file({**load_file(model / "model.safetensors"), "x": torch.ones(1)}, new / "model.safetensors")
+    (new / MARKER).write_text(json.dumps({"files": {path.name: None for path in model.iterdir()}}))
     for steps in range(20):
         whole, output = tmp_path / f"whole{steps}", tmp_path / f"output{steps}"
-        shutil.copytree(model, whole)
+        shutil.copytree(new, whole)
         shutil.copytree(model, output)  # an older run's model, which is being replaced
+        (output / "model-00001-of-00002.safetensors").write_bytes(b"stale")
         left = steps
 
         def rename_or_die(self, target, rename=Path.rename):
@@ -180,12 +196,19 @@ def test_a_save_that_is_killed_leaves_no_folder_that_loads(model, tmp_path):
             patch.setattr(Path, "rename", rename_or_die)
             try:
                 move_into(whole, output)
+                killed = False
             except KeyboardInterrupt:
-                assert not (output / "config.json").exists()
-                continue
+                killed = True
+        assert (output / MARKER).exists() is not killed
+        if (output / "config.json").exists():
+            assert_same_tensors(tensors_of(output), tensors_of(new))
+        if killed:
+            move_into(whole, output)
+        assert not whole.exists()
         assert (output / "config.json").exists()
-        assert_same_tensors(tensors_of(output), tensors_of(model))
-        return
+        assert_same_tensors(tensors_of(output), tensors_of(new))
+        if not killed:
+            return
     pytest.fail("the move never ended")
 
 

@@ -156,12 +156,27 @@ class Config:
     """Steps between saves when save_strategy is steps."""
     save_total_limit: int | None = None
     """Checkpoints kept; the oldest goes only when a new one is complete."""
+    save_minutes: float | None = None
+    """Save after this many minutes too, whatever save_strategy is."""
+    async_save: bool = True
+    """Write checkpoints in a thread while training goes on, from a copy in the host's memory."""
     save_dtype: str = "auto"
     """Of the saved weights: auto (the base checkpoint's), float32 or bfloat16."""
     report_to: str = "none"
     """none, or tensorboard (needs `pip install tensorboard`)."""
-    timeout_minutes: float = 30.0
-    """A collective that waits longer than this ends the job."""
+
+    # --- stopping and going on -----------------------------------------------------------------------
+    resume_from_checkpoint: str = "auto"
+    """auto: the newest complete checkpoint in output_dir, if any; none; or a checkpoint's folder."""
+    resume_anyway: bool = False
+    """Go on from the checkpoint even if data or configuration have changed what the training does."""
+    rehearse: bool = True
+    """Run a long micro-batch once before the first step, so that too little memory shows at once."""
+    max_bad_steps: int = 3
+    """Steps in a row that a loss or gradient that is not finite may cost before the run ends."""
+    hang_minutes: float = 30.0
+    """A step (its save included) or a collective that takes longer prints every thread's stack and ends the
+    job."""
 
     @property
     def learning_rates(self) -> dict[str, float]:
@@ -213,6 +228,7 @@ class Config:
             "logging_steps": 1,
             "save_steps": 1,
             "save_total_limit": 1,
+            "max_bad_steps": 0,
             "learning_rate": 0,
             "vit_learning_rate": 0,
             "sampler_learning_rate": 0,
@@ -233,8 +249,8 @@ class Config:
         ):
             if not low <= getattr(self, name) < high:
                 found.append(f"--{name} {getattr(self, name)}: must be from {low} to below {high:g}")
-        for name in ("adam_epsilon", "loraplus_lr_ratio", "timeout_minutes"):
-            if not getattr(self, name) > 0:
+        for name in ("adam_epsilon", "loraplus_lr_ratio", "hang_minutes", "save_minutes"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 found.append(f"--{name} {getattr(self, name)}: must be above 0")
         if self.hd_num is not None and self.hd_num < 1 and self.hd_num != -1:
             found.append(f"--hd_num {self.hd_num}: must be at least 1, or -1 for the model's own default")
@@ -269,7 +285,8 @@ class Config:
                 "--use_dora needs --lora_dropout 0: with dropout, peft's DoRA computes something else in "
                 "training than in use where a layer is more than its weight (PLoRA)"
             )
-        if self.save_strategy == "no" and self.save_total_limit is not None:
+        saves = self.save_strategy != "no" or self.save_minutes is not None
+        if not saves and self.save_total_limit is not None:
             found.append("--save_total_limit has no effect while --save_strategy is no")
         return found
 

@@ -17,9 +17,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from typing import NoReturn
 
+import numpy as np
 import torch
 import torch.distributed as dist
+
+BAD_INPUT, STOPPED, FAILED = 2, 75, 1
+"""Exit statuses, beside 0: nothing was trained; stopped on request, run again to go on; anything else."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,20 @@ def finish() -> None:
         dist.destroy_process_group()
 
 
+def leave(status: int) -> NoReturn:
+    """End this process with an exit status, and nothing after it: a lost peer must not hold up a failure.
+
+    torchrun's own status is 0 or 1, so rank 0 writes ours into the file XCOMPOSER_STATUS_FILE, if named.
+    """
+    if is_main() and "XCOMPOSER_STATUS_FILE" in os.environ:
+        Path(os.environ["XCOMPOSER_STATUS_FILE"]).write_text(str(status))
+    if status == STOPPED and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        status = 0  # any other would make torchrun start the ranks again
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status) if status else sys.exit(0)
+
+
 def is_main() -> bool:
     """True on the one rank that speaks and writes the run's files."""
     return int(os.environ.get("RANK", "0")) == 0
@@ -99,6 +119,11 @@ def all_sum(values: torch.Tensor) -> torch.Tensor:
     if dist.get_world_size() > 1:
         dist.all_reduce(total)
     return total
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of a rank's dropout in one step, so that masks depend on nothing that happened before it."""
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1)
 
 
 def all_max(value: float, device: torch.device) -> float:

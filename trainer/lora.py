@@ -9,7 +9,7 @@ loads in a process that has never heard of this project.
         adapters = add_adapters(model, parts, config)      # layers.0.attention.wqkv gains lora_A and lora_B
     …                                                      # shard, allocate, load the base
     load_adapters(model, adapters, seed=42)                # new ones, or those of --lora_weight_path
-    save_adapter(model, adapters, Path("output"))
+    save_adapter(model, adapters, …, Path("output"), jobs)
 
 With r = 64 and the default targets the adapters of a 7 B model are 151 M parameters, 0.6 GB in float32.
 
@@ -44,7 +44,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from data.errors import DataError
 from trainer.config import Config
-from trainer.distributed import barrier, is_main, log
+from trainer.distributed import is_main, log
+from trainer.folders import Jobs
 from trainer.models import Parts, build_model
 from trainer.trained import is_adapter, trained_whole
 from trainer.weights import load_weights, local_rows, tensor_files
@@ -288,6 +289,7 @@ def save_adapter(
     model_config: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
+    jobs: Jobs,
 ) -> None:
     """Write the adapter to the existing `folder`, load it with peft, and log a line; every rank must call it.
 
@@ -302,7 +304,8 @@ def save_adapter(
                 whole = whole.full_tensor()
             if is_main():
                 tensors[file_key(name)] = whole.cpu().contiguous()
-    if is_main():
+
+    def write() -> None:
         metadata = {"format": "pt", "base_fingerprint": base_fingerprint(adapters.base)}
         save_file(tensors, folder / WEIGHTS_FILE, metadata=metadata)
         written = copy.copy(adapters.peft_config)
@@ -315,7 +318,9 @@ def save_adapter(
         written.save_pretrained(str(folder), auto_mapping_dict=base_class)
         tokenizer.save_pretrained(folder)
         log(prove_adapter(folder, model_config))
-    barrier()
+
+    if is_main():
+        jobs.now(write)
 
 
 def _load_with_peft(base: PreTrainedModel, folder: Path) -> PeftModel:

@@ -8,12 +8,13 @@ trained model as a Hugging Face folder, `checkpoint-<step>/`, `metrics.jsonl` (a
 computes 8; the summed losses are divided once, by the supervised tokens of all 16; gradients are summed over
 ranks in the last micro-batch.
 
-Exit status: 0 finished; 2 bad configuration or data, nothing trained; 1 anything else.
+Exit status: 0 finished; 2 bad configuration or data, nothing trained; 75 stopped on request with a checkpoint
+written: run again to go on; 1 anything else.
 """
 
-import dataclasses
+import errno
+import faulthandler
 import math
-import os
 import sys
 import time
 import traceback
@@ -23,6 +24,7 @@ from pathlib import Path
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
 from data.batch import MicroBatch
@@ -31,26 +33,35 @@ from data.loader import SampleReader, StepLoader
 from data.mixture import read_mixture
 from data.sampler import StepSampler
 from data.tokens import SampleEncoder
+from trainer.checkpoint import Checkpoints, load, resumable
 from trainer.config import Config, ConfigError, parse
 from trainer.distributed import (
+    BAD_INPUT,
+    FAILED,
+    STOPPED,
     Ranks,
     agree_on_problems,
     all_max,
     all_sum,
     finish,
     is_lost_peer,
-    is_main,
+    leave,
     log,
     rank_zero_first,
     start,
+    step_seed,
 )
-from trainer.folders import appears_whole, move_into, remove_old_checkpoints
+from trainer.folders import Jobs
 from trainer.lora import add_adapters, load_adapters, loads_by_itself, save_adapter, verify_adapter
 from trainer.loss import chunked_token_losses
-from trainer.metrics import MetricsFile, memory_peak_bytes, model_table, part_of, write_run_file
+from trainer.metrics import MetricsFile, memory_peak_bytes, model_table, part_of
 from trainer.models import build_model, load_config, load_image_processor, load_tokenizer, parts_of
 from trainer.optim import adamw, learning_rate_factor, parameter_groups
 from trainer.parallelize import parallelize
+from trainer.rehearsal import bytes_of_a_save, longest_micro_batch, prepare_output_dir, rehearse
+from trainer.replay import write_capsule
+from trainer.resume import choose_start, describe_run
+from trainer.signals import StopRequest, wait_for_the_end
 from trainer.trained import trained_names
 from trainer.weights import load_weights, save_model_folder, tensor_files, weights_dtype
 
@@ -91,7 +102,7 @@ def train(config: Config, ranks: Ranks) -> int:
     except (ValueError, OSError) as error:
         problems.append(str(error))
     if agree_on_problems(problems):
-        return 2
+        return BAD_INPUT
     assert encoder is not None
     assert model_config is not None
     assert tokenizer is not None
@@ -106,9 +117,16 @@ def train(config: Config, ranks: Ranks) -> int:
     if config.max_steps > 0:
         total_steps = config.max_steps
     warmup_steps = math.ceil(config.warmup_ratio * total_steps)
+    run = describe_run(config, sources, ranks, global_batch, total_steps, warmup_steps)
+    try:
+        begin = choose_start(config, run)
+    except ValueError as error:
+        agree_on_problems(str(error).splitlines())
+        return BAD_INPUT
+    if begin.finished:
+        return 0
 
     # --- the model: sharded while it has no memory, then every rank reads its own part -------------------
-    torch.manual_seed(config.seed + ranks.rank)  # for dropout, the one thing that differs between ranks
     base_dtype = weights_dtype(base)
     # A full model is saved with its frozen parts as they were; a base under adapters is not saved.
     frozen_dtype = torch.float32 if not config.bf16 else torch.bfloat16 if adapters else base_dtype
@@ -159,48 +177,66 @@ def train(config: Config, ranks: Ranks) -> int:
         f"× {accumulation} accumulated × {ranks.world} ranks; {steps_per_epoch} steps an epoch, "
         f"{total_steps} in all, {warmup_steps} of them warm-up"
     )
-    if ranks.rank == 0:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_run_file(output_dir / "run.json", dataclasses.asdict(config), sources, ranks)
+    save_dtype = base_dtype if config.save_dtype == "auto" else getattr(torch, config.save_dtype)
+    if begin.folder:
+        load(begin.folder, resumable(trained, optimizer))
+    space = bytes_of_a_save(model, trained, save_dtype, config)
+    if agree_on_problems(prepare_output_dir(output_dir, run, begin.step, space) if ranks.rank == 0 else []):
+        return BAD_INPUT
     metrics = MetricsFile(
         output_dir if ranks.rank == 0 else None, tensorboard=config.report_to == "tensorboard"
     )
-    save_dtype = base_dtype if config.save_dtype == "auto" else getattr(torch, config.save_dtype)
 
-    def save(folder: Path) -> None:
+    def write_model(folder: Path, jobs: Jobs) -> None:
         if adapters:
-            save_adapter(model, adapters, model_config, tokenizer, folder)
+            save_adapter(model, adapters, model_config, tokenizer, folder, jobs)
         else:
-            save_model_folder(model, model_config, tokenizer, parts, folder, save_dtype, loaded.carried)
+            save_model_folder(model, model_config, tokenizer, parts, folder, save_dtype, loaded.carried, jobs)
 
     # --- the loop ----------------------------------------------------------------------------------------
+    reader = SampleReader(sources, encoder, image_processor)
     loader = StepLoader(
-        SampleReader(sources, encoder, image_processor),
+        reader,
         sampler,
         rank=ranks.rank,
         num_ranks=ranks.world,
         samples_per_micro_batch=config.per_device_train_batch_size,
         num_steps=total_steps,
+        first_step=begin.step,
         num_workers=config.dataloader_num_workers,
         on_bad_sample="skip" if skip_bad else "error",
     )
+    checkpoints = Checkpoints(
+        output_dir, run, config.save_total_limit, config.async_save, save_minutes=config.save_minutes
+    )
+    stop = StopRequest(output_dir)
+    if config.rehearse:
+        rehearse(model, longest_micro_batch(reader, config.per_device_train_batch_size), device, accumulation)
     batches = iter(loader)
     micro_batches: list[MicroBatch] = []
-    bar = tqdm(total=total_steps, disable=ranks.rank != 0, unit="step", dynamic_ncols=True)
+    bar = tqdm(
+        total=total_steps, initial=begin.step, disable=ranks.rank != 0, unit="step", dynamic_ncols=True
+    )
     window_started, window_wait, window_steps = time.perf_counter(), 0.0, 0
-    # Since the last line of metrics: samples, tokens, supervised tokens, samples left out; then, by source,
-    # sums of losses and supervised tokens.
-    window = torch.zeros(4 + 2 * len(sources), dtype=torch.float64, device=device)
-    for step in range(1, total_steps + 1):
+    # Since the last line of metrics: samples, tokens, supervised tokens, samples left out, steps skipped;
+    # then, by source, sums of losses and supervised tokens.
+    window = torch.zeros(5 + 2 * len(sources), dtype=torch.float64, device=device)
+    window += torch.tensor(begin.notes.get("window", 0.0), dtype=torch.float64, device=device)
+    bad_steps = begin.notes.get("bad_steps", 0)
+    for step in range(begin.step + 1, total_steps + 1):
+        faulthandler.dump_traceback_later(60 * config.hang_minutes, exit=True)
+        torch.manual_seed(step_seed(config.seed, step, ranks.rank))  # what dropout draws
         waited = time.perf_counter()
         micro_batches = next(batches)
         window_wait += time.perf_counter() - waited
 
         # One mean over the supervised tokens of the global batch, whatever rank or micro-batch has them.
-        rows = [(m.num_samples, m.num_tokens, m.num_supervised, m.num_left_out) for m in micro_batches]
+        # The last two columns are requests that all ranks must hear in the same step.
+        rows = [(m.num_samples, m.num_tokens, m.num_supervised, m.num_left_out, 0, 0) for m in micro_batches]
+        rows.append((0, 0, 0, 0, stop.asked(), checkpoints.minutes_are_over()))
         counts = all_sum(torch.tensor(rows, dtype=torch.float64, device=device).sum(0))
-        window[:4] += counts
         num_supervised = counts[2].clamp(min=1.0)
+        by_source = torch.zeros(2, len(sources), dtype=torch.float64, device=device)
 
         for i, micro_batch in enumerate(micro_batches):
             model.set_requires_gradient_sync(i == len(micro_batches) - 1)
@@ -211,7 +247,6 @@ def train(config: Config, ranks: Ranks) -> int:
             else:
                 divisor = num_supervised
             (losses.sum() / divisor).backward()
-            by_source = window[4:].view(2, -1)
             by_source[0].index_add_(0, micro_batch.source_of_target, losses.detach().double())
             by_source[1] += micro_batch.source_of_target.bincount(minlength=len(sources))
 
@@ -220,35 +255,48 @@ def train(config: Config, ranks: Ranks) -> int:
                 f"{len(idle)} parameters are set to train but got no gradient in the first step, "
                 f"first {idle[0]}; freeze them, or give data that reaches them"
             )
-        grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), config.max_grad_norm or math.inf)
+        # --- step, unless a number is not finite; all ranks read the same, the one wait for the device ------
+        grad_norm = get_total_norm([p.grad for p in trained.values() if p.grad is not None])
+        norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
+        loss_sums = all_sum(by_source)
+        norm, loss_sum, stopping, minutes_are_over = torch.stack(
+            [norm.double(), loss_sums[0].sum(), counts[4], counts[5]]
+        ).tolist()
         factor = learning_rate_factor(config.lr_scheduler_type, step - 1, total_steps, warmup_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
-        optimizer.step()
+        if math.isfinite(norm) and math.isfinite(loss_sum):
+            clip_grads_with_norm_(trained.values(), config.max_grad_norm or math.inf, grad_norm)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * factor
+            optimizer.step()
+            window += torch.cat([counts[:4], torch.zeros_like(counts[:1]), loss_sums.flatten()])
+            bad_steps = 0
+        else:
+            window[4] += 1
+            bad_steps += 1
+            capsule = write_capsule(step, run, sources, micro_batches, by_source, trained, norm)
+            log(f"\nwarning: step {step} is skipped: its loss or gradient is not finite; see {capsule}")
         optimizer.zero_grad(set_to_none=True)
         window_steps += 1
         bar.update()
 
         # --- say what happened; reading a number off the device waits for it, so only here -----------------
         if step % config.logging_steps == 0 or step == total_steps:
-            if isinstance(grad_norm, DTensor):
-                grad_norm = grad_norm.full_tensor()
-            window[4:] = all_sum(window[4:])
-            samples, tokens, supervised, left_out, *by_source = window.tolist()
-            loss_sums, loss_counts = by_source[: len(sources)], by_source[len(sources) :]
+            samples, tokens, supervised, left_out, skipped, *rest = window.tolist()
+            loss_sums, loss_counts = rest[: len(sources)], rest[len(sources) :]
             seconds = time.perf_counter() - window_started
             memory = int(all_max(memory_peak_bytes(device), device))
             metrics.write(
                 kind="train",
                 step=step,
                 epoch=step / steps_per_epoch,
-                loss=sum(loss_sums) / max(1.0, supervised),
+                loss=sum(loss_sums) / supervised if supervised else math.nan,
                 learning_rate=config.learning_rate * factor,
-                grad_norm=grad_norm.item(),
+                grad_norm=norm,
                 samples=int(samples),
                 tokens=int(tokens),
                 supervised_tokens=int(supervised),
                 left_out_samples=int(left_out),
+                skipped_steps=int(skipped),
                 tokens_per_second=tokens / seconds,
                 seconds_step=seconds / window_steps,
                 seconds_data_wait=window_wait / window_steps,
@@ -267,20 +315,30 @@ def train(config: Config, ranks: Ranks) -> int:
             window_started, window_wait, window_steps = time.perf_counter(), 0.0, 0
             window.zero_()
 
+        if bad_steps >= config.max_bad_steps:
+            log(f"\nerror: {bad_steps} steps in a row were not finite: run the capsules with trainer.replay")
+            checkpoints.wait()
+            return FAILED
+
         # --- save ----------------------------------------------------------------------------------------
         every = {"no": total_steps, "steps": config.save_steps, "epoch": steps_per_epoch}
-        if step % every[config.save_strategy] == 0 and step < total_steps:
-            with appears_whole(output_dir / f"checkpoint-{step}") as folder:
-                save(folder)
-            if config.save_total_limit and ranks.rank == 0:
-                remove_old_checkpoints(output_dir, config.save_total_limit)
+        due = step % every[config.save_strategy] == 0 or minutes_are_over or stopping
+        if due and step < total_steps:
+            notes = {"window": window.tolist(), "bad_steps": bad_steps}
+            checkpoints.save(step, write_model, resumable(trained, optimizer), notes)
+        if stopping and step < total_steps:
+            checkpoints.wait()
+            stop.honoured()
+            log(
+                f"\nstopped after step {step} of {total_steps}, as asked; the same command goes on from there"
+            )
+            return FAILED if checkpoints.failed else STOPPED
     bar.close()
 
     # --- the end: the model itself in output_dir --------------------------------------------------------
-    with appears_whole(output_dir / "complete") as folder:
-        save(folder)
-    if ranks.rank == 0:
-        move_into(output_dir / "complete", output_dir)
+    faulthandler.cancel_dump_traceback_later()
+    checkpoints.save_final_model(total_steps, write_model)
+    stop.honoured()
     log(f"the trained {'adapter' if adapters else 'model'} is in {output_dir}")
     if adapters and config.verify_adapter:
         log(verify_adapter(model, adapters, output_dir, model_config, micro_batches[-1].to(device).inputs))
@@ -294,27 +352,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         for problem in str(error).splitlines():
             log(f"error: {problem}")
-        return 2
-    ranks = start(60 * config.timeout_minutes)
+        return BAD_INPUT
+    ranks = start(60 * config.hang_minutes)
     try:
         status = train(config, ranks)
     except DataError as error:
         print(f"\nerror: rank {ranks.rank}: {error}", file=sys.stderr, flush=True)  # below the bar
-        return 1
+        return FAILED
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (
+            None,
+            errno.ENOSPC,
+            errno.EDQUOT,
+        ):  # None: SaveError
+            print(f"\nerror: rank {ranks.rank}: {error}", file=sys.stderr, flush=True)
+            return FAILED
         if is_lost_peer(error):
-            # Another rank failed first and says why; torchrun ends this one meanwhile.
-            time.sleep(20)
+            wait_for_the_end()
         traceback.print_exc()
-        return 1
+        return FAILED
     finish()
     return status
 
 
 if __name__ == "__main__":
-    code = main()
-    if is_main() and "XCOMPOSER_STATUS_FILE" in os.environ:  # torchrun itself knows only success and failure
-        Path(os.environ["XCOMPOSER_STATUS_FILE"]).write_text(str(code))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code) if code else sys.exit(0)
+    leave(main())

@@ -1,4 +1,4 @@
-"""What was measured and what will run: metrics.jsonl, run.json, the table at the start, memory.
+"""What was measured and what will run: metrics.jsonl, the table at the start, memory.
 
 Input: numbers that the loop already has. Output: files in `output_dir` and text for the terminal:
 
@@ -9,19 +9,16 @@ Input: numbers that the loop already has. Output: files in `output_dir` and text
 """
 
 import json
-import platform
+import math
 import resource
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
-from data.mixture import Source
-from trainer.distributed import Ranks
 from trainer.models import Parts
 from trainer.trained import is_adapter
 
@@ -42,7 +39,8 @@ class MetricsFile:
             self.board = SummaryWriter(folder / "tensorboard")
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """One line; floats keep full precision, so that two runs can be compared exactly."""
+        """One line; floats keep full precision, for comparing runs exactly, and NaN becomes null."""
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         if self.file:
             self.file.write(json.dumps({"kind": kind, "step": step, **values}, ensure_ascii=False) + "\n")
             self.file.flush()
@@ -122,29 +120,3 @@ def model_table(
     trained = sum(count for (_, _, trains, *_), count in rows.items() if trains)
     lines.append(f"{'all':<28}{total:>15,}  {trained:,} train")
     return "\n".join(lines)
-
-
-def write_run_file(path: Path, config: Mapping[str, Any], sources: Sequence[Source], ranks: Ranks) -> None:
-    """`run.json`: the resolved configuration, versions and the data plan, to tell later what ran."""
-    samples = sum(source.num_samples for source in sources)
-    content = {
-        "config": dict(config),
-        "data_plan": [
-            {
-                "source": source.name,
-                "path": str(source.records.path),
-                "records": len(source.records),
-                "samples_per_epoch": source.num_samples,
-                "share": source.num_samples / samples,
-            }
-            for source in sources
-        ],
-        "ranks": ranks.world,
-        "device": ranks.device.type,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    }
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -21,6 +21,7 @@ import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,8 +34,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from trainer.distributed import barrier, is_main
-from trainer.folders import sync_to_disk
+from trainer.distributed import is_main
+from trainer.folders import Jobs, write_json
 from trainer.models import Parts
 from trainer.trained import checkpoint_name, is_adapter
 
@@ -159,6 +160,7 @@ def save_weights(
     folder: Path,
     dtype: torch.dtype,
     carried: Mapping[str, Path],
+    jobs: Jobs,
     max_file_bytes: int,
 ) -> None:
     """Write all parameters to `folder` as safetensors, floating ones in `dtype`; every rank must call it.
@@ -195,20 +197,18 @@ def save_weights(
                 if isinstance(tensor, DTensor):
                     tensor = tensor.full_tensor()
                 if mine:
-                    held[name] = tensor.cpu().contiguous()
+                    held[name] = tensor.to("cpu", copy=True).contiguous()  # training may go on meanwhile
             elif mine:
                 with safe_open(carried[name], framework="pt") as file:
                     held[name] = file.get_tensor(name)
         if mine:
-            save_file(held, folder / file_name, metadata={"format": "pt"})
-            sync_to_disk(folder / file_name)
+            jobs.later(partial(save_file, held, folder / file_name, {"format": "pt"}))
     if rank == 0 and len(files) > 1:
         index = {
             "metadata": {"total_size": total},
             "weight_map": {tensor: name for name, part in zip(names, files, strict=True) for tensor in part},
         }
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    barrier()
+        jobs.now(lambda: write_json(folder / INDEX, index))
 
 
 def save_model_folder(
@@ -219,18 +219,23 @@ def save_model_folder(
     folder: Path,
     dtype: torch.dtype,
     carried: Mapping[str, Path],
+    jobs: Jobs,
     max_file_bytes: int = 10**9,
 ) -> None:
     """Write everything to the existing `folder`; every rank must call it, rank 0 writes the small files.
 
     dtype: of the saved weights; carried: unknown tensors of the base checkpoint, copied over unchanged.
+    jobs: does the writing.
     """
-    save_weights(model, folder, dtype, carried, max_file_bytes)
-    if is_main():
+    save_weights(model, folder, dtype, carried, jobs, max_file_bytes)
+
+    def write_small_files() -> None:
         saved = config.__class__.from_dict(config.to_dict())
         saved.dtype = dtype
         saved.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         for source in parts.code_files:
             shutil.copyfile(source, folder / source.name)
-    barrier()
+
+    if is_main():
+        jobs.now(write_small_files)

@@ -1,0 +1,104 @@
+"""What would end a run later, tried before its first step: room on the disk, memory for a long batch.
+
+Input: the model, the data and the folder. Output: sentences about what will not work, or nothing:
+
+    prepare_output_dir(Path("output"), run, first_step=0, needed_bytes=120_000_000_000)
+    # ["--output_dir output: a checkpoint and the model need 120.0 GB, 80.3 GB are free"]
+    rehearse(model, longest_micro_batch(reader, num_samples=4), device, accumulation=8)
+    # torch.OutOfMemoryError now and not in step 3,217
+"""
+
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data.batch import MicroBatch, collate
+from data.errors import DataError
+from data.loader import SampleReader
+from trainer.config import Config
+from trainer.folders import MARKER, sweep, write_json
+from trainer.resume import drop_later_lines
+
+PROBED = 64
+"""Records of each source whose length is looked at; a record's length is not known before it is tokenised."""
+
+
+def bytes_of_a_save(
+    model: nn.Module, trained: Mapping[str, Tensor], save_dtype: torch.dtype, config: Config
+) -> int:
+    """Room for a checkpoint: the saved model, and float32 parameters and two moments of all that trains."""
+    num_trained = sum(parameter.numel() for parameter in trained.values())
+    num_saved = num_trained if config.use_lora else sum(parameter.numel() for parameter in model.parameters())
+    has_checkpoints = config.save_strategy != "no" or config.save_minutes is not None
+    return save_dtype.itemsize * num_saved + 3 * 4 * num_trained * has_checkpoints
+
+
+def prepare_output_dir(
+    output_dir: Path, run: Mapping[str, Any], first_step: int, needed_bytes: int
+) -> list[str]:
+    """Make the folder fit for a run from `first_step`: what was cut short goes, run.json is written.
+
+    Returns why it cannot be used, in a sentence; for rank 0 alone.
+    """
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        sweep(output_dir)
+        free = shutil.disk_usage(output_dir).free
+        if free < needed_bytes:
+            return [
+                f"--output_dir {output_dir}: what a save writes needs {needed_bytes / 1e9:.1f} GB, and "
+                f"{free / 1e9:.1f} GB are free; make room, or name a folder elsewhere"
+            ]
+        (output_dir / MARKER).unlink(missing_ok=True)  # of a run that ended here before
+        drop_later_lines(output_dir / "metrics.jsonl", first_step)
+        write_json(output_dir / "run.json", run)
+    except OSError as error:
+        return [f"--output_dir {output_dir}: cannot be written: {error}"]
+    return []
+
+
+def longest_micro_batch(reader: SampleReader, num_samples: int) -> MicroBatch:
+    """A micro-batch of the longest samples among PROBED records, evenly spread, of each source."""
+    found = []
+    for number, source in enumerate(reader.sources):
+        for index in np.unique(np.linspace(0, len(source.records) - 1, PROBED, dtype=int)):
+            try:
+                encoded, _ = reader.read(number, int(index), decode=False)
+            except DataError:
+                continue  # named when its turn comes
+            if encoded.num_supervised:
+                found.append((len(encoded.input_ids), number, int(index)))
+    longest = sorted(found, reverse=True)[:num_samples]
+    longest = (longest * math.ceil(num_samples / max(1, len(longest))))[:num_samples]
+    return read_batch(reader, [(number, index) for _, number, index in longest])
+
+
+def read_batch(reader: SampleReader, sample_ids: Sequence[tuple[int, int]]) -> MicroBatch:
+    """Read (source, record) samples into one micro-batch, as the loader would."""
+    samples, pixels = [], []
+    for number, index in sample_ids:
+        encoded, images = reader.read(number, index)
+        samples.append(encoded)
+        pixels += images
+    if not pixels and any(source.records.num_images for source in reader.sources):
+        pixels = [reader.image_processor.dummy()]
+    return collate(samples, pixels, sample_ids, reader.encoder.pad_id)
+
+
+def rehearse(model: Any, micro_batch: MicroBatch, device: torch.device, accumulation: int) -> None:
+    """Forward and backward as in a step, and the gradients dropped again; parameters and moments stay.
+
+    With accumulation the first of two micro-batches keeps its whole gradient on every rank, which is the most
+    memory that a step needs.
+    """
+    for is_last in (True,) if accumulation == 1 else (False, True):
+        model.set_requires_gradient_sync(is_last)
+        losses = model(**micro_batch.to(device).inputs).loss
+        (losses.sum() / max(1, micro_batch.num_supervised)).backward()
+    model.zero_grad(set_to_none=True)

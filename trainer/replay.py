@@ -1,0 +1,180 @@
+"""A step whose loss or gradient was not finite: kept in a capsule, and run again alone.
+
+Input: the step's micro-batches on all ranks. Output: `bad-step-12.json` in output_dir, and from it
+
+    python -m trainer.replay output/bad-step-12.json [--weights output/checkpoint-10]
+
+    weights of output/checkpoint-10
+    rank 0, micro-batch 0: loss 2.31, gradient norm 1.72
+    rank 1, micro-batch 0: loss nan, gradient norm nan
+      first not finite: the output of vision_proj.0
+      pets/train.json: record 7: loss nan, gradient norm nan
+      pets/train.json: record 9: loss 2.02, gradient norm 3.1
+
+on one process, with the dropout masks of the step. The weights are those of the newest checkpoint before the
+step, or the base model's: the data is replayed exactly, the weights as closely as they were kept. If all is
+finite, the weights had gone wrong by themselves: look at the gradient norms of the steps before.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
+from transformers import AutoModelForCausalLM
+
+from data.batch import MicroBatch
+from data.loader import SampleReader
+from data.mixture import Source, read_mixture
+from data.tokens import SampleEncoder
+from trainer.config import Config
+from trainer.distributed import is_main, step_seed
+from trainer.folders import numbered, write_json
+from trainer.loss import chunked_token_losses
+from trainer.models import load_config, load_image_processor, load_tokenizer
+from trainer.rehearsal import read_batch
+
+MAX_NAMED = 20
+"""Parameters with a bad gradient that a capsule names."""
+
+
+def write_capsule(
+    step: int,
+    run: Mapping[str, Any],
+    sources: Sequence[Source],
+    micro_batches: Sequence[MicroBatch],
+    loss_sums: Tensor,
+    trained: Mapping[str, nn.Parameter],
+    grad_norm: float,
+) -> Path:
+    """Write down what a step was made of, on rank 0; all ranks call it. Returns the file.
+
+    loss_sums: this rank's, by source; the gradients must not be clipped yet.
+    """
+    rank = dist.get_rank()
+    bad = [
+        name
+        for name, parameter in trained.items()
+        if parameter.grad is not None and not _local(parameter.grad).isfinite().all()
+    ]
+    mine = {
+        "rank": rank,
+        "seed": step_seed(run["config"]["seed"], step, rank),
+        "loss_sum": repr(loss_sums.sum().item()),
+        "not_finite_gradients": bad[:MAX_NAMED],
+        "micro_batches": [
+            [
+                {"source": sources[s].name, "path": str(sources[s].records.path), "record": r}
+                for s, r in m.sample_ids
+            ]
+            for m in micro_batches
+        ],
+    }
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, mine)
+    path = Path(run["config"]["output_dir"]) / f"bad-step-{step}.json"
+    if is_main():
+        write_json(path, {"step": step, "grad_norm": repr(grad_norm), "ranks": ranks, "run": run})
+    return path
+
+
+def _local(gradient: Tensor) -> Tensor:
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+
+
+def load_model(base: Path, weights: Path, config: Config) -> nn.Module:
+    """The model of a run in training mode, on one device: of a model's folder or of an adapter on `base`."""
+    is_adapter = (weights / "adapter_config.json").is_file()
+    model_config = load_config(base if is_adapter else weights, config.img_size)
+    model_config.plora_dropout = config.plora_dropout
+    model = AutoModelForCausalLM.from_pretrained(
+        base if is_adapter else weights,
+        config=model_config,
+        dtype=torch.bfloat16 if config.bf16 else torch.float32,
+        attn_implementation=config.attn_implementation,
+    )
+    model.loss_function = chunked_token_losses(config.loss_chunk_tokens)
+    if is_adapter:
+        model = PeftModel.from_pretrained(model, str(weights), is_trainable=True)
+    return cast(nn.Module, model).to(torch.accelerator.current_accelerator(check_available=True)).train()
+
+
+def run_batch(model: nn.Module, batch: MicroBatch) -> tuple[float, float, str | None]:
+    """(mean loss, gradient norm, the first module whose output is not finite) of a micro-batch."""
+    first: list[str] = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and not first and not output.isfinite().all():
+                first.append(name)
+
+        return hook
+
+    hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+    model.zero_grad(set_to_none=True)
+    parameter = next(model.parameters())
+    batch = batch.to(parameter.device)
+    pixels = batch.inputs["pixel_values"]
+    if isinstance(pixels, Tensor):
+        batch.inputs["pixel_values"] = pixels.to(parameter.dtype)
+    elif pixels is not None:
+        batch.inputs["pixel_values"] = [image.to(parameter.dtype) for image in pixels]
+    loss = model(**batch.inputs).loss.sum() / max(1, batch.num_supervised)
+    loss.backward()
+    for hook in hooks:
+        hook.remove()
+    norm = get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    return loss.item(), norm.item(), next(iter(first), None)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a capsule's step and say where it is not finite; 1 if it is not, as in the run."""
+    parser = argparse.ArgumentParser(prog="trainer.replay", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("capsule", type=Path, help="a bad-step-<step>.json")
+    parser.add_argument("--weights", type=Path, help="folder of the weights; the newest checkpoint before")
+    arguments = parser.parse_args(argv)
+    capsule = json.loads(arguments.capsule.read_text(encoding="utf-8"))
+    values = capsule["run"]["config"]
+    config = Config(**{field.name: values[field.name] for field in fields(Config) if field.name in values})
+    base = Path(config.model_name_or_path)
+    before = [folder for step, folder in numbered(arguments.capsule.parent).items() if step < capsule["step"]]
+    weights = arguments.weights or next(iter(before), base)
+    print(f"weights of {weights}")
+    model = load_model(base, weights, config)
+    sources = read_mixture(
+        config.data_path, config.given_num, config.image_root, skip_bad=config.on_bad_sample == "skip"
+    )
+    processor = load_image_processor(load_config(base, config.img_size), config.hd_num)
+    reader = SampleReader(sources, SampleEncoder(load_tokenizer(base), config.max_length), processor)
+    numbers = {source.name: number for number, source in enumerate(sources)}
+    num_bad = 0
+    for rank in capsule["ranks"]:
+        torch.manual_seed(rank["seed"])
+        for number, samples in enumerate(rank["micro_batches"]):
+            chosen = [(numbers[sample["source"]], sample["record"]) for sample in samples]
+            loss, norm, module = run_batch(model, read_batch(reader, chosen))
+            print(f"rank {rank['rank']}, micro-batch {number}: loss {loss:.6g}, gradient norm {norm:.6g}")
+            if math.isfinite(loss) and math.isfinite(norm):
+                continue
+            num_bad += 1
+            if module:
+                print(f"  first not finite: the output of {module}")
+            for source, record in chosen:
+                loss, norm, _ = run_batch(model, read_batch(reader, [(source, record)]))
+                where = sources[source].where(record)
+                print(f"  {where}: loss {loss:.6g}, gradient norm {norm:.6g}")
+    return 1 if num_bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,276 @@
+"""Where a run goes on from: the newest complete checkpoint, if it belongs to the same training.
+
+Input: the configuration, what it comes to (`describe_run`), and what output_dir holds. Output: a `Start`, the
+same on every rank, or ValueError with a line a reason why the run must not go on:
+
+    output/checkpoint-30/    optimizer shard with a flipped byte     named and passed over
+    output/checkpoint-20/    complete                                Start(step=20, folder=…)
+
+A changed configuration is compared field by field with the checkpoint's `run.json`. What cannot change the
+training (folders, workers, how often to save) is noted; what does is refused, unless `--resume_anyway` is
+given. A field that is not listed as harmless below counts as harmful, new ones too.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from data.mixture import Source
+from trainer.checkpoint import FINAL, damage, read_marker
+from trainer.config import Config
+from trainer.distributed import Ranks, barrier, is_main, log
+from trainer.folders import MARKER, move_into, numbered, sync_to_disk
+
+HARMLESS = {
+    "output_dir",
+    "dataloader_num_workers",
+    "gradient_checkpointing",
+    "attn_implementation",
+    "compile",
+    "loss_chunk_tokens",
+    "logging_steps",
+    "save_strategy",
+    "save_steps",
+    "save_minutes",
+    "save_total_limit",
+    "save_dtype",
+    "async_save",
+    "resume_from_checkpoint",
+    "resume_anyway",
+    "rehearse",
+    "max_bad_steps",
+    "hang_minutes",
+    "report_to",
+}
+"""Fields that the training's numbers do not depend on, rounding apart."""
+IN_THE_PLAN = {
+    "model_name_or_path",
+    "data_path",
+    "given_num",
+    "image_root",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "max_steps",
+    "warmup_ratio",
+}
+"""Fields that matter by what they come to, which is in run.json too: other paths may hold the same data."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """The state before the first step: `step` steps are done already, and `folder` holds what they made."""
+
+    step: int = 0
+    folder: Path | None = None
+    finished: bool = False
+    notes: dict[str, Any] = field(default_factory=dict)
+    """What the loop gave to `Checkpoints.save`."""
+
+
+def describe_run(
+    config: Config,
+    sources: Sequence[Source],
+    ranks: Ranks,
+    global_batch: int,
+    total_steps: int,
+    warmup_steps: int,
+) -> dict[str, Any]:
+    """The content of run.json: the resolved configuration, versions, and what data and model were used."""
+    samples = sum(source.num_samples for source in sources)
+    return {
+        "config": json.loads(json.dumps(dataclasses.asdict(config))),  # as it will be read again
+        "global_batch": global_batch,
+        "total_steps": total_steps,
+        "warmup_steps": warmup_steps,
+        "data_plan": [
+            {
+                "source": source.name,
+                "path": str(source.records.path),
+                "records": len(source.records),
+                "samples_per_epoch": source.num_samples,
+                "share": source.num_samples / samples,
+                "fingerprint": _fingerprint(source),
+            }
+            for source in sources
+        ],
+        "base_model": _fingerprint_of_weights(Path(config.model_name_or_path)),
+        "ranks": ranks.world,
+        "device": ranks.device.type,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def choose_start(config: Config, run: Mapping[str, Any]) -> Start:
+    """Find where to go on from; every rank calls it. ValueError holds the reasons not to, a line each."""
+    output_dir = Path(config.output_dir)
+    # A rank that torchrun has started again goes on, whatever the command line once began from.
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    wish = "auto" if restarted else config.resume_from_checkpoint
+    if is_main() and (output_dir / FINAL / MARKER).is_file():
+        move_into(output_dir / FINAL, output_dir)  # as a run that was killed here would have done
+    barrier()
+    if wish == "auto" and (output_dir / MARKER).is_file() and not config.resume_anyway:
+        start = Start(read_marker(output_dir)["step"], output_dir, finished=True)
+        _compare(output_dir, run, anyway=False)
+        if start.step >= run["total_steps"]:
+            log(f"{output_dir} holds the finished model of this run, after step {start.step}: nothing to do")
+            return start
+    found = numbered(output_dir)
+    passed_over: list[Path] = []
+    folder = None
+    if wish == "auto":
+        for candidate in found.values():
+            if (problem := damage(candidate)) is None:
+                folder = candidate
+                break
+            log(f"warning: {candidate} is passed over: {problem}")
+            passed_over.append(candidate)
+        if found and folder is None:
+            raise ValueError(
+                f"none of the checkpoints in {output_dir} can be used; remove them, or name another "
+                "--output_dir, to start from the beginning"
+            )
+    elif wish != "none":
+        folder = Path(wish)
+        if (problem := damage(folder)) is not None:
+            raise ValueError(f"--resume_from_checkpoint: {problem}")
+    marker = read_marker(folder) if folder else {"step": 0}
+    start = Start(marker["step"], folder, notes=marker)
+    for step, other in found.items():
+        if step > start.step and other not in passed_over:
+            raise ValueError(
+                f"{other} is of a later step than this run would start from ({start.step}): a later restart "
+                "would take it for this run's; remove it, or name another --output_dir"
+            )
+    if folder:
+        _compare(folder, run, config.resume_anyway)
+        log(f"going on from {folder}, after step {start.step} of {run['total_steps']}")
+    return start
+
+
+def drop_later_lines(path: Path, step: int) -> None:
+    """Take the lines of steps after `step` out of metrics.jsonl: they will be written again."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue  # cut off when the run was killed
+    temporary = path.with_name(f".saving-{path.name}")
+    temporary.write_bytes(b"".join(kept))
+    sync_to_disk(temporary)
+    temporary.replace(path)
+
+
+def _compare(folder: Path, run: Mapping[str, Any], anyway: bool) -> None:
+    """Log what has changed since the run that wrote `folder`; ValueError if that changes the training."""
+    try:
+        old = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        harmless, harmful = changes(old, run)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        harmless, harmful = [], [f"{folder / 'run.json'} cannot be read: {error}"]
+    for change in harmless:
+        log(f"since {folder}: {change}")
+    if harmful and not anyway:
+        raise ValueError(
+            "\n".join(
+                [
+                    f"this is not the training that {folder} is of:",
+                    *(f"  {change}" for change in harmful),
+                    "change it back, or name another --output_dir; --resume_anyway True goes on all the same",
+                ]
+            )
+        )
+    for change in harmful:
+        log(f"warning: going on in spite of a change: {change}")
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """(harmless, harmful) differences between two run.json, a sentence each."""
+    harmless, harmful = [], []
+    for name in sorted(old["config"].keys() & new["config"].keys()):
+        if (was := old["config"][name]) != (now := new["config"][name]):
+            known = name in HARMLESS or name in IN_THE_PLAN
+            (harmless if known else harmful).append(f"--{name} was {was} and is {now}")
+    schedule = new["config"]["lr_scheduler_type"]
+    for name in ("total_steps", "warmup_steps"):
+        if old[name] != new[name]:
+            unused = schedule == "constant" or (schedule == "constant_with_warmup" and name == "total_steps")
+            where = harmless if unused else harmful
+            where.append(f"{name} was {old[name]} and is {new[name]}, which changes the learning rate")
+    if old["global_batch"] != new["global_batch"]:
+        harmful.append(_batch_sentence(old["global_batch"], new))
+    if old["base_model"] != new["base_model"]:
+        harmful.append("the base model's weights are others: frozen parts would be those of another model")
+    harmful += _data_changes(old["data_plan"], new["data_plan"])
+    if old["ranks"] != new["ranks"]:
+        harmless.append(
+            f"{old['ranks']} ranks then, {new['ranks']} now: the same batches in the same order, but dropout "
+            "draws other masks, and sums are rounded in another order"
+        )
+    for name, version in new["versions"].items():
+        if old["versions"].get(name) != version:
+            harmless.append(f"{name} was {old['versions'].get(name)} and is {version}")
+    return harmless, harmful
+
+
+def _batch_sentence(batch: int, new: Mapping[str, Any]) -> str:
+    """How to keep a global batch of `batch` samples on the ranks there are."""
+    ranks, per_device = new["ranks"], new["config"]["per_device_train_batch_size"]
+    share, rest = divmod(batch, ranks)
+    if rest:
+        fits = ", ".join(str(n) for n in range(1, batch + 1) if batch % n == 0)
+        keep = f"{ranks} ranks cannot share {batch} evenly: use {fits} ranks"
+    else:
+        size = max(n for n in range(1, share + 1) if share % n == 0 and n <= max(per_device, 1))
+        keep = f"keep it with --gradient_accumulation_steps {share // size}"
+        if size != per_device:
+            keep += f" --per_device_train_batch_size {size}"
+    return f"the global batch was {batch} samples and is {new['global_batch']}; {keep}"
+
+
+def _data_changes(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[str]:
+    if len(old) != len(new):
+        return [f"the data had {len(old)} files and has {len(new)}"]
+    found = []
+    for was, now in zip(old, new, strict=True):
+        for name in ("records", "samples_per_epoch", "fingerprint"):
+            if was[name] != now[name]:
+                what = (
+                    "other records" if name == "fingerprint" else f"{name}: {was[name]} then, {now[name]} now"
+                )
+                found.append(f"the data of {now['path']} has changed: {what}")
+                break
+    return found
+
+
+def _fingerprint(source: Source) -> str:
+    """That of the file without its modification time: a copy holds the same data."""
+    size, _, content = source.records.fingerprint.split("-")
+    return f"{size}-{content}"
+
+
+def _fingerprint_of_weights(base: Path) -> str:
+    """A checksum of the first megabyte (names, shapes, first values) of each weights file."""
+    checksum = 0
+    for path in sorted(base.glob("*.safetensors")):
+        with path.open("rb") as file:
+            checksum = zlib.crc32(file.read(1 << 20), checksum)
+    return f"{checksum:08x}"
