@@ -33,6 +33,7 @@ from data.loader import SampleReader, StepLoader
 from data.mixture import read_mixture
 from data.sampler import StepSampler
 from data.tokens import SampleEncoder
+from trainer.adapter_folder import loads_by_itself, save_adapter, verify_adapter
 from trainer.checkpoint import Checkpoints, load, resumable
 from trainer.config import Config, ConfigError, parse
 from trainer.distributed import (
@@ -52,7 +53,7 @@ from trainer.distributed import (
     step_seed,
 )
 from trainer.folders import Jobs
-from trainer.lora import add_adapters, load_adapters, loads_by_itself, save_adapter, verify_adapter
+from trainer.lora import add_adapters, load_adapters
 from trainer.loss import chunked_token_losses
 from trainer.metrics import MetricsFile, memory_peak_bytes, model_table, part_of
 from trainer.models import build_model, load_config, load_image_processor, load_tokenizer, parts_of
@@ -340,7 +341,7 @@ def train(config: Config, ranks: Ranks) -> int:
     checkpoints.save_final_model(total_steps, write_model)
     stop.honoured()
     log(f"the trained {'adapter' if adapters else 'model'} is in {output_dir}")
-    if adapters and config.verify_adapter:
+    if adapters and config.verify_adapter and micro_batches:
         log(verify_adapter(model, adapters, output_dir, model_config, micro_batches[-1].to(device).inputs))
     return 0
 

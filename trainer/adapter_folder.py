@@ -1,0 +1,235 @@
+"""The folder of an adapter in peft's format: read, written, and proved to load.
+
+Input and output: `adapter_config.json` and `adapter_model.safetensors`, which stock peft loads in a process
+that has never heard of this project. Names in the model and in the file:
+
+    model.layers.0.attention.wqkv.lora_A.default.weight          [64, 4096]
+    base_model.model.model.layers.0.attention.wqkv.lora_A.weight [64, 4096]
+
+Modules that train as they are (`--fix_vit False`, `--fix_sampler False`, `--train_modules`) stand in the same
+file under their own names, and in the configuration as `modules_to_save`. Training needs no wrapper of peft's
+around them, which would hold them twice. Parameters that are no module (`plora_glb_GN`) or lie in an adapted
+layer (PLoRA's A and B) can be no `modules_to_save`: they stand in the file alone, and peft loads them as it
+loads biases.
+
+    peft_config, shapes = read_adapter(Path("adapter"))    # r = 64; {"….lora_A.weight": [64, 4096], …}
+    prove_adapter(Path("adapter"), model_config)           # "peft loads 320 tensors, 150,994,944 numbers; …"
+"""
+
+import copy
+import hashlib
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from data.errors import DataError
+from trainer.distributed import is_main, log
+from trainer.folders import Jobs
+from trainer.models import Parts, build_model, parts_of
+from trainer.trained import is_adapter
+from trainer.weights import load_weights, tensor_files
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """The adapters of a model in training: what their folder will say and hold."""
+
+    peft_config: LoraConfig
+    """As it will be saved."""
+    base: Path
+    base_class: type
+    """The model's class before FSDP2 derived its own from it."""
+    saved: frozenset[str]
+    """Names, in the model, of the parameters that the folder holds: adapters and modules trained whole."""
+    source: Path | None
+    """The folder that training goes on from."""
+
+
+def file_key(name: str) -> str:
+    """A parameter of the adapted model → its key in `adapter_model.safetensors`."""
+    name = re.sub(r"(\.lora_\w+)\.default\b", r"\1", name)
+    return PREFIX + name.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")
+
+
+# --- read ---------------------------------------------------------------------------------------------
+
+
+def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, list[int]]]:
+    """The configuration of the adapter in `folder`, and the names and shapes in its file.
+
+    DataError if the folder holds no LoRA adapter in safetensors, or one that changed its base's weights.
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        raise DataError(f"{folder}: no {CONFIG_FILE}, so this is not the folder of an adapter")
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise DataError(f"{folder}: no {WEIGHTS_FILE}; an adapter in a pickle (.bin) is never opened here")
+    try:
+        peft_config = LoraConfig.from_pretrained(str(folder))
+        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    except (ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise DataError(f"{folder}: cannot be read as an adapter: {' '.join(str(error).split())}") from error
+    if not isinstance(peft_config, LoraConfig):
+        raise DataError(f"{folder}: holds an adapter of type {peft_config.peft_type}, not LORA")
+    if peft_config.init_lora_weights not in (True, False, "gaussian"):
+        raise DataError(
+            f"{folder}: init_lora_weights {peft_config.init_lora_weights} changed the base's weights; "
+            "convert the adapter with peft to plain LoRA first"
+        )
+    return peft_config, shapes
+
+
+def parameters_in(model: nn.Module, folder: Path, base: Path) -> set[str]:
+    """The parameters of `model`, an adapted `base`, that the file in `folder` holds.
+
+    DataError if the adapter is for another base: names or shapes that do not fit, or other weights.
+    """
+    peft_config, shapes = read_adapter(folder)
+    complaint = f"{folder}: an adapter for another base ({peft_config.base_model_name_or_path})"
+    by_key = {file_key(name): (name, list(p.shape)) for name, p in model.named_parameters()}
+    for key, (name, shape) in by_key.items():
+        if key not in shapes and is_adapter(name):
+            raise DataError(f"{complaint}: it has no {key}")
+        if key in shapes and shapes[key] != shape:
+            raise DataError(f"{complaint}: {key} is {shapes[key]}, {base} needs {shape}")
+    if unknown := sorted(shapes.keys() - by_key.keys()):
+        raise DataError(f"{complaint}: {base} has no place for {unknown[0]}")
+    with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+        fingerprint = (file.metadata() or {}).get("base_fingerprint")  # stock peft writes none
+    if fingerprint and fingerprint != base_fingerprint(base):
+        raise DataError(f"{complaint}: its weights are not those of {base}")
+    return {by_key[key][0] for key in shapes}
+
+
+def base_fingerprint(base: Path) -> str:
+    """A hash of the base's vectors (norms and biases), which tell two models of one architecture apart.
+
+    Taken in bfloat16, so that a copy of the base in another dtype is the same base.
+    """
+    digest = hashlib.sha256()
+    for name, path in sorted(tensor_files(base).items()):
+        with safe_open(path, framework="pt") as file:
+            if len(file.get_slice(name).get_shape()) == 1:
+                vector = file.get_tensor(name).bfloat16().view(torch.int16)
+                digest.update(name.encode() + vector.numpy().tobytes())
+    return digest.hexdigest()
+
+
+# --- write and prove ----------------------------------------------------------------------------------
+
+
+def save_adapter(
+    model: nn.Module,
+    adapters: Adapters,
+    model_config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    jobs: Jobs,
+) -> None:
+    """Write the adapter to the existing `folder`, load it with peft, and log a line; every rank must call it.
+
+    Tensors are gathered one at a time, and rank 0 alone keeps them: 4 bytes for each trained parameter. The
+    bytes of the files do not depend on the number of ranks.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if name in adapters.saved:
+            whole = parameter.detach()
+            if isinstance(whole, DTensor):
+                whole = whole.full_tensor()
+            if is_main():
+                tensors[file_key(name)] = whole.cpu().contiguous()
+
+    def write() -> None:
+        metadata = {"format": "pt", "base_fingerprint": base_fingerprint(adapters.base)}
+        save_file(tensors, folder / WEIGHTS_FILE, metadata=metadata)
+        written = copy.copy(adapters.peft_config)
+        # peft keeps a set, whose order differs from run to run.
+        written.target_modules = sorted(written.target_modules or ())  # type: ignore[assignment]
+        base_class = {
+            "base_model_class": adapters.base_class.__name__,
+            "parent_library": adapters.base_class.__module__,
+        }
+        written.save_pretrained(str(folder), auto_mapping_dict=base_class)
+        tokenizer.save_pretrained(folder)
+        log(f"adapter: {prove_adapter(folder, model_config)}")
+
+    if is_main():
+        jobs.now(write)
+
+
+def prove_adapter(folder: Path, model_config: PreTrainedConfig) -> str:
+    """Load `folder` with stock peft, on a base without memory, and say what was found, in a line.
+
+    Raises if a tensor of the file finds no place in the model, has another shape or is not finite, or if the
+    model has an adapter that the file lacks.
+    """
+    with torch.device("meta"):
+        base = build_model(model_config)
+    loaded = _load_with_peft(base, folder)
+    with warnings.catch_warnings(action="ignore"):  # that values copied to the meta device are lost
+        result = loaded.load_adapter(str(folder), "default", torch_device="cpu")
+    tensors = load_file(folder / WEIGHTS_FILE)
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if result.unexpected_keys or broken:
+        raise RuntimeError(f"{folder}: peft cannot use {broken or result.unexpected_keys}")
+    up = [name for name in tensors if ".lora_B." in name and name.endswith("weight")]
+    moved = sum(bool(tensors[name].any()) for name in up)
+    return (
+        f"peft loads {len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} numbers; "
+        f"{moved} of {len(up)} B matrices are not zero" + ("" if moved else ": it changes nothing yet")
+    )
+
+
+@torch.no_grad()
+def verify_adapter(
+    model: nn.Module, adapters: Adapters, folder: Path, config: PreTrainedConfig, inputs: dict[str, Any]
+) -> str:
+    """Compare the loss of a batch in the running model and in the base with `folder` on it, as peft loads it.
+
+    Every rank must call it with a batch of its own; rank 0's counts, and rank 0 loads the whole base once, in
+    CPU memory. Raises RuntimeError if the losses differ by more than the compute dtype explains.
+    """
+    was_training = model.training
+    model.eval()
+    before = model(**inputs).loss.sum().item()
+    model.train(was_training)
+    if not is_main():
+        return ""
+    dtype = next(p.dtype for n, p in model.named_parameters() if n not in adapters.saved)
+    with torch.device("meta"):
+        base: Any = build_model(config)
+    base = base.to(dtype).to_empty(device="cpu")
+    load_weights(base, adapters.base, optional=parts_of(config).unused)
+    base.init_buffers()
+    base.loss_function = model.loss_function
+    on_cpu = {key: value.cpu() if isinstance(value, Tensor) else value for key, value in inputs.items()}
+    after = _load_with_peft(base, folder).eval()(**on_cpu).loss.sum().item()
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    if abs(after - before) > tolerance * max(1.0, abs(before)):
+        raise RuntimeError(f"{folder}: loss {after} as peft loads it, but {before} in training")
+    return f"the loss of a batch is {before:.6f} in training and {after:.6f} as peft loads the adapter"
+
+
+def _load_with_peft(base: PreTrainedModel, folder: Path) -> PeftModel:
+    with warnings.catch_warnings(action="ignore"):
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        return PeftModel.from_pretrained(base, str(folder), torch_device="cpu")
+
+
+def loads_by_itself(base: Path, parts: Parts) -> bool:
+    """Whether transformers loads `base` in a process without this project, by `trust_remote_code`."""
+    return all((base / path.name).is_file() for path in parts.code_files)
