@@ -226,10 +226,10 @@ def train(config: Config, ranks: Ranks) -> int:
     bad_steps = begin.notes.get("bad_steps", 0)
     for step in range(begin.step + 1, total_steps + 1):
         faulthandler.dump_traceback_later(60 * config.hang_minutes, exit=True)
-        torch.manual_seed(step_seed(config.seed, step, ranks.rank))  # what dropout draws
         waited = time.perf_counter()
         micro_batches = next(batches)
         window_wait += time.perf_counter() - waited
+        torch.manual_seed(step_seed(config.seed, step, ranks.rank))  # what dropout draws
 
         # One mean over the supervised tokens of the global batch, whatever rank or micro-batch has them.
         # The last two columns are requests that all ranks must hear in the same step.

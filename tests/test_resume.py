@@ -1,0 +1,266 @@
+"""A run that stops and goes on is the run that never stopped: bit by bit on as many ranks, and on others the
+same batches in the same order; and what would make it another run is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data.loader import StepLoader
+from tests.tiny import read_metrics, run_ranks, tiny_data, tiny_model
+from trainer.main import main
+from trainer.resume import changes, drop_later_lines
+from trainer.signals import StopRequest
+
+STOPPED = 75
+TIMES = ("tokens_per_second", "seconds_step", "seconds_data_wait", "memory_peak_bytes")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume")
+    tiny_model(folder / "model")
+    tiny_data(folder / "data", samples=24)
+    return folder
+
+
+def flags(folder: Path, name: str, *more: str) -> list[str]:
+    """Eight steps, of which five are an epoch; everything trains, dropout on, a save every third step."""
+    words = f"""
+        --model_name_or_path {folder}/model --data_path {folder}/data/data.txt --output_dir {folder}/{name}
+        --fix_vit False --bf16 False --plora_dropout 0.2 --learning_rate 1e-3 --max_steps 8
+        --save_strategy steps --save_steps 3 --per_device_train_batch_size 3 --gradient_accumulation_steps 2
+        --gradient_checkpointing False --dataloader_num_workers 0 --warmup_ratio 0.2 --logging_steps 2
+    """
+    return [*words.split(), *more]
+
+
+def main_stopped_after(step: int, log: Path | None, argv: list[str]) -> int:
+    """The run, of which one rank is asked to stop after `step`; `log` gets the samples of every step."""
+    asked, plan = StopRequest.asked, StepLoader.plan
+    calls = 0
+
+    def asked_once(self: StopRequest) -> bool:
+        nonlocal calls
+        calls += 1
+        is_last_rank = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+        return asked(self) or (calls == step and is_last_rank)
+
+    def logged_plan(self: StepLoader, number: int) -> list:
+        made = plan(self, number)
+        if log and self._rank == 0:
+            with log.open("a") as file:
+                file.write(json.dumps([number, self._sampler.samples(number).tolist()]) + "\n")
+        return made
+
+    StopRequest.asked, StepLoader.plan = asked_once, logged_plan
+    return main(argv)
+
+
+def without_times(output_dir: Path) -> list[dict]:
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(output_dir)]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert without_times(a) == without_times(b)
+    names = sorted(path.name for path in a.glob("*.safetensors"))
+    assert names
+    for name in names:
+        ours, theirs = load_file(a / name), load_file(b / name)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+CASES = {
+    "float32, checkpointed": ["--gradient_checkpointing", "True"],
+    "bfloat16 with workers": ["--bf16", "True", "--dataloader_num_workers", "1", "--async_save", "False"],
+    "adapters": ["--fix_vit", "True", "--use_lora", "True", "--lora_dropout", "0.1", "--lora_r", "4"],
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_stopping_twice_changes_no_bit(world, case):
+    name, more = case.replace(" ", "-").replace(",", ""), CASES[case]
+    run_ranks(2, main, flags(world, f"{name}-straight", *more))
+    run_ranks(2, main_stopped_after, 4, None, flags(world, name, *more), status=STOPPED)
+    run_ranks(2, main_stopped_after, 1, None, flags(world, name, *more), status=STOPPED)
+    output, _ = run_ranks(2, main, flags(world, name, *more))
+    assert "checkpoint-5, after step 5 of 8" in output
+    assert_same_run(world / name, world / f"{name}-straight")
+
+
+def test_other_numbers_of_ranks_train_on_the_same_batches(world, tmp_path):
+    """4 → 2 → 1 → 3 ranks; 12 samples a step a step, in the order and with the losses of a straight run."""
+    more = ["--plora_dropout", "0", "--adam_epsilon", "1e-5", "--logging_steps", "1"]
+    straight, changing = tmp_path / "straight.log", tmp_path / "changing.log"
+
+    def batch(ranks: int) -> list[str]:
+        per_device = {4: 3, 2: 3, 1: 3, 3: 2}[ranks]
+        return [
+            *("--per_device_train_batch_size", str(per_device)),
+            *("--gradient_accumulation_steps", str(12 // per_device // ranks)),
+        ]
+
+    run_ranks(2, main_stopped_after, 0, straight, flags(world, "same", *more, *batch(2)))
+    for ranks, steps in ((4, 2), (2, 1), (1, 3)):
+        argv = flags(world, "ranks", *more, *batch(ranks))
+        run_ranks(ranks, main_stopped_after, steps, changing, argv, status=STOPPED)
+    output, *_ = run_ranks(3, main_stopped_after, 0, changing, flags(world, "ranks", *more, *batch(3)))
+    assert "1 ranks then, 3 now" in output
+    expected = [json.loads(line) for line in straight.read_text().splitlines()]
+    assert [step for step, _ in expected] == list(range(8))
+    planned = [json.loads(line) for line in changing.read_text().splitlines()]
+    trained = [line for number, line in enumerate(planned) if line not in planned[:number]]
+    assert trained == expected
+    for ours, theirs in zip(read_metrics(world / "ranks"), read_metrics(world / "same"), strict=True):
+        assert ours["step"] == theirs["step"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+    a, b = (load_file(world / name / "model.safetensors") for name in ("ranks", "same"))
+    for key, tensor in a.items():
+        assert torch.allclose(tensor, b[key], atol=1e-5), key
+
+
+@pytest.fixture(scope="module")
+def stopped(world):
+    """A run of two ranks that stopped after step 4: checkpoint-3 and checkpoint-4."""
+    run_ranks(2, main_stopped_after, 4, None, flags(world, "stopped"), status=STOPPED)
+    assert sorted(path.name for path in (world / "stopped").glob("checkpoint-*")) == [
+        "checkpoint-3",
+        "checkpoint-4",
+    ]
+    return world / "stopped"
+
+
+@pytest.fixture
+def copy(stopped, tmp_path):
+    return Path(shutil.copytree(stopped, tmp_path / "run"))
+
+
+def test_a_changed_training_is_refused_with_every_change(world, copy):
+    more = ["--output_dir", str(copy), "--learning_rate", "2e-3", "--seed", "1", "--logging_steps", "1"]
+    output, other = run_ranks(2, main, flags(world, "x", *more), status=2)
+    assert f"this is not the training that {copy}/checkpoint-4 is of:" in output
+    assert "--learning_rate was 0.001 and is 0.002" in output
+    assert "--seed was 42 and is 1" in output
+    assert "since" in output  # the harmless change is noted
+    assert "--logging_steps was 2 and is 1" in output
+    assert "Traceback" not in output + other
+    output, _ = run_ranks(2, main, flags(world, "x", *more, "--resume_anyway", "True"))
+    assert "going on in spite of a change: --seed was 42 and is 1" in output
+
+
+def test_fewer_ranks_are_told_how_to_keep_the_global_batch(world, copy):
+    argv = flags(world, "x", "--output_dir", str(copy))
+    (output,) = run_ranks(1, main, argv, status=2)
+    assert "the global batch was 12 samples and is 6; keep it with --gradient_accumulation_steps 4" in output
+    (output,) = run_ranks(1, main, [*argv, "--gradient_accumulation_steps", "4"])
+    assert "going on from" in output
+
+
+def test_changed_data_is_refused_and_moved_data_is_not(world, copy, tmp_path):
+    moved = Path(shutil.copytree(world / "data", tmp_path / "moved"))
+    argv = flags(world, "x", "--output_dir", str(copy), "--data_path", str(moved / "data.txt"))
+    run_ranks(2, main_stopped_after, 1, None, argv, status=STOPPED)
+    records = json.loads((moved / "text.json").read_text())
+    records[5]["conversations"][1]["value"] = "w77 w77"
+    (moved / "text.json").write_text(json.dumps(records))
+    output, _ = run_ranks(2, main, argv, status=2)
+    assert f"the data of {moved}/text.json has changed" in output
+
+
+def test_a_finished_run_says_so_and_touches_nothing(world, copy):
+    argv = flags(world, "x", "--output_dir", str(copy))
+    run_ranks(2, main, argv)
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
+    output, _ = run_ranks(2, main, argv)
+    assert "holds the finished model of this run, after step 8: nothing to do" in output
+    assert before == {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
+
+
+def test_an_older_start_beside_a_later_checkpoint_is_refused(world, copy):
+    for start in ("none", str(copy / "checkpoint-3")):
+        argv = flags(world, "x", "--output_dir", str(copy), "--resume_from_checkpoint", start)
+        output, _ = run_ranks(2, main, argv, status=2)
+        assert f"{copy}/checkpoint-4 is of a later step than this run would start from" in output
+
+
+def test_a_named_checkpoint_starts_a_run_in_another_folder(world, copy, tmp_path):
+    straight = tmp_path / "straight"
+    run_ranks(2, main, flags(world, "x", "--output_dir", str(straight)))
+    branch = tmp_path / "branch"
+    start = ["--resume_from_checkpoint", str(copy / "checkpoint-4")]
+    run_ranks(2, main, flags(world, "x", "--output_dir", str(branch), *start))
+    assert (branch / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
+    output, _ = run_ranks(
+        2, main, flags(world, "x", "--output_dir", str(tmp_path), *start[:1], "/no"), status=2
+    )
+    assert "/no has no complete.json, so it was never finished" in output
+
+
+def test_lines_of_steps_that_will_be_done_again_are_dropped(tmp_path):
+    lines = [json.dumps({"kind": kind, "step": step}) for step in (1, 2, 3) for kind in ("train", "eval")]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"kind": "tr')  # killed while writing
+    drop_later_lines(tmp_path / "metrics.jsonl", 2)
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == lines[:4]
+
+
+def test_only_the_newest_checkpoints_stay_and_an_epoch_ends_in_one(world, tmp_path):
+    more = ["--output_dir", str(tmp_path), "--save_strategy", "epoch", "--save_total_limit", "2"]
+    run_ranks(2, main, flags(world, "x", *more, "--max_steps", "16"))
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-15"]
+
+
+def test_minutes_make_a_save_too(world, tmp_path):
+    more = ["--output_dir", str(tmp_path), "--save_strategy", "no", "--save_minutes", "0.001"]
+    run_ranks(2, main, flags(world, "x", *more))
+    assert list(tmp_path.glob("checkpoint-*"))
+
+
+def run_file(**changed) -> dict:
+    config = {
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-5,
+        "lr_scheduler_type": "cosine",
+        "save_steps": 10,
+        "data_path": "a.txt",
+    }
+    source = {"path": "a.json", "records": 10, "samples_per_epoch": 10, "fingerprint": "10-ab"}
+    run = {"config": config, "global_batch": 16, "total_steps": 100, "warmup_steps": 3, "ranks": 4}
+    run |= {"data_plan": [source], "base_model": "00", "versions": {"torch": "2.13.0"}}
+    for name, value in changed.items():
+        run["config" if name in config else name] = {**config, name: value} if name in config else value
+    return run
+
+
+@pytest.mark.parametrize(
+    ("changed", "harmful", "said"),
+    [
+        ({"learning_rate": 2e-5}, True, "--learning_rate was 1e-05 and is 2e-05"),
+        ({"save_steps": 20}, False, "--save_steps was 10 and is 20"),
+        ({"data_path": "b.txt"}, False, "--data_path was a.txt and is b.txt"),
+        ({"total_steps": 200}, True, "total_steps was 100 and is 200"),
+        ({"base_model": "01"}, True, "the base model's weights are others"),
+        ({"data_plan": []}, True, "the data had 1 files and has 0"),
+        ({"ranks": 3, "global_batch": 12}, True, "3 ranks cannot share 16 evenly: use 1, 2, 4, 8, 16 ranks"),
+        ({"ranks": 8, "global_batch": 32}, True, "keep it with --gradient_accumulation_steps 1"),
+        (
+            {"ranks": 16, "global_batch": 32},
+            True,
+            "keep it with --gradient_accumulation_steps 1 --per_device_train_batch_size 1",
+        ),
+        ({"versions": {"torch": "2.14.0"}}, False, "torch was 2.13.0 and is 2.14.0"),
+    ],
+)
+def test_changes_are_told_apart(changed, harmful, said):
+    found = changes(run_file(), run_file(**changed))
+    assert any(said in change for change in found[harmful])
+    assert not found[1] or harmful
+
+
+def test_a_longer_training_is_the_same_where_the_rate_is_constant():
+    config = {**run_file()["config"], "lr_scheduler_type": "constant"}
+    old, new = ({**run_file(total_steps=steps), "config": config} for steps in (100, 200))
+    assert changes(old, new)[1] == []
