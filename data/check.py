@@ -150,19 +150,16 @@ def plan_epoch(
     packing = Packing(lengths, reader.encoder.max_length)
     num_steps = min(sampler.steps_per_epoch, MAX_STEPS_PLANNED)
     num_tokens = num_rows = padded_tokens = 0
-    idle = {"packed": 0.0, "in order": 0.0}
+    idle_packed = idle_dealt = 0.0
     for step in range(num_steps):
         samples = sampler.samples(step)
         tokens, costs = packing.measure(samples)
-        plans = {"packed": packing.plan(samples, num_ranks)}
-        plans["in order"] = deal(len(samples), num_ranks, per_micro_batch)
-        for name, plan in plans.items():
-            idle[name] += idle_share(plan, costs) / num_steps
+        packed, dealt = packing.plan(samples, num_ranks), deal(len(samples), num_ranks, per_micro_batch)
+        idle_packed += idle_share(packed, costs) / num_steps
+        idle_dealt += idle_share(dealt, costs) / num_steps
         num_tokens += int(tokens.sum())
-        num_rows += sum(len(parts) for parts in plans["packed"])
-        padded_tokens += sum(
-            len(p) * int(tokens[p].max(initial=0)) for parts in plans["in order"] for p in parts
-        )
+        num_rows += sum(len(parts) for parts in packed)
+        padded_tokens += sum(len(p) * int(tokens[p].max(initial=0)) for parts in dealt for p in parts)
     return {
         "samples": sampler.samples_per_epoch,
         "global_batch": global_batch,
@@ -172,42 +169,27 @@ def plan_epoch(
             "rows_per_step_and_rank": num_rows / num_steps / num_ranks,
             "row_fill": num_tokens / max(1, num_rows * reader.encoder.max_length),
             "padding_share": 0.0,
-            "idle_share": idle["packed"],
+            "idle_share": idle_packed,
         },
-        "unpacked": {
-            "padding_share": 1 - num_tokens / max(1, padded_tokens),
-            "idle_share": idle["in order"],
-        },
+        "unpacked": {"padding_share": 1 - num_tokens / max(1, padded_tokens), "idle_share": idle_dealt},
     }
 
 
 def as_text(report: dict[str, Any]) -> str:
     """The report for a terminal."""
-    head = (
-        "source",
-        "records",
-        "bad",
-        "images",
-        "samples an epoch",
-        "mean tokens",
-        "median",
-        "95 %",
-        "longest",
-    )
-    lines: list[Sequence[str]] = [head]
+    lines = [["source", "records", "bad", "images", "samples an epoch"]]
+    lines[0] += ["mean tokens", "median", "95 %", "longest"]
     for source in report["sources"]:
         counts = [source[name] for name in ("records", "bad_records", "images", "samples_per_epoch")]
-        lines.append(
-            (source["source"], *(f"{count:,.0f}" for count in (*counts, *source["tokens"].values())))
-        )
+        counts += source["tokens"].values()
+        lines.append([source["source"], *(f"{count:,.0f}" for count in counts)])
     text = [table(lines), ""]
     for source in report["sources"]:
         text.append(f"{source['source']}: samples by length")
         most = max(count for _, count in source["histogram"])
         for longest, count in source["histogram"]:
-            text.append(
-                f"  ≤ {longest:>7,} {'█' * round(BAR_WIDTH * count / max(1, most)):<{BAR_WIDTH}} {count:,}"
-            )
+            bar = "█" * round(BAR_WIDTH * count / max(1, most))
+            text.append(f"  ≤ {longest:>7,} {bar:<{BAR_WIDTH}} {count:,}")
     epoch = report["epoch"]
     packed, unpacked = epoch["packed"], epoch["unpacked"]
     text += [

@@ -16,6 +16,7 @@ import logging
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,7 +27,7 @@ from data.batch import MicroBatch, collate
 from data.errors import DataError
 from data.images import ImageProcessor, open_image, to_rgb, viewed_size
 from data.mixture import Source
-from data.packing import Packing, deal
+from data.packing import Packing, deal, idle_share
 from data.sampler import StepSampler
 from data.tokens import Encoded, SampleEncoder
 
@@ -119,6 +120,14 @@ class StepLoader:
             plan = deal(len(samples), self._num_ranks, self._samples_per_micro_batch)
         return [[(int(source), int(record)) for source, record in samples[part]] for part in plan[self._rank]]
 
+    def idle_share(self, step: int) -> float | None:
+        """The share of all ranks' time that a step's plan leaves idle; None where lengths are unknown."""
+        if self._packing is None:
+            return None
+        samples = self._sampler.samples(step)
+        costs = self._packing.measure(samples)[1]
+        return idle_share(self._packing.plan(samples, self._num_ranks), costs)
+
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         """Raises DataError at a sample that cannot be used, unless bad samples are skipped."""
         ends_step: deque[bool] = deque()  # of each micro-batch under way
@@ -139,6 +148,20 @@ class StepLoader:
             worker_init_fn=start_worker,
             pin_memory=torch.accelerator.is_available(),
         )
+        steps = self._group(iter(batches), ends_step)
+        if not self._num_workers:
+            yield from steps
+            return
+        # A thread receives the next step, and plans ahead, while the model is busy with this one.
+        with ThreadPoolExecutor(1, thread_name_prefix="next step") as thread:
+            upcoming = thread.submit(next, steps, None)
+            while (step := upcoming.result()) is not None:
+                upcoming = thread.submit(next, steps, None)
+                yield step
+
+    def _group(
+        self, batches: Iterator[MicroBatch | _Failure], ends_step: deque[bool]
+    ) -> Iterator[list[MicroBatch]]:
         step: list[MicroBatch] = []
         for batch in batches:
             if isinstance(batch, _Failure):

@@ -60,8 +60,22 @@ class Records:
     def __init__(self, path: str | Path, *, show_progress: bool = True):
         """Raises DataError if the file is missing, empty, or not JSON from its first record on."""
         self.path = Path(path)
-        self._show_progress = show_progress
-        self._open()
+        self._map = _map_file(self.path)
+        self._reads = 0
+        stat = self.path.stat()
+        key: dict[str, Any] = {"version": INDEX_VERSION, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        key["hash"] = _content_hash(self._map)
+        self.fingerprint = f"{stat.st_size}-{stat.st_mtime_ns}-{key['hash']}"
+        places = index_paths(self.path)
+        index = next((index for place in places if (index := _read_index(place, key))), None)
+        if index is None:
+            index = _build_index(self._map, self.path, key, show_progress)
+            if not any(_write_index(place, *index) for place in places):
+                logger.warning("%s: its index can be kept nowhere and is built at every start", self.path)
+        header, self._offsets, self._lengths = index
+        self.num_images: int = header["num_images"]
+        self.num_problems: int = header["num_problems"]
+        self.problems: list[tuple[int, str]] = [(index, what) for index, what in header["problems"]]
 
     def __len__(self) -> int:
         return len(self._lengths)
@@ -76,35 +90,12 @@ class Records:
         return _parse(text)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "_show_progress": self._show_progress}
+        return {"path": self.path, "fingerprint": self.fingerprint}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._open()
-
-    def _open(self) -> None:
-        self._map = _map_file(self.path)
-        self._reads = 0
-        stat = self.path.stat()
-        key: dict[str, Any] = {"version": INDEX_VERSION, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-        key["hash"] = _content_hash(self._map)
-        candidates = index_paths(self.path)
-        self.fingerprint = f"{stat.st_size}-{stat.st_mtime_ns}-{key['hash']}"
-        for index_path in candidates:
-            if (found := _read_index(index_path, key)) is not None:
-                header, self._offsets, self._lengths = found
-                break
-        else:
-            header, self._offsets, self._lengths = _build_index(
-                self._map, self.path, key, self._show_progress
-            )
-            if not any(_write_index(path, header, self._offsets, self._lengths) for path in candidates):
-                logger.warning(
-                    "%s: no folder to keep its index in; it is built again at every start", self.path
-                )
-        self.num_images: int = header["num_images"]
-        self.num_problems: int = header["num_problems"]
-        self.problems: list[tuple[int, str]] = [(index, what) for index, what in header["problems"]]
+        self.__init__(state["path"], show_progress=False)
+        if self.fingerprint != state["fingerprint"]:
+            raise DataError(f"{self.path}: the file has changed while it was in use; start again")
 
 
 def index_paths(path: Path, suffix: str = ".index") -> list[Path]:

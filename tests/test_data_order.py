@@ -1,5 +1,6 @@
 """The order of training: the declared mixture, coverage; ranks, workers and stops do not matter."""
 
+import random
 import time
 from collections import Counter
 
@@ -95,36 +96,41 @@ def test_a_full_step_is_dealt_in_order():
     assert [[part.tolist() for part in parts] for parts in plan] == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 @pytest.mark.parametrize("num_workers", [0, 1, 3])
-def test_workers_and_stops_change_nothing(tmp_path, num_workers):
-    """Rank × workers × stop and go on: the planned samples reach the model, in the planned order."""
-    sources = numbered_mixture(tmp_path, SIZES[1])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_workers_and_stops_change_nothing(tmp_path, sizes, num_workers):
+    """Ranks × workers × stops: the planned samples reach the model, in the planned order."""
+    sources = numbered_mixture(tmp_path, sizes)
     reader = SampleReader(sources, encoder(), SquareProcessor())
-    expected = [StepSampler(sources, 0, 8).samples(step).tolist() for step in range(4)]
-    for num_ranks in (1, 2, 4):
-        sampler = StepSampler(sources, seed=0, global_batch=8)
+    num_ranks = {0: (1, 2, 3, 4), 1: (2,), 3: (3,)}[num_workers]
+    for ranks in num_ranks:
+        sampler = StepSampler(sources, seed=0, global_batch=2 * ranks)
+        last = min(2 * sampler.steps_per_epoch, 8)
+        expected = [sampler.samples(step).tolist() for step in range(last)]
+        stop = random.Random(ranks).randrange(last + 1)
         runs = []
-        for rank in range(num_ranks):
+        for rank in range(ranks):
             steps = []
-            for first, last in ((0, 1), (1, 4)):
+            for first, end in ((0, stop), (stop, last)):
                 loader = StepLoader(
                     reader,
                     sampler,
                     rank=rank,
-                    num_ranks=num_ranks,
-                    samples_per_micro_batch=2,
+                    num_ranks=ranks,
+                    samples_per_micro_batch=1,
                     first_step=first,
-                    num_steps=last,
+                    num_steps=end,
                     num_workers=num_workers,
                 )
                 steps += list(loader)
             runs.append(steps)
-        for step in range(4):
+        for step, samples in enumerate(expected):
             rounds = zip(*(run[step] for run in runs), strict=True)
             batches = [batch for parts in rounds for batch in parts]
-            assert [list(pair) for batch in batches for pair in batch.sample_ids] == expected[step]
-            answers = [f"1{source}{index:03}" for source, index in expected[step]]
+            assert [list(place) for batch in batches for place in batch.sample_ids] == samples
             rows = [row for batch in batches for row in batch.inputs["labels"].tolist()]
+            answers = [f"1{source}{index:03}" for source, index in samples]
             assert [str(label) for row in rows for label in row if 9999 < label < 92000] == answers
 
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from data.batch import collate
 from data.errors import DataError
 from data.lengths import bad_samples, measure_lengths
 from data.loader import SampleReader, StepLoader
@@ -16,7 +17,7 @@ from data.mixture import read_mixture
 from data.packing import CostModel, Packing, deal, idle_share, pack
 from data.sampler import StepSampler
 from data.tokens import SampleEncoder
-from tests.data_fixtures import SizedProcessor, SquareProcessor, encoder, record, write_json
+from tests.data_fixtures import EOS, SizedProcessor, SquareProcessor, encoder, record, write_json
 from tests.model_cases import golden
 from tests.tiny import tiny_data, word_tokenizer
 from trainer.models.processors import load_tokenizer
@@ -231,6 +232,22 @@ def losses_and_gradients(model, batches):
     loss = sum(model(**batch.inputs, num_items_in_batch=num_supervised).loss for batch in batches)
     loss.backward()
     return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_the_order_within_a_pack_changes_nothing(tmp_path):
+    model = golden("xcomposer2").model()
+    reader = model_reader(tmp_path, "xcomposer2")
+    (first, *_) = packed_steps(reader, global_batch=14)[0]
+    assert first.num_samples > 3
+    expected, gradients = losses_and_gradients(model, [first])
+    for order in (first.sample_ids[::-1], sorted(first.sample_ids)):
+        read = [reader.read(*place) for place in order]
+        pictures = [picture for _, pictures in read for picture in pictures]
+        batch = collate([encoded for encoded, _ in read], pictures, order, EOS, packed=True)
+        loss, permuted = losses_and_gradients(model, [batch])
+        assert loss == pytest.approx(expected, abs=1e-5)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(permuted[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("family", ["xcomposer2", "xcomposer2-hd"])
