@@ -155,6 +155,28 @@ def load_weights(model: nn.Module, folder: Path, optional: tuple[str, ...] = ())
     return LoadReport(missing, {name: path for name, path in files.items() if name not in parameters})
 
 
+def plan_files(sizes: Mapping[str, int], max_file_bytes: int = 10**9) -> dict[str, list[str]]:
+    """Tensor → bytes, in order; returns file name → tensors, `max_file_bytes` each but for larger tensors."""
+    files: list[list[str]] = [[]]
+    held = 0
+    for name, size in sizes.items():
+        if held and held + size > max_file_bytes:
+            files.append([])
+            held = 0
+        files[-1].append(name)
+        held += size
+    if len(files) == 1:
+        return {"model.safetensors": files[0]}
+    return {f"model-{i + 1:05d}-of-{len(files):05d}.safetensors": part for i, part in enumerate(files)}
+
+
+def write_index(folder: Path, files: Mapping[str, list[str]], total_bytes: int) -> None:
+    """What transformers finds the tensors of several files by; nothing for a single file."""
+    if len(files) > 1:
+        weight_map = {tensor: name for name, tensors in files.items() for tensor in tensors}
+        write_json(folder / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+
+
 def save_weights(
     model: nn.Module,
     folder: Path,
@@ -170,25 +192,12 @@ def save_weights(
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     parameters = dict(model.named_parameters())
-    files: list[list[str]] = [[]]
-    size = total = 0
     sizes = {name: parameter.numel() * dtype.itemsize for name, parameter in parameters.items()}
     for name, path in carried.items():
         with safe_open(path, framework="pt") as file:
             sizes[name] = file.get_tensor(name).nbytes
-    for name in sizes:
-        if size and size + sizes[name] > max_file_bytes:
-            files.append([])
-            size = 0
-        files[-1].append(name)
-        size += sizes[name]
-        total += sizes[name]
-    names = (
-        ["model.safetensors"]
-        if len(files) == 1
-        else [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
-    )
-    for i, (file_name, tensors) in enumerate(zip(names, files, strict=True)):
+    files = plan_files(sizes, max_file_bytes)
+    for i, (file_name, tensors) in enumerate(files.items()):
         mine = i % world == rank
         held: dict[str, Tensor] = {}
         for name in tensors:
@@ -203,12 +212,8 @@ def save_weights(
                     held[name] = file.get_tensor(name)
         if mine:
             jobs.later(partial(save_file, held, folder / file_name, {"format": "pt"}))
-    if rank == 0 and len(files) > 1:
-        index = {
-            "metadata": {"total_size": total},
-            "weight_map": {tensor: name for name, part in zip(names, files, strict=True) for tensor in part},
-        }
-        jobs.now(lambda: write_json(folder / INDEX, index))
+    if rank == 0:
+        jobs.now(lambda: write_index(folder, files, sum(sizes.values())))
 
 
 def save_model_folder(
@@ -229,13 +234,21 @@ def save_model_folder(
     """
     save_weights(model, folder, dtype, carried, jobs, max_file_bytes)
 
-    def write_small_files() -> None:
-        saved = config.__class__.from_dict(config.to_dict())
-        saved.dtype = dtype
-        saved.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        for source in parts.code_files:
-            shutil.copyfile(source, folder / source.name)
-
     if is_main():
-        jobs.now(write_small_files)
+        jobs.now(lambda: save_small_files(config, tokenizer, parts, folder, dtype))
+
+
+def save_small_files(
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    parts: Parts,
+    folder: Path,
+    dtype: torch.dtype,
+) -> None:
+    """Write what makes the weights in `folder` a model: config.json, the tokenizer and the model's code."""
+    saved = config.__class__.from_dict(config.to_dict())
+    saved.dtype = dtype
+    saved.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for source in parts.code_files:
+        shutil.copyfile(source, folder / source.name)

@@ -1,0 +1,255 @@
+"""Model folders from other folders, without training and without a whole model in memory.
+
+    python -m trainer.export --merge ADAPTER OUT                    # base + adapter, a full model
+    python -m trainer.export --checkpoint RUN/checkpoint-500 OUT    # its model or adapter alone
+    python -m trainer.export --modernise BASE OUT                   # BASE's weights, with code that runs
+
+Input: an adapter's folder (whose configuration names the base), a checkpoint, or a published model. Output: the
+new folder OUT, which appears whole or not at all.
+
+Merging reads a tensor at a time, computes in float32 and writes files of 1 GB in the base's dtype:
+
+    W' = W + scale · B A                                  scale = alpha / r, or alpha / √r for rsLoRA
+    W' = m / ‖W + scale · B A‖ · (W + scale · B A)        DoRA: a magnitude m and a norm for each row
+
+An adapter adds to a layer's `weight`. PLoRA's part of the same layer stays as it is, except under DoRA: peft
+scales the whole output of a row, so the row of `Plora_B` takes the same factor.
+
+A published folder brings code that fails with today's transformers, and only a SentencePiece tokenizer. With
+`--modernise` its weights, some 17 GB, are linked, not copied; `--adapter A` makes OUT the base of adapter A, so
+that this works in a process without this project:
+
+    AutoPeftModelForCausalLM.from_pretrained("A", device_map="auto", trust_remote_code=True)
+"""
+
+import argparse
+import json
+import math
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from data.errors import DataError
+from trainer.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, file_key, parameters_in, read_adapter
+from trainer.folders import MARKER, begin, put_in_place, sync_to_disk, write_json
+from trainer.lora import inject
+from trainer.models import build_model, load_config, load_tokenizer, parts_of
+from trainer.trained import checkpoint_name, is_adapter
+from trainer.weights import (
+    SAFETENSORS_DTYPES,
+    plan_files,
+    save_small_files,
+    tensor_files,
+    weights_dtype,
+    write_index,
+)
+
+# --- merge --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Merge:
+    """What an adapter does to its base's tensors, read from its file when asked."""
+
+    folder: Path
+    base_files: dict[str, Path]
+    layers: dict[str, tuple[str, float]]
+    """Layer → the key in the adapter's file up to `.lora_`, and its scale."""
+    whole: dict[str, str]
+    """Tensor of the base → the key in the adapter's file that replaces it."""
+
+    def tensor(self, name: str) -> Tensor:
+        """The merged tensor: as it was, or in float32 where the adapter changed it."""
+        replaced = name in self.whole
+        tensor = self._adapter(self.whole[name]) if replaced else _read(self.base_files[name], name)
+        for kind in ("Plora_B.weight", "weight", "bias"):
+            layer = name.removesuffix(f".{kind}")
+            if layer != name and layer in self.layers:
+                return self._changed(tensor, layer, kind)
+        return tensor
+
+    def _changed(self, tensor: Tensor, layer: str, kind: str) -> Tensor:
+        key, scale = self.layers[layer]
+        if kind == "bias":
+            added = f"{key}.lora_B.bias"
+            return tensor.float() + scale * self._adapter(added) if self._has(added) else tensor
+        magnitude = f"{key}.lora_magnitude_vector"
+        is_dora = self._has(magnitude)
+        if kind == "Plora_B.weight" and not is_dora:
+            return tensor
+        weight = tensor if kind == "weight" else _read(self.base_files[f"{layer}.weight"], f"{layer}.weight")
+        down, up = self._adapter(f"{key}.lora_A.weight"), self._adapter(f"{key}.lora_B.weight")
+        weight = torch.addmm(weight.float(), up, down, alpha=scale)
+        if not is_dora:
+            return weight
+        factor = (self._adapter(magnitude) / weight.norm(dim=1))[:, None]
+        return factor * (weight if kind == "weight" else tensor.float())
+
+    def _has(self, key: str) -> bool:
+        with safe_open(self.folder / WEIGHTS_FILE, framework="pt") as file:
+            return key in file.keys()  # noqa: SIM118 (a safetensors file is not a mapping)
+
+    def _adapter(self, key: str) -> Tensor:
+        return _read(self.folder / WEIGHTS_FILE, key).float()
+
+
+def _read(path: Path, name: str) -> Tensor:
+    with safe_open(path, framework="pt") as file:  # opened anew: closing gives mapped pages back
+        return file.get_tensor(name)
+
+
+def merge(adapter: Path, out: Path, base: Path | None = None, dtype: torch.dtype | None = None) -> None:
+    """Write the base with the adapter in it to the new folder `out`.
+
+    base: where it is, if not where the adapter says; dtype: of the floating tensors, by default as in the base.
+    DataError if the adapter is for another base, or biases cannot be merged.
+    """
+    peft_config, _ = read_adapter(adapter)
+    base = base or Path(peft_config.base_model_name_or_path or "")
+    if not base.is_dir():
+        raise DataError(f"{adapter}: its base {base} is no folder here; say where it is with --base")
+    config, tokenizer = load_config(base), load_tokenizer(base)
+    with torch.device("meta"):
+        model = build_model(config)
+    inject(model, peft_config)
+    held = parameters_in(model, adapter, base)
+    base_files = tensor_files(base)
+    layers = {
+        name: (file_key(name), module.scaling["default"])
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+    if peft_config.lora_bias and (bare := [n for n in layers if f"{n}.bias" not in base_files]):
+        raise DataError(f"{adapter}: lora_bias cannot be merged into {bare[0]}, which has no bias")
+    whole = {checkpoint_name(name): file_key(name) for name in held if not is_adapter(name)}
+    plan = _Merge(adapter, base_files, layers, whole)
+
+    dtypes: dict[str, torch.dtype] = {}
+    sizes: dict[str, int] = {}
+    for name in dict.fromkeys([*base_files, *whole]):
+        path, key = (base_files[name], name) if name in base_files else (adapter / WEIGHTS_FILE, whole[name])
+        with safe_open(path, framework="pt") as file:
+            entry = file.get_slice(key)
+            kept = SAFETENSORS_DTYPES.get(entry.get_dtype())
+            dtypes[name] = (dtype or kept) if kept else file.get_tensor(key).dtype  # None: not floating
+            sizes[name] = math.prod(entry.get_shape()) * dtypes[name].itemsize
+    temporary = begin(_new(out))
+    files = plan_files(sizes)
+    with tqdm(total=len(sizes), unit="tensor", desc="merging", dynamic_ncols=True) as bar:
+        for file_name, names in files.items():
+            tensors = {}
+            for name in names:
+                tensors[name] = plan.tensor(name).to(dtypes[name]).contiguous()
+                bar.update()
+            save_file(tensors, temporary / file_name, metadata={"format": "pt"})
+    write_index(temporary, files, sum(sizes.values()))
+    save_small_files(config, tokenizer, parts_of(config), temporary, dtype or weights_dtype(base))
+    _finish(temporary, out)
+
+
+# --- checkpoints and published models -----------------------------------------------------------------
+
+
+def from_checkpoint(checkpoint: Path, out: Path) -> None:
+    """Copy the model or adapter of a complete checkpoint to the new folder `out`.
+
+    DataError if `checkpoint` is not one.
+    """
+    if not (checkpoint / MARKER).is_file():
+        raise DataError(f"{checkpoint}: no {MARKER}, so this is not a complete checkpoint")
+    temporary = begin(_new(out))
+    for path in sorted(checkpoint.iterdir()):
+        if path.is_file() and path.name not in (MARKER, "run.json"):
+            shutil.copyfile(path, temporary / path.name)
+    _finish(temporary, out)
+
+
+def modernise(base: Path, out: Path, adapter: Path | None = None) -> None:
+    """Make the new folder `out`: links to the weights of `base`, our code, a complete configuration and a
+    fast tokenizer. It loads wherever `base` stays at its place.
+
+    adapter: has `out` for its base from now on. DataError if it is for another base.
+    """
+    config, tokenizer, files = load_config(base), load_tokenizer(base), tensor_files(base)
+    if adapter:
+        peft_config, _ = read_adapter(adapter)
+        with torch.device("meta"):
+            model = build_model(config)
+        inject(model, peft_config)
+        parameters_in(model, adapter, base)
+    temporary = begin(_new(out))
+    paths = sorted(set(files.values()))
+    names = {path: path.name if len(paths) > 1 else "model.safetensors" for path in paths}
+    for path, name in names.items():
+        (temporary / name).symlink_to(path.resolve())
+    by_file = {names[path]: [tensor for tensor in files if files[tensor] == path] for path in paths}
+    write_index(temporary, by_file, sum(path.stat().st_size for path in paths))
+    save_small_files(config, tokenizer, parts_of(config), temporary, weights_dtype(base))
+    _finish(temporary, out)
+    if adapter:
+        content = json.loads((adapter / CONFIG_FILE).read_text(encoding="utf-8"))
+        write_json(adapter / CONFIG_FILE, content | {"base_model_name_or_path": str(out.absolute())})
+
+
+def _new(out: Path) -> Path:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out} exists already; name a new folder")
+    return out
+
+
+def _finish(temporary: Path, out: Path) -> None:
+    for path in temporary.iterdir():
+        sync_to_disk(path)
+    put_in_place(temporary, out)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; 0, or 2 after a sentence on what is wrong."""
+    parser = argparse.ArgumentParser(prog="trainer.export", allow_abbrev=False)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--merge", type=Path, metavar="ADAPTER", help="write its base with the adapter merged in"
+    )
+    what.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="copy the model or adapter of a checkpoint"
+    )
+    what.add_argument(
+        "--modernise", type=Path, metavar="BASE", help="link its weights, with code that runs today"
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to make")
+    parser.add_argument("--base", type=Path, help="with --merge: the base, if not where the adapter says")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="with --merge: the base's own if absent"
+    )
+    parser.add_argument("--adapter", type=Path, help="with --modernise: give this adapter OUT for its base")
+    arguments = parser.parse_args(argv)
+    if not arguments.merge and (arguments.base or arguments.dtype):
+        parser.error("--base and --dtype go with --merge")
+    if not arguments.modernise and arguments.adapter:
+        parser.error("--adapter goes with --modernise")
+    try:
+        if arguments.merge:
+            dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+            merge(arguments.merge, arguments.out, arguments.base, dtype)
+        elif arguments.checkpoint:
+            from_checkpoint(arguments.checkpoint, arguments.out)
+        else:
+            modernise(arguments.modernise, arguments.out, arguments.adapter)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{arguments.out} is complete", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
