@@ -2,7 +2,7 @@
 
     python -m trainer.export --merge ADAPTER OUT                    # base + adapter, a full model
     python -m trainer.export --checkpoint RUN/checkpoint-500 OUT    # its model or adapter alone
-    python -m trainer.export --modernise BASE OUT                   # BASE's weights, with code that runs
+    python -m trainer.export --modernise BASE OUT                   # its weights, with code that runs
 
 Input: an adapter's folder (whose configuration names the base), a checkpoint, or a published model. Output: the
 new folder OUT, which appears whole or not at all.
@@ -15,9 +15,9 @@ Merging reads a tensor at a time, computes in float32 and writes files of 1 GB i
 An adapter adds to a layer's `weight`. PLoRA's part of the same layer stays as it is, except under DoRA: peft
 scales the whole output of a row, so the row of `Plora_B` takes the same factor.
 
-A published folder brings code that fails with today's transformers, and only a SentencePiece tokenizer. With
-`--modernise` its weights, some 17 GB, are linked, not copied; `--adapter A` makes OUT the base of adapter A, so
-that this works in a process without this project:
+A published folder brings code that fails with today's transformers, and only a SentencePiece tokenizer.
+`--modernise` links its weights, some 17 GB; with `--adapter A`, OUT becomes the base of adapter A, so that this
+works in a process without this project:
 
     AutoPeftModelForCausalLM.from_pretrained("A", device_map="auto", trust_remote_code=True)
 """
@@ -110,7 +110,7 @@ def _read(path: Path, name: str) -> Tensor:
 def merge(adapter: Path, out: Path, base: Path | None = None, dtype: torch.dtype | None = None) -> None:
     """Write the base with the adapter in it to the new folder `out`.
 
-    base: where it is, if not where the adapter says; dtype: of the floating tensors, by default as in the base.
+    base: where it is, if not where the adapter says; dtype: of floating tensors, as in the base if absent.
     DataError if the adapter is for another base, or biases cannot be merged.
     """
     peft_config, _ = read_adapter(adapter)
