@@ -4,8 +4,8 @@
     python -m trainer.export --checkpoint RUN/checkpoint-500 OUT    # its model or adapter alone
     python -m trainer.export --modernise BASE OUT                   # its weights, with code that runs
 
-Input: an adapter's folder (whose configuration names the base), a checkpoint, or a published model. Output: the
-new folder OUT, which appears whole or not at all.
+Input: an adapter's folder, whose configuration names the base, a checkpoint, or a published model.
+Output: the new folder OUT, which appears whole or not at all.
 
 Merging reads a tensor at a time, computes in float32 and writes files of 1 GB in the base's dtype:
 
@@ -16,8 +16,8 @@ An adapter adds to a layer's `weight`. PLoRA's part of the same layer stays as i
 scales the whole output of a row, so the row of `Plora_B` takes the same factor.
 
 A published folder brings code that fails with today's transformers, and only a SentencePiece tokenizer.
-`--modernise` links its weights, some 17 GB; with `--adapter A`, OUT becomes the base of adapter A, so that this
-works in a process without this project:
+`--modernise` links its weights, some 17 GB; with `--adapter A`, OUT becomes the base of adapter A, so that
+this works in a process without this project:
 
     AutoPeftModelForCausalLM.from_pretrained("A", device_map="auto", trust_remote_code=True)
 """
