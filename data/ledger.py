@@ -1,15 +1,14 @@
 """What an epoch declared and what it really trained on, a line per source.
 
-    ledger = Ledger(sources)
-    ledger.add(micro_batch, token_losses)      # for every micro-batch of this rank
-    print(ledger_table(ledger.rows(epoch=0, reduce=all_sum)))
+    sums += tally(micro_batch, token_losses, len(sources))      # for every micro-batch, over all ranks
+    print(ledger_table(ledger_rows(sources, sums, epoch=0)))
     source  declared  realised  left out  supervised tokens  mean loss  unique records
     pets       2,000     1,998         2             81,204     1.2034  2,000 of 5,000
 
-A run that stops within an epoch keeps `totals` and gives it to the next one as `start`.
+Sums are plain numbers: they add up over micro-batches, ranks, steps, and a run that stops within an epoch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,53 +17,41 @@ from data.batch import MicroBatch
 from data.mixture import Source
 
 
-class Ledger:
-    """Sums of an epoch by source, [4, sources]: samples, samples left out, supervised tokens, losses."""
+def tally(batch: MicroBatch, losses: torch.Tensor, num_sources: int) -> torch.Tensor:
+    """Sums of a micro-batch by source, float64 [4, sources] on the device of the losses.
 
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        device: torch.device | str = "cpu",
-        start: Sequence[Sequence[float]] | None = None,
-    ):
-        """Args: start: `totals` of the part of the epoch before this run; on one rank only."""
-        self._sources = sources
-        self._sums = torch.zeros(4, len(sources), dtype=torch.float64, device=device)
-        if start is not None:
-            self._sums += torch.tensor(start, dtype=torch.float64, device=device)
+    The rows are samples, samples left out, supervised tokens and losses.
 
-    def add(self, batch: MicroBatch, losses: torch.Tensor) -> None:
-        """Args: losses: of each supervised token of the micro-batch, in the order of `source_of_target`."""
-        left_out = [*batch.skipped, *batch.unsupervised]
-        for row, of_source in ((0, batch.sample_ids), (1, left_out)):
-            numbers = torch.tensor([number for number, _ in of_source], dtype=torch.int64)
-            self._sums[row] += numbers.bincount(minlength=len(self._sources)).to(self._sums)
-        source_of_target = batch.source_of_target.to(losses.device)
-        self._sums[2].index_add_(0, source_of_target, torch.ones_like(losses, dtype=torch.float64))
-        self._sums[3].index_add_(0, source_of_target, losses.detach().double())
+    Args: losses: of each supervised token of the micro-batch, in the order of `source_of_target`.
+    """
+    left_out = [*batch.skipped, *batch.unsupervised]
+    counts = [
+        torch.tensor([number for number, _ in of_source], dtype=torch.int64).bincount(minlength=num_sources)
+        for of_source in (batch.sample_ids, left_out)
+    ]
+    sums = torch.zeros(4, num_sources, dtype=torch.float64, device=losses.device)
+    sums[:2] = torch.stack(counts)
+    sums[2].index_add_(0, batch.source_of_target, torch.ones_like(losses, dtype=torch.float64))
+    sums[3].index_add_(0, batch.source_of_target, losses.detach().double())
+    return sums
 
-    def totals(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> list[list[float]]:
-        """The sums of all ranks; reduce adds a tensor up over them."""
-        return reduce(self._sums).tolist()
 
-    def rows(self, epoch: int, reduce: Callable[[torch.Tensor], torch.Tensor]) -> list[dict[str, Any]]:
-        """A record per source at the end of an epoch (from 0)."""
-        return [
-            {
-                "source": source.name,
-                "declared_samples": source.num_samples,
-                "realised_samples": int(samples),
-                "left_out_samples": int(left_out),
-                "supervised_tokens": int(tokens),
-                "mean_loss": loss / tokens if tokens else None,
-                # No record comes twice before every one has come once.
-                "unique_records": min(len(source.records), source.num_samples * (epoch + 1)),
-                "records": len(source.records),
-            }
-            for source, samples, left_out, tokens, loss in zip(
-                self._sources, *self.totals(reduce), strict=True
-            )
-        ]
+def ledger_rows(sources: Sequence[Source], sums: torch.Tensor, epoch: int) -> list[dict[str, Any]]:
+    """A record per source at the end of an epoch (from 0); sums: `tally` of all of it, [4, sources]."""
+    return [
+        {
+            "source": source.name,
+            "declared_samples": source.num_samples,
+            "realised_samples": int(samples),
+            "left_out_samples": int(left_out),
+            "supervised_tokens": int(tokens),
+            "mean_loss": loss / tokens if tokens else None,
+            # No record comes twice before every one has come once.
+            "unique_records": min(len(source.records), source.num_samples * (epoch + 1)),
+            "records": len(source.records),
+        }
+        for source, samples, left_out, tokens, loss in zip(sources, *sums.tolist(), strict=True)
+    ]
 
 
 def ledger_table(rows: Sequence[dict[str, Any]]) -> str:

@@ -88,12 +88,14 @@ class StepSampler:
         self.samples_per_epoch = sum(source.num_samples for source in sources)
         self.steps_per_epoch = -(-self.samples_per_epoch // global_batch)
         self._sources, self._seed, self._global_batch = list(sources), seed, global_batch
-        self._epoch, self._order = -1, np.empty((0, 2), dtype=np.int64)
+        self._cached = -1, np.empty((0, 2), dtype=np.int64)  # one attribute, as threads share it
 
     def samples(self, step: int) -> np.ndarray:
         """(source, record) of every sample of a step (from 0): [≤ global batch, 2] int64."""
         epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, epoch_order(self._sources, self._seed, epoch)
+        cached, order = self._cached
+        if epoch != cached:
+            order = epoch_order(self._sources, self._seed, epoch)
+            self._cached = epoch, order
         start = step_of_epoch * self._global_batch
-        return self._order[start : start + self._global_batch]
+        return order[start : start + self._global_batch]

@@ -106,10 +106,22 @@ def test_contradictory_flags_are_refused_before_anything_is_read(model, data, tm
     assert len(errors_of(output)) == 3
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
-def test_an_unreadable_image_ends_the_run_with_its_place_and_no_traceback(model, data, tmp_path, workers):
+def test_unreadable_images_are_all_named_before_training(model, data, tmp_path):
     (data / "red40.png").write_bytes(b"not an image")
-    (output,) = run(1, model, data / "data.txt", tmp_path / "out", "--dataloader_num_workers", workers)
+    first, second = run(2, model, data / "data.txt", tmp_path / "out", ranks=2)
+    errors = errors_of(first)
+    assert len(errors) == 4
+    assert "colour.json: record 0 (id 'colour-0')" in errors[0]
+    assert "red40.png cannot be opened" in errors[0]
+    assert not errors_of(second)
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_an_image_that_breaks_in_mid_training_ends_the_run_with_its_place(model, data, tmp_path, workers):
+    """Without packing no image is looked at before its turn."""
+    (data / "red40.png").write_bytes(b"not an image")
+    flags = ["--dataloader_num_workers", workers, "--packing", "False", "--rehearse", "False"]
+    (output,) = run(1, model, data / "data.txt", tmp_path / "out", *flags)
     (error,) = errors_of(output)
     assert "colour.json: record" in error or "both.json: record" in error
     assert "red40.png" in error
@@ -144,6 +156,5 @@ def test_a_sample_that_truncation_leaves_without_an_answer_is_named_and_trains_n
 
 def test_a_bomb_of_an_image_is_refused(model, data, tmp_path):
     Image.new("1", (40_000, 40_000)).save(data / "red40.png")
-    (output,) = run(1, model, data / "data.txt", tmp_path / "out")
-    (error,) = errors_of(output)
-    assert "red40.png" in error
+    (output,) = run(2, model, data / "data.txt", tmp_path / "out")
+    assert all("red40.png" in error and "1600000000 pixels" in error for error in errors_of(output))

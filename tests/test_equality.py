@@ -30,7 +30,7 @@ def train(folder, name, ranks, accumulation=1, data="data/data.txt", *flags):
     arguments = f"""
         --model_name_or_path {folder}/model --data_path {folder}/{data} --output_dir {folder}/{name}
         --bf16 False --adam_epsilon 1e-5 --fix_vit False --plora_dropout 0 --learning_rate 1e-3 --max_steps 10 --save_strategy no
-        --warmup_ratio 0.2 --dataloader_num_workers 0 --gradient_checkpointing False
+        --warmup_ratio 0.2 --dataloader_num_workers 0 --gradient_checkpointing False --packing False
         --per_device_train_batch_size {per_device} --gradient_accumulation_steps {accumulation}
     """
     run_ranks(ranks, main, [*arguments.split(), *flags])
@@ -64,9 +64,11 @@ def assert_same_training(folder, name, reference="reference"):
         (2, 2, ("--gradient_checkpointing", "True")),
         (1, 1, ("--gradient_checkpointing", "True", "--loss_chunk_tokens", "3")),
         (2, 1, ("--dataloader_num_workers", "2")),
+        (1, 1, ("--packing", "True", "--max_length", "120")),
+        (4, 1, ("--packing", "True", "--max_length", "4096")),
     ],
 )
-def test_ranks_accumulation_and_checkpointing_change_nothing(world, ranks, accumulation, flags):
+def test_ranks_accumulation_packing_and_checkpointing_change_nothing(world, ranks, accumulation, flags):
     name = f"run-{ranks}-{accumulation}-{'-'.join(flag.strip('-') for flag in flags)}"
     train(world, name, ranks, accumulation, "data/data.txt", *flags)
     assert_same_training(world, name)

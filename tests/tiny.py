@@ -95,8 +95,10 @@ def torchrun(
     )
 
 
-def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+def read_metrics(output_dir: Path, kind: str = "train") -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl of a kind: train, a line a logged step; epoch, the ledger."""
+    lines = (json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == kind]
 
 
 def word_tokenizer(folder: Path) -> None:

@@ -57,6 +57,9 @@ class Config:
     """Folder that image paths are relative to; each JSON file's own folder by default."""
     max_length: int = 4096
     """Tokens a sample is cut to, image slots included; an image is never cut."""
+    packing: bool = True
+    """Pack whole samples into rows of max_length tokens without padding, and balance the ranks by their cost;
+    samples do not see each other, and the loss is the same. False: padded micro-batches."""
     on_bad_sample: str = "error"
     """A sample that cannot be read in mid-training: `error` ends the run, `skip` counts it and goes on."""
     dataloader_num_workers: int = 2
@@ -105,7 +108,7 @@ class Config:
     max_steps: int = -1
     """Optimizer steps; overrides num_train_epochs when positive."""
     per_device_train_batch_size: int = 1
-    """Samples a rank computes at once."""
+    """Samples a rank computes at once; packed, its share of a step only sets how many samples a step has."""
     gradient_accumulation_steps: int = 1
     """Micro-batches a rank sums before a step; global batch = this × per-device batch × ranks."""
     learning_rate: float = 1e-5

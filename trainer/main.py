@@ -20,6 +20,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -29,10 +30,8 @@ from tqdm import tqdm
 
 from data.batch import MicroBatch
 from data.errors import DataError
-from data.loader import SampleReader, StepLoader
-from data.mixture import read_mixture
-from data.sampler import StepSampler
-from data.tokens import SampleEncoder
+from data.ledger import ledger_rows, ledger_table, tally
+from data.loader import StepLoader
 from trainer.adapter_folder import loads_by_itself, save_adapter, verify_adapter
 from trainer.checkpoint import Checkpoints, load, resumable
 from trainer.config import Config, ConfigError, parse
@@ -48,23 +47,21 @@ from trainer.distributed import (
     is_lost_peer,
     leave,
     log,
-    rank_zero_first,
     start,
     step_seed,
 )
 from trainer.folders import Jobs
-from trainer.lora import add_adapters, load_adapters
+from trainer.lora import load_adapters
 from trainer.loss import chunked_token_losses
 from trainer.metrics import MetricsFile, memory_peak_bytes, model_table, part_of
-from trainer.models import build_model, load_config, load_image_processor, load_tokenizer, parts_of
 from trainer.optim import adamw, learning_rate_factor, parameter_groups
 from trainer.parallelize import parallelize
+from trainer.plan import make_plan, say
 from trainer.rehearsal import bytes_of_a_save, longest_micro_batch, prepare_output_dir, rehearse
 from trainer.replay import write_capsule
 from trainer.resume import choose_start, describe_run
 from trainer.signals import StopRequest, wait_for_the_end
-from trainer.trained import trained_names
-from trainer.weights import load_weights, save_model_folder, tensor_files, weights_dtype
+from trainer.weights import load_weights, save_model_folder, weights_dtype
 
 
 def train(config: Config, ranks: Ranks) -> int:
@@ -72,53 +69,11 @@ def train(config: Config, ranks: Ranks) -> int:
     device, output_dir, base = ranks.device, Path(config.output_dir), Path(config.model_name_or_path)
 
     # --- the plan: whatever is wrong with the files shows here, before any weight is read ----------------
-    problems: list[str] = []
-    sources, encoder, tokenizer, model_config, image_processor = [], None, None, None, None
-    model, parts, adapters, training = None, None, None, set()
-    skip_bad = config.on_bad_sample == "skip"
-    try:
-        with rank_zero_first():
-            sources = read_mixture(
-                config.data_path,
-                config.given_num,
-                config.image_root,
-                skip_bad=skip_bad,
-                show_progress=ranks.rank == 0,
-            )
-    except DataError as error:
-        problems += str(error).splitlines()
-    try:
-        tensor_files(base)
-        model_config = load_config(base, config.img_size)
-        model_config.plora_dropout = config.plora_dropout
-        model_config._attn_implementation = config.attn_implementation
-        image_processor = load_image_processor(model_config, config.hd_num)
-        tokenizer = load_tokenizer(base)
-        encoder = SampleEncoder(tokenizer, config.max_length)
-        parts = parts_of(model_config)
-        with torch.device("meta"):  # a description without memory
-            model = build_model(model_config)
-            adapters = add_adapters(model, parts, config) if config.use_lora else None
-        training = trained_names(model, parts, config)
-    except (ValueError, OSError) as error:
-        problems.append(str(error))
-    if agree_on_problems(problems):
+    plan = make_plan(config, ranks)
+    if plan is None:
         return BAD_INPUT
-    assert encoder is not None
-    assert model_config is not None
-    assert tokenizer is not None
-    assert image_processor is not None
-    assert model is not None
-    assert parts is not None
-    accumulation = config.gradient_accumulation_steps
-    global_batch = config.per_device_train_batch_size * accumulation * ranks.world
-    sampler = StepSampler(sources, config.seed, global_batch)
-    steps_per_epoch = sampler.steps_per_epoch
-    total_steps = math.ceil(config.num_train_epochs * steps_per_epoch)
-    if config.max_steps > 0:
-        total_steps = config.max_steps
-    warmup_steps = math.ceil(config.warmup_ratio * total_steps)
-    run = describe_run(config, sources, ranks, global_batch, total_steps, warmup_steps)
+    adapters, sources, total_steps = plan.adapters, plan.sources, plan.total_steps
+    run = describe_run(config, plan, ranks)
     try:
         begin = choose_start(config, run)
     except ValueError as error:
@@ -128,26 +83,27 @@ def train(config: Config, ranks: Ranks) -> int:
         return 0
 
     # --- the model: sharded while it has no memory, then every rank reads its own part -------------------
+    model: Any = plan.model
     base_dtype = weights_dtype(base)
     # A full model is saved with its frozen parts as they were; a base under adapters is not saved.
     frozen_dtype = torch.float32 if not config.bf16 else torch.bfloat16 if adapters else base_dtype
-    in_float32 = training | adapters.saved if adapters else training
-    parts_by_name = {name: part_of(name, parts) for name, _ in model.named_parameters()}
+    in_float32 = plan.training | (adapters.saved if adapters else set())
+    parts_by_name = {name: part_of(name, plan.parts) for name, _ in model.named_parameters()}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in training)
+        parameter.requires_grad_(name in plan.training)
         parameter.data = parameter.data.to(torch.float32 if name in in_float32 else frozen_dtype)
     mesh = init_device_mesh(device.type, (ranks.world,), mesh_dim_names=("data",))
     model = parallelize(
         model,
         mesh,
-        parts,
+        plan.parts,
         bf16=config.bf16,
         gradient_checkpointing=config.gradient_checkpointing,
         compile_blocks=config.compile,
         shard_frozen=config.sharding == "full",
     )
     model.to_empty(device=device)
-    loaded = load_weights(model, base, optional=parts.unused)
+    loaded = load_weights(model, base, optional=plan.parts.unused)
     if adapters:
         load_adapters(model, adapters, config.seed)
     model.init_buffers()
@@ -160,8 +116,8 @@ def train(config: Config, ranks: Ranks) -> int:
     optimizer = adamw(groups, (config.adam_beta1, config.adam_beta2), config.adam_epsilon, device)
 
     # --- say what will happen -----------------------------------------------------------------------------
-    log(model_table(model, parts, config.learning_rates, adapters.saved if adapters else None))
-    if adapters and not loads_by_itself(base, parts):
+    log(model_table(model, plan.parts, config.learning_rates, adapters.saved if adapters else None))
+    if adapters and not loads_by_itself(base, plan.parts):
         log(
             f"{base} brings no code that today's transformers can run: to use the adapter without this "
             f"project, `python -m trainer.export --modernise {base} NEW_BASE --adapter {output_dir}`"
@@ -171,13 +127,7 @@ def train(config: Config, ranks: Ranks) -> int:
             f"{len(loaded.carried)} tensors of {base} are unknown to the model and will be saved unchanged, "
             f"first {next(iter(loaded.carried))}"
         )
-    for source in sources:
-        log(f"{source.name}: {len(source.records):,} records, {source.num_samples:,} samples an epoch")
-    log(
-        f"global batch {global_batch} samples = {config.per_device_train_batch_size} a micro-batch "
-        f"× {accumulation} accumulated × {ranks.world} ranks; {steps_per_epoch} steps an epoch, "
-        f"{total_steps} in all, {warmup_steps} of them warm-up"
-    )
+    say(plan, config, ranks)
     save_dtype = base_dtype if config.save_dtype == "auto" else getattr(torch, config.save_dtype)
     if begin.folder:
         load(begin.folder, resumable(trained, optimizer))
@@ -190,40 +140,50 @@ def train(config: Config, ranks: Ranks) -> int:
 
     def write_model(folder: Path, jobs: Jobs) -> None:
         if adapters:
-            save_adapter(model, adapters, model_config, tokenizer, folder, jobs)
+            save_adapter(model, adapters, plan.model_config, plan.tokenizer, folder, jobs)
         else:
-            save_model_folder(model, model_config, tokenizer, parts, folder, save_dtype, loaded.carried, jobs)
+            save_model_folder(
+                model,
+                plan.model_config,
+                plan.tokenizer,
+                plan.parts,
+                folder,
+                save_dtype,
+                loaded.carried,
+                jobs,
+            )
 
     # --- the loop ----------------------------------------------------------------------------------------
-    reader = SampleReader(sources, encoder, image_processor)
     loader = StepLoader(
-        reader,
-        sampler,
+        plan.reader,
+        plan.sampler,
         rank=ranks.rank,
         num_ranks=ranks.world,
         samples_per_micro_batch=config.per_device_train_batch_size,
         num_steps=total_steps,
         first_step=begin.step,
         num_workers=config.dataloader_num_workers,
-        on_bad_sample="skip" if skip_bad else "error",
+        on_bad_sample="skip" if config.on_bad_sample == "skip" else "error",
+        packing=plan.packing,
     )
     checkpoints = Checkpoints(
         output_dir, run, config.save_total_limit, config.async_save, save_minutes=config.save_minutes
     )
     stop = StopRequest(output_dir)
     if config.rehearse:
-        rehearse(model, longest_micro_batch(reader, config.per_device_train_batch_size), device, accumulation)
+        longest = longest_micro_batch(plan.reader, config.per_device_train_batch_size, plan.packing)
+        rehearse(model, longest, device, config.gradient_accumulation_steps)
     batches = iter(loader)
     micro_batches: list[MicroBatch] = []
     bar = tqdm(
         total=total_steps, initial=begin.step, disable=ranks.rank != 0, unit="step", dynamic_ncols=True
     )
     window_started, window_wait, window_steps = time.perf_counter(), 0.0, 0
-    # Since the last line of metrics: samples, tokens, supervised tokens, samples left out, steps skipped;
-    # then, by source, sums of losses and supervised tokens.
-    window = torch.zeros(5 + 2 * len(sources), dtype=torch.float64, device=device)
-    window += torch.tensor(begin.notes.get("window", 0.0), dtype=torch.float64, device=device)
-    bad_steps = begin.notes.get("bad_steps", 0)
+    # By source, the sums of data.ledger.tally: since the last line of metrics, and since the epoch began.
+    window, epoch = torch.zeros(2, 4, len(sources), dtype=torch.float64)
+    window += torch.tensor(begin.notes.get("window", 0.0), dtype=torch.float64)
+    epoch += torch.tensor(begin.notes.get("epoch", 0.0), dtype=torch.float64)
+    window_tokens, skipped_steps, bad_steps = begin.notes.get("counts", [0.0, 0, 0])
     for step in range(begin.step + 1, total_steps + 1):
         faulthandler.dump_traceback_later(60 * config.hang_minutes, exit=True)
         waited = time.perf_counter()
@@ -233,11 +193,11 @@ def train(config: Config, ranks: Ranks) -> int:
 
         # One mean over the supervised tokens of the global batch, whatever rank or micro-batch has them.
         # The last two columns are requests that all ranks must hear in the same step.
-        rows = [(m.num_samples, m.num_tokens, m.num_supervised, m.num_left_out, 0, 0) for m in micro_batches]
-        rows.append((0, 0, 0, 0, stop.asked(), checkpoints.minutes_are_over()))
+        rows = [(m.num_supervised, m.num_tokens, 0, 0) for m in micro_batches]
+        rows.append((0, 0, stop.asked(), checkpoints.minutes_are_over()))
         counts = all_sum(torch.tensor(rows, dtype=torch.float64, device=device).sum(0))
-        num_supervised = counts[2].clamp(min=1.0)
-        by_source = torch.zeros(2, len(sources), dtype=torch.float64, device=device)
+        num_supervised = counts[0].clamp(min=1.0)
+        sums = torch.zeros(4, len(sources), dtype=torch.float64, device=device)
 
         for i, micro_batch in enumerate(micro_batches):
             model.set_requires_gradient_sync(i == len(micro_batches) - 1)
@@ -248,73 +208,80 @@ def train(config: Config, ranks: Ranks) -> int:
             else:
                 divisor = num_supervised
             (losses.sum() / divisor).backward()
-            by_source[0].index_add_(0, micro_batch.source_of_target, losses.detach().double())
-            by_source[1] += micro_batch.source_of_target.bincount(minlength=len(sources))
+            sums += tally(micro_batch, losses, len(sources))
 
         if step == 1 and (idle := [name for name, p in trained.items() if p.grad is None]):
             raise ValueError(
                 f"{len(idle)} parameters are set to train but got no gradient in the first step, "
                 f"first {idle[0]}; freeze them, or give data that reaches them"
             )
-        # --- step, unless a number is not finite; all ranks read the same, the one wait for the device ------
+        # --- step, unless a number is not finite; all ranks read the same, the one wait for the device -----
         grad_norm = get_total_norm([p.grad for p in trained.values() if p.grad is not None])
         norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
-        loss_sums = all_sum(by_source)
-        norm, loss_sum, stopping, minutes_are_over = torch.stack(
-            [norm.double(), loss_sums[0].sum(), counts[4], counts[5]]
-        ).tolist()
-        factor = learning_rate_factor(config.lr_scheduler_type, step - 1, total_steps, warmup_steps)
-        if math.isfinite(norm) and math.isfinite(loss_sum):
+        numbers = torch.cat([all_sum(sums).flatten(), counts, norm.double().view(1)]).cpu()
+        step_sums, (_, tokens, stopping, minutes_over, norm) = numbers[:-5].view(4, -1), numbers[-5:].tolist()
+        factor = learning_rate_factor(config.lr_scheduler_type, step - 1, total_steps, plan.warmup_steps)
+        if math.isfinite(norm) and step_sums.isfinite().all():
             clip_grads_with_norm_(trained.values(), config.max_grad_norm or math.inf, grad_norm)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
             optimizer.step()
-            window += torch.cat([counts[:4], torch.zeros_like(counts[:1]), loss_sums.flatten()])
+            window += step_sums
+            epoch += step_sums
+            window_tokens += tokens
             bad_steps = 0
         else:
-            window[4] += 1
+            skipped_steps += 1
             bad_steps += 1
-            capsule = write_capsule(step, run, sources, micro_batches, by_source, trained, norm)
+            capsule = write_capsule(step, run, sources, micro_batches, sums[3], trained, norm)
             log(f"\nwarning: step {step} is skipped: its loss or gradient is not finite; see {capsule}")
         optimizer.zero_grad(set_to_none=True)
         window_steps += 1
         bar.update()
 
-        # --- say what happened; reading a number off the device waits for it, so only here -----------------
+        # --- say what happened -----------------------------------------------------------------------------
         if step % config.logging_steps == 0 or step == total_steps:
-            samples, tokens, supervised, left_out, skipped, *rest = window.tolist()
-            loss_sums, loss_counts = rest[: len(sources)], rest[len(sources) :]
+            samples, left_out, supervised, loss_sum = window.sum(1).tolist()
             seconds = time.perf_counter() - window_started
+            loss = loss_sum / supervised if supervised else math.nan
             memory = int(all_max(memory_peak_bytes(device), device))
             metrics.write(
                 kind="train",
                 step=step,
-                epoch=step / steps_per_epoch,
-                loss=sum(loss_sums) / supervised if supervised else math.nan,
+                epoch=step / plan.sampler.steps_per_epoch,
+                loss=loss,
                 learning_rate=config.learning_rate * factor,
                 grad_norm=norm,
                 samples=int(samples),
-                tokens=int(tokens),
+                tokens=int(window_tokens),
                 supervised_tokens=int(supervised),
                 left_out_samples=int(left_out),
-                skipped_steps=int(skipped),
-                tokens_per_second=tokens / seconds,
+                skipped_steps=skipped_steps,
+                tokens_per_second=window_tokens / seconds,
                 seconds_step=seconds / window_steps,
                 seconds_data_wait=window_wait / window_steps,
+                planned_idle_share=loader.idle_share(step - 1),
                 memory_peak_bytes=memory,
                 loss_by_source={
                     source.name: total / count
-                    for source, total, count in zip(sources, loss_sums, loss_counts, strict=True)
+                    for source, count, total in zip(sources, *window[2:].tolist(), strict=True)
                     if count
                 },
             )
             bar.set_postfix_str(
-                f"loss {sum(loss_sums) / max(1.0, supervised):.4f}, lr {config.learning_rate * factor:.2e}, "
-                f"{tokens / seconds:,.0f} tokens/s, data wait {window_wait / seconds:.1%}, "
+                f"loss {loss:.4f}, lr {config.learning_rate * factor:.2e}, "
+                f"{window_tokens / seconds:,.0f} tokens/s, data wait {window_wait / seconds:.1%}, "
                 f"memory {memory / 2**30:.1f} GiB"
             )
             window_started, window_wait, window_steps = time.perf_counter(), 0.0, 0
             window.zero_()
+            window_tokens, skipped_steps = 0.0, 0
+        if step % plan.sampler.steps_per_epoch == 0:
+            number = step // plan.sampler.steps_per_epoch - 1
+            ledger = ledger_rows(sources, epoch, number)
+            metrics.write(kind="epoch", step=step, epoch=number, sources=ledger)
+            log(f"\nepoch {number}\n{ledger_table(ledger)}")
+            epoch.zero_()
 
         if bad_steps >= config.max_bad_steps:
             log(f"\nerror: {bad_steps} steps in a row were not finite: run the capsules with trainer.replay")
@@ -322,10 +289,11 @@ def train(config: Config, ranks: Ranks) -> int:
             return FAILED
 
         # --- save ----------------------------------------------------------------------------------------
-        every = {"no": total_steps, "steps": config.save_steps, "epoch": steps_per_epoch}
-        due = step % every[config.save_strategy] == 0 or minutes_are_over or stopping
+        steps = {"no": total_steps, "steps": config.save_steps, "epoch": plan.sampler.steps_per_epoch}
+        due = step % steps[config.save_strategy] == 0 or minutes_over or stopping
         if due and step < total_steps:
-            notes = {"window": window.tolist(), "bad_steps": bad_steps}
+            notes = {"window": window.tolist(), "epoch": epoch.tolist()}
+            notes["counts"] = [window_tokens, skipped_steps, bad_steps]
             checkpoints.save(step, write_model, resumable(trained, optimizer), notes)
         if stopping and step < total_steps:
             checkpoints.wait()
@@ -342,7 +310,11 @@ def train(config: Config, ranks: Ranks) -> int:
     stop.honoured()
     log(f"the trained {'adapter' if adapters else 'model'} is in {output_dir}")
     if adapters and config.verify_adapter and micro_batches:
-        log(verify_adapter(model, adapters, output_dir, model_config, micro_batches[-1].to(device).inputs))
+        log(
+            verify_adapter(
+                model, adapters, output_dir, plan.model_config, micro_batches[-1].to(device).inputs
+            )
+        )
     return 0
 
 

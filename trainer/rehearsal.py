@@ -4,7 +4,7 @@ Input: the model, the data and the folder. Output: sentences about what will not
 
     prepare_output_dir(Path("output"), run, first_step=0, needed_bytes=120_000_000_000)
     # ["--output_dir output: a checkpoint and the model need 120.0 GB, 80.3 GB are free"]
-    rehearse(model, longest_micro_batch(reader, num_samples=4), device, accumulation=8)
+    rehearse(model, longest_micro_batch(reader, 4, packing), device, accumulation=8)
     # torch.OutOfMemoryError now and not in step 3,217
 """
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from data.batch import MicroBatch, collate
 from data.errors import DataError
 from data.loader import SampleReader
+from data.packing import Packing
 from trainer.config import Config
 from trainer.folders import MARKER, sweep, write_json
 from trainer.resume import drop_later_lines
@@ -63,8 +64,11 @@ def prepare_output_dir(
     return []
 
 
-def longest_micro_batch(reader: SampleReader, num_samples: int) -> MicroBatch:
-    """A micro-batch of the longest samples among PROBED records, evenly spread, of each source."""
+def longest_micro_batch(reader: SampleReader, num_samples: int, packing: Packing | None) -> MicroBatch:
+    """Packed: the fullest row that the longest samples make. Else the longest `num_samples` samples among
+    PROBED records, evenly spread, of each source, as lengths are not known then."""
+    if packing:
+        return read_batch(reader, _longest_row(packing), packed=True)
     found = []
     for number, source in enumerate(reader.sources):
         for index in np.unique(np.linspace(0, len(source.records) - 1, PROBED, dtype=int)):
@@ -79,7 +83,25 @@ def longest_micro_batch(reader: SampleReader, num_samples: int) -> MicroBatch:
     return read_batch(reader, [(number, index) for _, number, index in longest])
 
 
-def read_batch(reader: SampleReader, sample_ids: Sequence[tuple[int, int]]) -> MicroBatch:
+def _longest_row(packing: Packing) -> list[tuple[int, int]]:
+    """(source, record) of samples that fill a row: the longest first, then whatever still fits."""
+    row, room = [], packing.max_tokens
+    longest = [
+        (int(rows[index, 0]), number, int(index))
+        for number, rows in enumerate(packing.lengths)
+        for index in np.argsort(rows[:, 0])[: -PROBED - 1 : -1]
+        if rows[index, 2] > 0
+    ]
+    for tokens, number, index in sorted(longest, reverse=True):
+        while tokens <= room:  # a sample twice is as heavy as two
+            row.append((number, index))
+            room -= tokens
+    return row
+
+
+def read_batch(
+    reader: SampleReader, sample_ids: Sequence[tuple[int, int]], packed: bool = False
+) -> MicroBatch:
     """Read (source, record) samples into one micro-batch, as the loader would."""
     samples, pixels = [], []
     for number, index in sample_ids:
@@ -88,7 +110,7 @@ def read_batch(reader: SampleReader, sample_ids: Sequence[tuple[int, int]]) -> M
         pixels += images
     if not pixels and any(source.records.num_images for source in reader.sources):
         pixels = [reader.image_processor.dummy()]
-    return collate(samples, pixels, sample_ids, reader.encoder.pad_id)
+    return collate(samples, pixels, sample_ids, reader.encoder.pad_id, packed=packed)
 
 
 def rehearse(model: Any, micro_batch: MicroBatch, device: torch.device, accumulation: int) -> None:

@@ -29,10 +29,12 @@ from trainer.checkpoint import FINAL, damage, read_marker
 from trainer.config import Config
 from trainer.distributed import Ranks, barrier, is_main, log
 from trainer.folders import MARKER, move_into, numbered, sync_to_disk
+from trainer.plan import Plan
 
 HARMLESS = {
     "output_dir",
     "dataloader_num_workers",
+    "packing",
     "gradient_checkpointing",
     "attn_implementation",
     "compile",
@@ -77,21 +79,14 @@ class Start:
     """What the loop gave to `Checkpoints.save`."""
 
 
-def describe_run(
-    config: Config,
-    sources: Sequence[Source],
-    ranks: Ranks,
-    global_batch: int,
-    total_steps: int,
-    warmup_steps: int,
-) -> dict[str, Any]:
+def describe_run(config: Config, plan: Plan, ranks: Ranks) -> dict[str, Any]:
     """The content of run.json: the resolved configuration, versions, and what data and model were used."""
-    samples = sum(source.num_samples for source in sources)
+    samples = sum(source.num_samples for source in plan.sources)
     return {
         "config": json.loads(json.dumps(dataclasses.asdict(config))),  # as it will be read again
-        "global_batch": global_batch,
-        "total_steps": total_steps,
-        "warmup_steps": warmup_steps,
+        "global_batch": plan.global_batch,
+        "total_steps": plan.total_steps,
+        "warmup_steps": plan.warmup_steps,
         "data_plan": [
             {
                 "source": source.name,
@@ -101,7 +96,7 @@ def describe_run(
                 "share": source.num_samples / samples,
                 "fingerprint": _fingerprint(source),
             }
-            for source in sources
+            for source in plan.sources
         ],
         "base_model": _fingerprint_of_weights(Path(config.model_name_or_path)),
         "ranks": ranks.world,

@@ -21,7 +21,15 @@ from trainer.models.processors import load_image_processor, load_tokenizer
 from trainer.models.xcomposer2.configuration_xcomposer2 import PLORA_LAYERS, InternLMXcomposer2Config
 from trainer.models.xcomposer2.modeling_xcomposer2 import InternLMXComposer2ForCausalLM
 
-__all__ = ["Parts", "build_model", "load_config", "load_image_processor", "load_tokenizer", "parts_of"]
+__all__ = [
+    "Parts",
+    "build_model",
+    "cost_sizes",
+    "load_config",
+    "load_image_processor",
+    "load_tokenizer",
+    "parts_of",
+]
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,19 @@ def parts_of(config: PreTrainedConfig) -> Parts:
         lora_targets=tuple(PLORA_LAYERS.values()),
         code_files=tuple(sorted((Path(__file__).parent / "xcomposer2").glob("*_xcomposer2.py"))),
     )
+
+
+def cost_sizes(config: PreTrainedConfig) -> dict[str, Any]:
+    """The sizes that tell what a sample costs: the arguments of `data.packing.CostModel.from_sizes`."""
+    assert isinstance(config, InternLMXcomposer2Config)
+    vision = config.vision_config
+    return {
+        "language": (config.hidden_size, config.intermediate_size, config.num_hidden_layers),
+        "vision": (vision.hidden_size, vision.intermediate_size, vision.num_hidden_layers),
+        "kv_share": config.num_key_value_heads / config.num_attention_heads,
+        "patches_per_image": (config.image_size // config.patch_size) ** 2,
+        "patches_per_slot": 4 if config.high_resolution else 1,
+    }
 
 
 def load_config(folder: str | Path, img_size: int | None = None) -> PreTrainedConfig:

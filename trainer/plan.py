@@ -1,0 +1,148 @@
+"""What a run will do, read from files before any weight is: the data, the model's description, the steps.
+
+Input: a configuration whose values are right by themselves. Output: a `Plan`, or every problem of every file
+said at once and None.
+
+    plan = make_plan(config, ranks)
+    plan.model                    # on the meta device: all parameters described, none in memory
+    plan.total_steps              # 750: 3 epochs of 4,000 samples, 16 a step
+
+With packing every sample's length is measured here, by all cores, once: the next start reads the cache.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from data.errors import DataError
+from data.lengths import bad_samples, measure_lengths
+from data.loader import SampleReader
+from data.mixture import Source, read_mixture
+from data.packing import CostModel, Packing
+from data.sampler import StepSampler
+from data.tokens import SampleEncoder
+from trainer.config import Config
+from trainer.distributed import Ranks, agree_on_problems, log, rank_zero_first
+from trainer.lora import Adapters, add_adapters
+from trainer.models import (
+    Parts,
+    build_model,
+    cost_sizes,
+    load_config,
+    load_image_processor,
+    load_tokenizer,
+    parts_of,
+)
+from trainer.trained import trained_names
+from trainer.weights import tensor_files
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is known before the weights are read; the same on every rank."""
+
+    tokenizer: PreTrainedTokenizerBase
+    model_config: PreTrainedConfig
+    model: PreTrainedModel
+    """On the meta device."""
+    parts: Parts
+    adapters: Adapters | None
+    training: set[str]
+    """Names of the parameters that train."""
+    reader: SampleReader
+    sampler: StepSampler
+    packing: Packing | None
+    global_batch: int
+    """Samples an optimizer step."""
+    total_steps: int
+    warmup_steps: int
+
+    @property
+    def sources(self) -> list[Source]:
+        return list(self.reader.sources)
+
+
+def make_plan(config: Config, ranks: Ranks) -> Plan | None:
+    """Read all files but weights; every rank calls it. None: problems were found, and rank 0 said them."""
+    problems: list[str] = []
+    sources: list[Source] = []
+    plan = None
+    try:
+        with rank_zero_first():
+            sources = read_mixture(
+                config.data_path,
+                config.given_num,
+                config.image_root,
+                skip_bad=config.on_bad_sample == "skip",
+                show_progress=ranks.rank == 0,
+            )
+    except DataError as error:
+        problems += str(error).splitlines()
+    try:
+        plan = _describe_model(config, ranks, sources)
+    except (ValueError, OSError) as error:
+        problems.append(str(error))
+    if agree_on_problems(problems):
+        return None
+    assert plan is not None
+    if not config.packing:
+        return plan
+    with rank_zero_first():
+        lengths = measure_lengths(plan.reader, show_progress=ranks.rank == 0)
+    if config.on_bad_sample == "error" and agree_on_problems(bad_samples(plan.reader, lengths)):
+        return None
+    cost = CostModel.from_sizes(**cost_sizes(plan.model_config), trains_vision=not config.fix_vit)
+    return replace(plan, packing=Packing(lengths, config.max_length, cost))
+
+
+def _describe_model(config: Config, ranks: Ranks, sources: list[Source]) -> Plan:
+    base = Path(config.model_name_or_path)
+    tensor_files(base)
+    model_config = load_config(base, config.img_size)
+    model_config.plora_dropout = config.plora_dropout
+    model_config._attn_implementation = config.attn_implementation
+    tokenizer = load_tokenizer(base)
+    encoder = SampleEncoder(tokenizer, config.max_length)
+    parts = parts_of(model_config)
+    with torch.device("meta"):
+        model = build_model(model_config)
+        adapters = add_adapters(model, parts, config) if config.use_lora else None
+    global_batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * ranks.world
+    sampler = StepSampler(sources, config.seed, global_batch)
+    total_steps = math.ceil(config.num_train_epochs * sampler.steps_per_epoch)
+    if config.max_steps > 0:
+        total_steps = config.max_steps
+    return Plan(
+        tokenizer=tokenizer,
+        model_config=model_config,
+        model=model,
+        parts=parts,
+        adapters=adapters,
+        training=trained_names(model, parts, config),
+        reader=SampleReader(sources, encoder, load_image_processor(model_config, config.hd_num)),
+        sampler=sampler,
+        packing=None,
+        global_batch=global_batch,
+        total_steps=total_steps,
+        warmup_steps=math.ceil(config.warmup_ratio * total_steps),
+    )
+
+
+def say(plan: Plan, config: Config, ranks: Ranks) -> None:
+    """Log the sources and the arithmetic of a batch."""
+    for source in plan.sources:
+        log(f"{source.name}: {len(source.records):,} records, {source.num_samples:,} samples an epoch")
+    rows = (
+        f"packed into rows of at most {config.max_length:,} tokens"
+        if plan.packing
+        else f"{config.per_device_train_batch_size} a padded micro-batch"
+    )
+    log(
+        f"global batch {plan.global_batch} samples = {config.per_device_train_batch_size} a device "
+        f"× {config.gradient_accumulation_steps} accumulated × {ranks.world} ranks, {rows}; "
+        f"{plan.sampler.steps_per_epoch} steps an epoch, {plan.total_steps} in all, "
+        f"{plan.warmup_steps} of them warm-up"
+    )
