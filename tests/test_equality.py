@@ -2,8 +2,8 @@
 
 Every run trains all parts in float32 for ten steps on the same samples; only who computes what changes. A
 different order of summation leaves relative differences of about 1e-7 in a gradient. Adam divides by the
-gradient's size, which would turn rounding noise where the true gradient is zero into whole steps, so these runs
-take an epsilon of 1e-5.
+gradient's size, which would turn rounding noise where the true gradient is zero into whole steps, so these
+runs take an epsilon of 1e-5.
 """
 
 import pytest
@@ -29,9 +29,10 @@ def train(folder, name, ranks, accumulation=1, data="data/data.txt", *flags):
     per_device = GLOBAL_BATCH // ranks // accumulation
     arguments = f"""
         --model_name_or_path {folder}/model --data_path {folder}/{data} --output_dir {folder}/{name}
-        --bf16 False --adam_epsilon 1e-5 --fix_vit False --plora_dropout 0 --learning_rate 1e-3 --max_steps 10 --save_strategy no
-        --warmup_ratio 0.2 --dataloader_num_workers 0 --gradient_checkpointing False --packing False
+        --bf16 False --fix_vit False --plora_dropout 0 --gradient_checkpointing False --packing False
+        --learning_rate 1e-3 --adam_epsilon 1e-5 --warmup_ratio 0.2 --max_steps 10 --save_strategy no
         --per_device_train_batch_size {per_device} --gradient_accumulation_steps {accumulation}
+        --dataloader_num_workers 0
     """
     run_ranks(ranks, main, [*arguments.split(), *flags])
 

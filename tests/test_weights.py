@@ -132,7 +132,7 @@ def test_the_dtype_of_a_checkpoint_is_that_of_its_matrices(tmp_path):
 
 
 def test_no_rank_holds_more_than_its_share_while_loading(tmp_path):
-    """300 M parameters over 2 ranks: half of the float32 model each, and a little for one tensor at a time."""
+    """300 M parameters over 2 ranks: half of the float32 model each, and one tensor at a time."""
     parameters = make_checkpoint(tmp_path)
     assert parameters > 290e6
     for growth in growths(2, tmp_path):
