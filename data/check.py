@@ -50,7 +50,7 @@ def inspect_records(reader: SampleReader, chunk: Chunk) -> Findings:
     """Parses the records of a chunk and decodes their images."""
     number, records = chunk
     source, found = reader.sources[number], Findings()
-    for index in records:
+    for index in map(int, records):
         try:
             sample = source.sample(index)
         except DataError as error:
@@ -73,7 +73,8 @@ def inspect_records(reader: SampleReader, chunk: Chunk) -> Findings:
 def check(reader: SampleReader, arguments: argparse.Namespace) -> dict[str, Any]:
     """The report, as JSON values."""
     lengths = measure_lengths(reader, num_workers=arguments.num_workers)
-    chunks, found = chunks_of(reader), Findings()
+    chunks = chunks_of([np.arange(len(source.records)) for source in reader.sources])
+    found = Findings()
     results = in_parallel(partial(inspect_records, reader), chunks, arguments.num_workers)
     for part, _ in zip(results, tqdm(chunks, desc="records and images", unit="chunk", delay=2), strict=True):
         found.errors += part.errors

@@ -1,12 +1,12 @@
-"""The length of every sample without decoding an image: computed once by all cores, then cached.
+"""The lengths of samples without decoding an image: computed once by all cores, then cached.
 
-    lengths = measure_lengths(reader)
+    lengths = measure_lengths(reader, needed_records(sampler, range(1000)))
     lengths[0][7]         # record 7 of the first source: int32 [tokens, image slots, supervised tokens]
 
 Text is tokenised and image sizes come from the files' headers, so lengths are exactly what the loader will
-make. A record that cannot be used has -1 in all three; `bad_samples` says why. The cache lies beside the JSON
-file, its name made of all that lengths depend on: the file, the tokenizer, the image processor, max_length,
-the image root. The image files' sizes are not: when they change, remove `*.lengths`.
+make. A record that cannot be used is BAD; `bad_samples` says why. The cache lies beside the JSON file, its
+name made of all that lengths depend on: the file, the tokenizer, the image processor, max_length, the image
+root. The sizes of image files are not among it: when they change, remove `*.lengths`.
 """
 
 import hashlib
@@ -23,43 +23,66 @@ from tqdm import tqdm
 from data.errors import DataError
 from data.loader import SampleReader, start_worker
 from data.records import index_paths, write_atomically
+from data.sampler import StepSampler
 
 CHUNK_RECORDS = 256
 """Records that a worker measures at a time."""
-VERSION = 1
+VERSION = 2
 """Raise it when samples are encoded differently."""
+BAD, UNMEASURED = -1, -2
 
 
 def measure_lengths(
-    reader: SampleReader, *, num_workers: int | None = None, show_progress: bool = True
+    reader: SampleReader,
+    needed: Sequence[np.ndarray] | None = None,
+    *,
+    num_workers: int | None = None,
+    show_progress: bool = True,
 ) -> list[np.ndarray]:
-    """int32 [records, 3] of each source: tokens, image slots, supervised tokens; -1 where a record is bad.
+    """int32 [records, 3] of each source: tokens, image slots, supervised tokens.
 
-    Args: num_workers: processes; None means one a core.
+    A bad record has BAD in all three, and one that nobody has needed yet UNMEASURED.
+
+    Args:
+        needed: of each source the records that are wanted (`needed_records`); None means all.
+        num_workers: processes; None means one a core.
     """
     caches = [_cache_paths(reader, number) for number in range(len(reader.sources))]
     lengths = [
         _read(paths, len(source.records)) for paths, source in zip(caches, reader.sources, strict=True)
     ]
-    missing = {number for number, rows in enumerate(lengths) if rows is None}
-    measured = {number: np.empty((len(reader.sources[number].records), 3), np.int32) for number in missing}
-    chunks = [chunk for chunk in chunks_of(reader) if chunk[0] in missing]
-    total = sum(len(rows) for rows in measured.values())
+    if needed is None:
+        needed = [np.arange(len(rows)) for rows in lengths]
+    # What was bad may have been mended: an image that was missing is there now.
+    missing = [wanted[rows[wanted, 0] < 0] for wanted, rows in zip(needed, lengths, strict=True)]
+    chunks = chunks_of(missing)
     results = in_parallel(partial(_measure, reader), chunks, num_workers)
+    total = sum(map(len, missing))
     with tqdm(total=total, desc="lengths", unit="sample", delay=2, disable=not show_progress) as bar:
         for (number, records), rows in zip(chunks, results, strict=True):
-            measured[number][records.start : records.stop] = rows
+            lengths[number][records] = rows
             bar.update(len(records))
-    for number, rows in measured.items():
-        any(write_atomically(path, rows.data) for path in caches[number])  # the first that can be written
-    return [measured[number] if rows is None else rows for number, rows in enumerate(lengths)]
+    for number, paths in enumerate(caches):
+        if len(missing[number]):
+            any(write_atomically(path, lengths[number].data) for path in paths)  # the first that can be
+    return lengths
+
+
+def needed_records(sampler: StepSampler, steps: range) -> list[np.ndarray]:
+    """The records of each source that some steps train on: of a short run on a large file, only a few."""
+    used = [np.zeros(len(source.records), dtype=bool) for source in sampler.sources]
+    for step in steps:
+        samples = sampler.samples(step)
+        for number, mask in enumerate(used):
+            mask[samples[samples[:, 0] == number, 1]] = True
+    return [np.flatnonzero(mask) for mask in used]
 
 
 def bad_samples(reader: SampleReader, lengths: Sequence[np.ndarray], max_named: int = 5) -> list[str]:
     """What is wrong with the records that have no length, at most `max_named` of each source by name."""
     problems = []
     for number, rows in enumerate(lengths):
-        bad = np.flatnonzero(rows[:, 0] < 0)
+        bad = np.flatnonzero(rows[:, 0] == BAD)
         for index in bad[:max_named]:
             try:
                 reader.read(number, int(index), decode=False)
@@ -71,16 +94,16 @@ def bad_samples(reader: SampleReader, lengths: Sequence[np.ndarray], max_named: 
     return problems
 
 
-Chunk = tuple[int, range]
+Chunk = tuple[int, np.ndarray]
 """(source, records)"""
 
 
-def chunks_of(reader: SampleReader) -> list[Chunk]:
-    """All records of all sources, in pieces for `in_parallel`."""
+def chunks_of(records: Sequence[np.ndarray]) -> list[Chunk]:
+    """Records of each source, in pieces for `in_parallel`."""
     return [
-        (number, range(begin, min(begin + CHUNK_RECORDS, len(source.records))))
-        for number, source in enumerate(reader.sources)
-        for begin in range(0, len(source.records), CHUNK_RECORDS)
+        (number, part[begin : begin + CHUNK_RECORDS])
+        for number, part in enumerate(records)
+        for begin in range(0, len(part), CHUNK_RECORDS)
     ]
 
 
@@ -119,10 +142,10 @@ def _as_it_is(result: Any) -> Any:
 
 def _measure(reader: SampleReader, chunk: Chunk) -> np.ndarray:
     number, records = chunk
-    rows = np.full((len(records), 3), -1, dtype=np.int32)
+    rows = np.full((len(records), 3), BAD, dtype=np.int32)
     for row, index in zip(rows, records, strict=True):
         try:
-            encoded, _ = reader.read(number, index, decode=False)
+            encoded, _ = reader.read(number, int(index), decode=False)
         except DataError:
             continue
         row[:] = len(encoded.input_ids), encoded.num_image_slots, encoded.num_supervised
@@ -143,8 +166,8 @@ def _cache_paths(reader: SampleReader, number: int) -> list[Path]:
     return index_paths(source.records.path, suffix=f".{key}.lengths")
 
 
-def _read(paths: list[Path], num_records: int) -> np.ndarray | None:
+def _read(paths: list[Path], num_records: int) -> np.ndarray:
     for path in paths:
         if path.is_file() and path.stat().st_size == 12 * num_records:
-            return np.memmap(path, np.int32, "r", shape=(num_records, 3))
-    return None
+            return np.fromfile(path, np.int32).reshape(num_records, 3)
+    return np.full((num_records, 3), UNMEASURED, dtype=np.int32)

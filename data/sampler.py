@@ -87,7 +87,7 @@ class StepSampler:
     def __init__(self, sources: Sequence[Source], seed: int, global_batch: int):
         self.samples_per_epoch = sum(source.num_samples for source in sources)
         self.steps_per_epoch = -(-self.samples_per_epoch // global_batch)
-        self._sources, self._seed, self._global_batch = list(sources), seed, global_batch
+        self.sources, self._seed, self._global_batch = list(sources), seed, global_batch
         self._cached = -1, np.empty((0, 2), dtype=np.int64)  # one attribute, as threads share it
 
     def samples(self, step: int) -> np.ndarray:
@@ -95,7 +95,7 @@ class StepSampler:
         epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
         cached, order = self._cached
         if epoch != cached:
-            order = epoch_order(self._sources, self._seed, epoch)
+            order = epoch_order(self.sources, self._seed, epoch)
             self._cached = epoch, order
         start = step_of_epoch * self._global_batch
         return order[start : start + self._global_batch]

@@ -11,7 +11,7 @@ from PIL import Image
 
 from data.batch import collate
 from data.errors import DataError
-from data.lengths import bad_samples, measure_lengths
+from data.lengths import BAD, UNMEASURED, bad_samples, measure_lengths, needed_records
 from data.loader import SampleReader, StepLoader
 from data.mixture import read_mixture
 from data.packing import CostModel, Packing, deal, idle_share, pack
@@ -140,6 +140,21 @@ def test_lengths_are_computed_once_for_the_same_settings(folder, monkeypatch):
         measure_lengths(reader_of(folder, RECORDS), num_workers=0)
 
 
+def test_a_short_run_measures_only_what_it_needs(folder, monkeypatch):
+    reader = reader_of(folder, RECORDS[:4] * 10, max_length=120)
+    sampler = StepSampler(reader.sources, seed=0, global_batch=3)
+    needed = needed_records(sampler, range(4))
+    planned = {record for step in range(4) for _, record in sampler.samples(step).tolist()}
+    assert needed[0].tolist() == sorted(planned)
+    assert len(planned) == 12
+    (lengths,) = measure_lengths(reader, needed, num_workers=0)
+    assert np.flatnonzero(lengths[:, 0] != UNMEASURED).tolist() == sorted(planned)
+    calls = []
+    monkeypatch.setattr("data.lengths._measure", lambda reader, chunk: calls.extend(chunk[1]) or 7)
+    measure_lengths(reader, num_workers=0)
+    assert len(calls) == 40 - 12, "what is cached is not measured again"
+
+
 def test_bad_samples_have_no_length_and_are_named(folder):
     (folder / "broken.png").write_bytes(b"nothing")
     records = [*RECORDS[:2], record("<ImageHere>", "9", images=["broken.png"], record_id="x7"), {"id": "y"}]
@@ -151,6 +166,9 @@ def test_bad_samples_have_no_length_and_are_named(folder):
     assert "broken.png" in first
     assert "record 3 (id 'y')" in second
     assert "1 more" in bad_samples(reader, lengths, max_named=1)[1]
+    Image.new("RGB", (2, 2)).save(folder / "broken.png")
+    (mended,) = measure_lengths(reader, num_workers=0)
+    assert (mended[:, 0] == BAD).tolist() == [False, False, False, True]
 
 
 # --- the loader, packed -----------------------------------------------------------------------------------
