@@ -14,6 +14,7 @@ micro-batch.
 
 import logging
 import os
+import signal
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -226,3 +227,6 @@ class _MicroBatches(Dataset[MicroBatch | _Failure]):
 def start_worker(_: int) -> None:
     # Workers are the parallelism; the tokenizer's own threads would warn about the fork.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # A scheduler signals every process of a job; when to stop is the training process's decision.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -225,6 +225,9 @@ def damage(folder: Path) -> str | None:
         files = read_marker(folder)["files"]
         if not any(name.startswith(f"{RESUME}/") for name in files):
             problem = f"{folder} holds a model without what resuming needs"
+        for path in (folder / RESUME).glob("*.safetensors"):  # all of them would be read
+            if f"{RESUME}/{path.name}" not in files:
+                problem = f"{path} does not belong to it"
         for name in sorted(files)[rank::world]:
             size, checksum = files[name]
             path = folder / name

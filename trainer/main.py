@@ -12,7 +12,6 @@ Exit status: 0 finished; 2 bad configuration or data, nothing trained; 75 stoppe
 written: run again to go on; 1 anything else.
 """
 
-import errno
 import faulthandler
 import math
 import sys
@@ -33,7 +32,7 @@ from data.errors import DataError
 from data.ledger import ledger_rows, ledger_table, tally
 from data.loader import StepLoader
 from trainer.adapter_folder import loads_by_itself, save_adapter, verify_adapter
-from trainer.checkpoint import Checkpoints, load, resumable
+from trainer.checkpoint import Checkpoints, SaveError, load, resumable
 from trainer.config import Config, ConfigError, parse
 from trainer.distributed import (
     BAD_INPUT,
@@ -326,20 +325,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         for problem in str(error).splitlines():
             log(f"error: {problem}")
         return BAD_INPUT
-    ranks = start(60 * config.hang_minutes)
+    ranks = start(60 * config.hang_minutes + 60)  # the watchdog of the step speaks first
     try:
         status = train(config, ranks)
+    except SaveError as error:  # the same on every rank
+        log(f"\nerror: {error}")
+        return FAILED
     except DataError as error:
         print(f"\nerror: rank {ranks.rank}: {error}", file=sys.stderr, flush=True)  # below the bar
         return FAILED
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in (
-            None,
-            errno.ENOSPC,
-            errno.EDQUOT,
-        ):  # None: SaveError
-            print(f"\nerror: rank {ranks.rank}: {error}", file=sys.stderr, flush=True)
-            return FAILED
         if is_lost_peer(error):
             wait_for_the_end()
         traceback.print_exc()

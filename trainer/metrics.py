@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from trainer.distributed import log
 from trainer.models import Parts
 from trainer.trained import is_adapter
 
@@ -42,8 +43,11 @@ class MetricsFile:
         """One line; floats keep full precision, for comparing runs exactly, and NaN becomes null."""
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         if self.file:
-            self.file.write(json.dumps({"kind": kind, "step": step, **values}, ensure_ascii=False) + "\n")
-            self.file.flush()
+            try:
+                self.file.write(json.dumps({"kind": kind, "step": step, **values}, ensure_ascii=False) + "\n")
+                self.file.flush()
+            except OSError as error:  # a full disk; the file's buffer keeps the line for the next flush
+                log(f"\nwarning: metrics.jsonl waits for room: {error}")
         if self.board:
             for name, value in values.items():
                 if isinstance(value, int | float):
