@@ -1,8 +1,8 @@
 """Image files → RGB pictures, or one sentence about why not.
 
-    open_image("scan.png")            # the header alone is read: size, mode; bounded and checked
-    image_size("photo.jpg")           # (4032, 3024), from the header
-    load_image("photo.jpg")           # PIL image, mode RGB, decoded
+    image = open_image("photo.jpg")   # the header alone is read and checked
+    viewed_size(image)                # (4032, 3024)
+    to_rgb(image)                     # decoded, mode RGB
 
 Pixels are what `Image.open(path).convert("RGB")` gives, as in the original training code: a phone picture
 lies as its sensor lay, and a transparent picture shows the colours under its alpha. `as_viewed=True` gives
@@ -14,6 +14,8 @@ is found good.
 
 import stat
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -53,29 +55,21 @@ class ImageProcessor(Protocol):
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Reads the header. The pixels stay on disk until `to_rgb`. Raises DataError."""
+    """Reads the header; the pixels stay on disk until `to_rgb`. DataError if there is nothing to read."""
     try:
         # A folder cannot be read, and a pipe or a device may never end.
         if not stat.S_ISREG(Path(path).stat().st_mode):
-            raise DataError(f"{path} is not a file")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            raise ValueError("it is not a file")
+        with _quiet():
             image = Image.open(path, formats=FORMATS)
-    except DataError:
-        raise
     except FileNotFoundError as error:
-        raise DataError(
-            f"{path} does not exist; image paths start at the JSON file or at --image_root"
-        ) from error
+        raise DataError(f"{path} does not exist; paths start at the JSON file or --image_root") from error
     except Exception as error:  # decoders raise what they like on a broken header
         raise DataError(f"{path} cannot be opened: {_reason(error)}") from error
     width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise DataError(
-            f"{path} has {width}×{height} pixels, over the limit of {MAX_PIXELS:,}; make it smaller"
-        )
-    if width == 0 or height == 0:
-        raise DataError(f"{path} has no pixels ({width}×{height})")
+    if not 0 < width * height <= MAX_PIXELS:
+        image.close()
+        raise DataError(f"{path} has {width}×{height} pixels; from 1 to {MAX_PIXELS:,} are allowed")
     return image
 
 
@@ -83,8 +77,7 @@ def to_rgb(image: Image.Image, as_viewed: bool = False) -> Image.Image:
     """Decodes an opened image. DataError if its data is cut or broken, or has no meaning as RGB."""
     path = getattr(image, "filename", "") or "the image"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _quiet():
             image.load()
             if as_viewed:
                 image = ImageOps.exif_transpose(image)
@@ -94,12 +87,8 @@ def to_rgb(image: Image.Image, as_viewed: bool = False) -> Image.Image:
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image.convert("RGBA"))
             if image.mode == "F":
-                raise DataError(
-                    f"{path} holds floating-point pixels, whose range is unknown; save it as 8 bits"
-                )
+                raise ValueError("its pixels are floating-point numbers of unknown range; save it as 8 bits")
             return image.convert("RGB")
-    except DataError:
-        raise
     except Exception as error:  # as above
         raise DataError(f"{path} cannot be decoded: {_reason(error)}") from error
 
@@ -112,30 +101,32 @@ def load_image(path: str | Path, as_viewed: bool = False) -> Image.Image:
 
 def viewed_size(image: Image.Image, as_viewed: bool = False) -> tuple[int, int]:
     """(width, height) that `to_rgb` will give, from the header alone."""
-    if as_viewed and image.getexif().get(EXIF_ORIENTATION) in (5, 6, 7, 8):
-        return image.height, image.width
-    return image.size
-
-
-def image_size(path: str | Path, as_viewed: bool = False) -> tuple[int, int]:
-    """(width, height) that `load_image` will give, from the header alone."""
-    with open_image(path) as image:
-        return viewed_size(image, as_viewed)
+    try:
+        with _quiet():
+            turned = as_viewed and image.getexif().get(EXIF_ORIENTATION) in (5, 6, 7, 8)
+    except Exception as error:  # as above
+        raise DataError(f"{getattr(image, 'filename', '')} has broken EXIF data: {_reason(error)}") from error
+    return (image.height, image.width) if turned else image.size
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    levels = np.asarray(image).astype(np.int64)
+    levels = np.asarray(image)
     if levels.min() < 0 or levels.max() > 65535:
-        raise DataError(f"the pixels run from {levels.min()} to {levels.max()}: more than 16 bits")
+        raise ValueError(f"its pixels run from {levels.min()} to {levels.max()}, more than 16 bits")
     # Mode "I" may hold 8-bit levels in 32 bits; the 16-bit modes are what they say.
     shift = 0 if image.mode == "I" and levels.max() <= 255 else 8
     return Image.fromarray((levels >> shift).astype(np.uint8))
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Pillow's warnings say what is refused or does not matter, on every worker's terminal."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def _reason(error: Exception) -> str:
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return (
-        "its format is none of " + ", ".join(FORMATS)
-        if isinstance(error, Image.UnidentifiedImageError)
-        else text
-    )
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "its format is none of " + ", ".join(FORMATS)
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

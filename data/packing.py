@@ -135,5 +135,6 @@ class Packing:
     def measure(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(tokens, costs) of samples; what will be left out has neither."""
         rows = np.array([self.lengths[source][record] for source, record in samples], dtype=np.int64)
+        assert rows.min() >= -1, "a sample of this step was never measured"
         tokens, image_slots, _ = np.where(rows[:, 2:] > 0, rows, 0).T
         return tokens, self.cost(tokens, image_slots)

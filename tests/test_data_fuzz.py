@@ -86,7 +86,9 @@ def whole(tmp_path_factory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("whole")
     pixels = np.random.default_rng(0).integers(0, 255, (24, 20, 3), dtype=np.uint8)
     for name, options in FORMATS.items():
-        Image.fromarray(pixels).save(folder / name, **options)
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        Image.fromarray(pixels).save(folder / name, exif=exif, **options)
     names = list(FORMATS)
     records = [
         record("1 <ImageHere>浦语", "2", "<ImageHere>", "3", images=names[:2], record_id="r0"),
@@ -114,7 +116,7 @@ def run_case(folder: Path, whole: dict[str, bytes], seed: int) -> str:
     except DataError as error:
         refusals = [(str(folder), line) for line in str(error).split("\n")]
     else:
-        reader = SampleReader(sources, encoder(), SquareProcessor())
+        reader = SampleReader(sources, encoder(), SquareProcessor(), as_viewed=choose.random() < 0.5)
         for number, source in enumerate(sources):
             for index in range(len(source.records)):
                 try:
