@@ -83,6 +83,7 @@ class Checkpoints:
         self.group: Any = dist.new_group(backend="gloo", timeout=timedelta(days=1))
         self.failed = False
         self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
         self._begun = time.monotonic()
 
     def save(
@@ -109,16 +110,17 @@ class Checkpoints:
             try:
                 self._finish(temporary, folder, jobs, held, content)
                 self.failed = False
-                if self.keep and is_main():
-                    remove_old_checkpoints(self.output_dir, self.keep)
             except SaveError as error:
                 self._report(folder, error)
+            except Exception as error:  # another rank is gone, or a mistake of ours
+                self._error = error
 
         if self.asynchronous:
             self._thread = threading.Thread(target=finish, name=folder.name, daemon=True)
             self._thread.start()
         else:
             finish()
+            self.wait()
 
     def minutes_are_over(self) -> bool:
         """Whether it is time for a save by the clock; rank 0's clock counts."""
@@ -129,6 +131,8 @@ class Checkpoints:
         if self._thread:
             self._thread.join()
             self._thread = None
+        if self._error:
+            raise self._error
 
     def save_final_model(self, step: int, write_model: WriteModel) -> None:
         """Write the trained model into output_dir itself, and wait for it. SaveError if it fails."""
@@ -172,6 +176,8 @@ class Checkpoints:
         def complete() -> None:
             write_json(temporary / MARKER, content)
             put_in_place(temporary, folder)
+            if self.keep:
+                remove_old_checkpoints(self.output_dir, self.keep)
 
         self._together(lambda: complete() if is_main() else None)
 
