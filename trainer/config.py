@@ -55,6 +55,8 @@ class Config:
     """Numbers in data.txt are thousands of samples an epoch; False: ratios of each file."""
     image_root: str | None = None
     """Folder that image paths are relative to; each JSON file's own folder by default."""
+    images_as_viewed: bool = False
+    """Turn images as their EXIF data says, and lay transparent ones on white; the original does neither."""
     max_length: int = 4096
     """Tokens a sample is cut to, image slots included; an image is never cut."""
     packing: bool = True

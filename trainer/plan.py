@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from data.errors import DataError
-from data.lengths import bad_samples, measure_lengths
+from data.lengths import bad_samples, measure_lengths, needed_records
 from data.loader import SampleReader
 from data.mixture import Source, read_mixture
 from data.packing import CostModel, Packing
@@ -90,8 +90,9 @@ def make_plan(config: Config, ranks: Ranks) -> Plan | None:
     assert plan is not None
     if not config.packing:
         return plan
+    needed = needed_records(plan.sampler, range(plan.total_steps))
     with rank_zero_first():
-        lengths = measure_lengths(plan.reader, show_progress=ranks.rank == 0)
+        lengths = measure_lengths(plan.reader, needed, show_progress=ranks.rank == 0)
     if config.on_bad_sample == "error" and agree_on_problems(bad_samples(plan.reader, lengths)):
         return None
     cost = CostModel.from_sizes(**cost_sizes(plan.model_config), trains_vision=not config.fix_vit)
@@ -122,7 +123,12 @@ def _describe_model(config: Config, ranks: Ranks, sources: list[Source]) -> Plan
         parts=parts,
         adapters=adapters,
         training=trained_names(model, parts, config),
-        reader=SampleReader(sources, encoder, load_image_processor(model_config, config.hd_num)),
+        reader=SampleReader(
+            sources,
+            encoder,
+            load_image_processor(model_config, config.hd_num),
+            as_viewed=config.images_as_viewed,
+        ),
         sampler=sampler,
         packing=None,
         global_batch=global_batch,
