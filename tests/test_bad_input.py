@@ -108,7 +108,7 @@ def test_contradictory_flags_are_refused_before_anything_is_read(model, data, tm
 
 def test_unreadable_images_are_all_named_before_training(model, data, tmp_path):
     (data / "red40.png").write_bytes(b"not an image")
-    first, second = run(2, model, data / "data.txt", tmp_path / "out", ranks=2)
+    first, second = run(2, model, data / "data.txt", tmp_path / "out", "--max_steps", "-1", ranks=2)
     errors = errors_of(first)
     assert len(errors) == 4
     assert "colour.json: record 0 (id 'colour-0')" in errors[0]
