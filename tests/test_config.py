@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from tests.tiny import ROOT
-from trainer.config import REPLACED, Config, ConfigError, parse
+from trainer.config import REPLACED, Config, parse
+from trainer.flags import ConfigError
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The whole configuration: one flat dataclass, a docstring under each field, flags derived from both.
+"""The whole configuration: one flat dataclass, a docstring under each field; `trainer.flags` reads it.
 
 Input: a command line, and the YAML file that its `--config` names, whose values are defaults below it.
 Output: a `Config`, or `ConfigError` with every problem at once.
@@ -10,26 +10,12 @@ Output: a `Config`, or `ConfigError` with every problem at once.
 Names and defaults are those of the original scripts and of Hugging Face wherever they have one.
 """
 
-import argparse
-import ast
-import dataclasses
-import difflib
-import inspect
-import re
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from types import NoneType
-from typing import Any, NoReturn, get_args, get_origin
 
-import yaml
-
+from trainer.flags import parse_flags
 from trainer.optim import SCHEDULES
-
-
-class ConfigError(ValueError):
-    """The configuration cannot be used; the message holds one line a problem."""
 
 
 @dataclass
@@ -312,118 +298,8 @@ REPLACED = {
 
 
 def parse(argv: Sequence[str] | None = None) -> Config:
-    """Read flags, over the YAML file of `--config`, over the defaults; raise `ConfigError` with all problems.
+    """Read the trainer's flags; raise `ConfigError` with all problems.
 
     Values are checked by themselves only (`Config.problems`); the model and the data are looked at later.
     """
-    parser = _Parser(prog="trainer.main", description=inspect.getdoc(Config), allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE", help="YAML file with defaults for the flags below")
-    docs = _field_docs()
-    for field in fields(Config):
-        kind = _plain_type(field.type)
-        options: dict[str, Any] = {"nargs": "?", "const": "True"} if kind is bool else {}
-        if get_origin(field.type) is tuple:
-            options = {"nargs": "+"}
-        parser.add_argument(
-            f"--{field.name}",
-            metavar=kind.__name__.upper(),
-            help=f"{docs[field.name]} (default: {field.default})".replace("%", "%%"),
-            default=argparse.SUPPRESS,
-            **options,
-        )
-    known, unknown = parser.parse_known_args(argv)
-    given = vars(known)
-    problems = [_explain_unknown(word) for word in unknown if word.startswith("--")]
-    problems += [
-        f"{word!r} stands alone: every value needs its --flag"
-        for before, word in zip(["", *unknown], unknown, strict=False)
-        if not word.startswith("--") and not before.startswith("--")
-    ]
-    path = given.pop("config", None)
-    values, file_problems = _read_yaml(Path(path)) if path else ({}, [])
-    problems += file_problems
-    values |= given
-    for field in fields(Config):
-        if field.name in values:
-            try:
-                values[field.name] = _convert(values[field.name], field.type)
-            except ValueError as error:
-                problems.append(f"--{field.name} {values[field.name]}: {error}")
-                del values[field.name]
-    config = Config(**values)
-    problems += config.problems()
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return config
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
-
-
-def _explain_unknown(word: str) -> str:
-    name = word.removeprefix("--").split("=")[0]
-    if name in REPLACED:
-        return f"--{name} has no meaning here: {REPLACED[name]}"
-    close = difflib.get_close_matches(name, [field.name for field in fields(Config)], n=1)
-    hint = f"did you mean --{close[0]}?" if close else "see --help"
-    return f"--{name} is unknown; {hint}"
-
-
-def _read_yaml(path: Path) -> tuple[dict[str, Any], list[str]]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        return {}, [f"--config {path}: cannot be read as YAML: {' '.join(str(error).split())}"]
-    if not isinstance(content, dict):
-        return {}, [f"--config {path}: must hold lines `flag: value`"]
-    names = {field.name for field in fields(Config)}
-    problems = [f"{path}: {_explain_unknown(f'--{name}')}" for name in content if name not in names]
-    return {name: value for name, value in content.items() if name in names}, problems
-
-
-def _plain_type(annotation: Any) -> type:
-    """`int | None` → int, `tuple[str, ...]` → str."""
-    return next((t for t in get_args(annotation) if t is not NoneType), annotation)
-
-
-def _convert(value: Any, annotation: Any) -> Any:
-    """A word of the command line or a YAML value → the field's type; ValueError says what was expected."""
-    kind = _plain_type(annotation)
-    if get_origin(annotation) is tuple:
-        words = [str(word) for word in (value if isinstance(value, list) else [value])]
-        plain = re.compile(r"[\w.,-]+")  # a comma in a regular expression is a part of it
-        return tuple(
-            name for word in words for name in (word.split(",") if plain.fullmatch(word) else [word])
-        )
-    if value is None or (kind is not str and str(value).lower() == "none"):
-        if NoneType in get_args(annotation):
-            return None
-        raise ValueError("a value is needed")
-    if kind is bool:
-        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-        if str(value).lower() not in words:
-            raise ValueError("must be True or False")
-        return words[str(value).lower()]
-    try:
-        return kind(str(value))
-    except ValueError:
-        raise ValueError(f"must be {'a whole number' if kind is int else 'a number'}") from None
-
-
-def _field_docs() -> dict[str, str]:
-    """Field → the docstring under it, read from this file's source."""
-    (body,) = ast.parse(textwrap.dedent(inspect.getsource(Config))).body
-    assert isinstance(body, ast.ClassDef)
-    docs: dict[str, str] = {}
-    for field, below in zip(body.body, body.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
-            assert isinstance(field.target, ast.Name)
-            docs[field.target.id] = " ".join(ast.literal_eval(below.value).split())
-    return docs
-
-
-def as_dict(config: Config) -> dict[str, Any]:
-    """The resolved configuration, for run.json."""
-    return dataclasses.asdict(config)
+    return parse_flags(Config, argv, "trainer.main", REPLACED)

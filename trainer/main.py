@@ -33,7 +33,7 @@ from data.ledger import ledger_rows, ledger_table, tally
 from data.loader import StepLoader
 from trainer.adapter_folder import loads_by_itself, save_adapter, verify_adapter
 from trainer.checkpoint import Checkpoints, SaveError, load, resumable
-from trainer.config import Config, ConfigError, parse
+from trainer.config import Config, parse
 from trainer.distributed import (
     BAD_INPUT,
     FAILED,
@@ -49,6 +49,7 @@ from trainer.distributed import (
     start,
     step_seed,
 )
+from trainer.flags import ConfigError
 from trainer.folders import Jobs
 from trainer.lora import load_adapters
 from trainer.loss import chunked_token_losses
