@@ -131,6 +131,9 @@ class Config:
     """Compute in bfloat16; parameters that train, reductions and the optimizer stay in float32."""
     gradient_checkpointing: bool = True
     """Keep only each block's input for the backward pass and compute the block again there."""
+    vision_micro_batch: int | None = 16
+    """Images or tiles that a block of the vision tower computes at a time, which bounds its memory and changes
+    no number; none: all of a micro-batch at once."""
     loss_chunk_tokens: int = 1024
     """Rows of logits that exist at a time."""
     compile: bool = False
@@ -215,6 +218,7 @@ class Config:
             "dataloader_num_workers": 0,
             "lora_r": 1,
             "lora_alpha": 1,
+            "vision_micro_batch": 1,
             "loss_chunk_tokens": 1,
             "logging_steps": 1,
             "save_steps": 1,

@@ -99,6 +99,7 @@ def train(config: Config, ranks: Ranks) -> int:
         plan.parts,
         bf16=config.bf16,
         gradient_checkpointing=config.gradient_checkpointing,
+        vision_micro_batch=config.vision_micro_batch,
         compile_blocks=config.compile,
         shard_frozen=config.sharding == "full",
     )

@@ -1,8 +1,9 @@
-"""One function that turns a model into its sharded form: activation checkpointing → compile → fully_shard.
+"""One function that turns a model into its sharded form: checkpointing → tiles → compile → fully_shard.
 
-The order matters. Checkpointing wraps a block's `forward` only, so parameter names stay; compile then sees a
-whole checkpointed block; `fully_shard` hooks the outside of both, so the gather of a block's parameters is
-neither compiled nor recomputed twice.
+The order matters. Checkpointing wraps a block's `forward` only, so parameter names stay; a vision block runs
+that a few tiles at a time; compile then sees the whole of it; `fully_shard` hooks the outside of all, so the
+gather of a block's parameters is neither compiled nor recomputed twice, and happens once however many tiles a
+rank has.
 
     model = parallelize(build_model(config), mesh, parts, ...)    # on the meta device: nothing allocated yet
     model.to_empty(device="cuda"); load_weights(model, folder)    # each rank allocates and reads its part
@@ -15,7 +16,7 @@ import functools
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
@@ -28,6 +29,21 @@ def checkpoint_activations(block: nn.Module) -> None:
     block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
+def split_tiles(module: nn.Module, tiles: int) -> None:
+    """Run the module's forward on at most `tiles` rows of its first argument at a time.
+
+    Rows do not see each other in it. All intermediate results then are of so many rows; what goes in and out
+    is whole. Calling the model's whole tower several times would bound those too, but every call gathers
+    parameters, and ranks with other numbers of images would wait for each other for ever.
+    """
+    forward = module.forward
+
+    def forward_in_parts(rows: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return torch.cat([forward(part, *args, **kwargs) for part in rows.split(tiles)])
+
+    module.forward = forward_in_parts
+
+
 def parallelize(
     model: nn.Module,
     mesh: DeviceMesh,
@@ -35,13 +51,15 @@ def parallelize(
     *,
     bf16: bool,
     gradient_checkpointing: bool,
+    vision_micro_batch: int | None = None,
     compile_blocks: bool = False,
     shard_frozen: bool = True,
 ) -> Any:
     """Shard `model` over `mesh`, a group for every vision and language block and one for all the rest.
 
     bf16: parameters are gathered and used in bfloat16; their shards, the gradients' reduction and the
-    optimizer keep the stored dtype. Gradients are summed over ranks, never averaged: the loop divides the
+    optimizer keep the stored dtype. vision_micro_batch: images or tiles that the patch embedding and a vision
+    block compute at a time; None: all of a micro-batch. Gradients are summed over ranks, never averaged: the loop divides the
     loss by the number of supervised tokens of all ranks itself.
 
     shard_frozen False, for adapters: frozen parameters stay whole on every rank, in the compute dtype, and
@@ -49,14 +67,14 @@ def parallelize(
 
     Returns the same object, which is now an `FSDPModule` as well as a model; no static type is both.
     """
-    blocks = [
-        block
-        for path in (parts.vision_blocks, parts.language_blocks)
-        for block in model.get_submodule(path).children()
-    ]
+    vision_blocks = list(model.get_submodule(parts.vision_blocks).children())
+    blocks = [*vision_blocks, *model.get_submodule(parts.language_blocks).children()]
     if gradient_checkpointing:
         for block in blocks:
             checkpoint_activations(block)
+    if vision_micro_batch is not None:
+        for module in (model.get_submodule(parts.vision_embeddings), *vision_blocks):
+            split_tiles(module, vision_micro_batch)
     if compile_blocks:
         for block in blocks:
             block.compile()

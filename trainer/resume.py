@@ -36,6 +36,7 @@ HARMLESS = {
     "dataloader_num_workers",
     "packing",
     "gradient_checkpointing",
+    "vision_micro_batch",
     "attn_implementation",
     "compile",
     "loss_chunk_tokens",

@@ -40,6 +40,8 @@ class Parts:
     """Dotted name of the ModuleList of language blocks, sharded one by one."""
     vision_blocks: str
     """The same for vision."""
+    vision_embeddings: str
+    """Dotted name of the module between pixels and the vision blocks."""
     vision: tuple[str, ...]
     """Prefixes of the vision tower's parameters."""
     projector: tuple[str, ...]
@@ -58,6 +60,7 @@ def parts_of(config: PreTrainedConfig) -> Parts:
     return Parts(
         language_blocks="model.layers",
         vision_blocks="vit.vision_tower.vision_model.encoder.layers",
+        vision_embeddings="vit.vision_tower.vision_model.embeddings",
         vision=("vit.",),
         projector=("vision_proj.", "plora_glb_GN", "plora_sub_GN"),
         unused=("vit.vision_tower.vision_model.post_layernorm.",),
