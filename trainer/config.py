@@ -132,8 +132,8 @@ class Config:
     gradient_checkpointing: bool = True
     """Keep only each block's input for the backward pass and compute the block again there."""
     vision_micro_batch: int | None = 16
-    """Images or tiles that a block of the vision tower computes at a time, which bounds its memory and changes
-    no number; none: all of a micro-batch at once."""
+    """Images or tiles that a block of the vision tower computes at a time; it bounds memory and changes no
+    number. none: all of a micro-batch at once."""
     loss_chunk_tokens: int = 1024
     """Rows of logits that exist at a time."""
     compile: bool = False

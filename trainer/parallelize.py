@@ -58,9 +58,11 @@ def parallelize(
     """Shard `model` over `mesh`, a group for every vision and language block and one for all the rest.
 
     bf16: parameters are gathered and used in bfloat16; their shards, the gradients' reduction and the
-    optimizer keep the stored dtype. vision_micro_batch: images or tiles that the patch embedding and a vision
-    block compute at a time; None: all of a micro-batch. Gradients are summed over ranks, never averaged: the loop divides the
+    optimizer keep the stored dtype. Gradients are summed over ranks, never averaged: the loop divides the
     loss by the number of supervised tokens of all ranks itself.
+
+    vision_micro_batch: images or tiles that the patch embedding and each vision block compute at a time; None
+    for all of a micro-batch.
 
     shard_frozen False, for adapters: frozen parameters stay whole on every rank, in the compute dtype, and
     are never gathered. All that trains is one group: gathered once, its gradients reduced once.
