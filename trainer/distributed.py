@@ -23,6 +23,8 @@ from typing import NoReturn
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 BAD_INPUT, STOPPED, FAILED = 2, 75, 1
 """Exit statuses, beside 0: nothing was trained; stopped on request, run again to go on; anything else."""
@@ -56,8 +58,14 @@ def start(timeout_seconds: float = 1800) -> Ranks:
     else:
         device = torch.device(accelerator.type, local_rank)
         torch.accelerator.set_device_index(local_rank)
+    store, rank, world = next(rendezvous("env://"))
+    # torchrun may keep its store when it starts the ranks again: they must not find addresses of the dead.
+    store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group(
         dist.get_default_backend_for_device(device.type),
+        store=store,
+        rank=rank,
+        world_size=world,
         timeout=timedelta(seconds=timeout_seconds),
         device_id=device if device.type != "cpu" else None,
     )

@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.manual_seed(rank["seed"])
         for number, samples in enumerate(rank["micro_batches"]):
             chosen = [(numbers[sample["source"]], sample["record"]) for sample in samples]
-            loss, norm, module = run_batch(model, read_batch(reader, chosen))
+            loss, norm, module = run_batch(model, read_batch(reader, chosen, config.packing))
             print(f"rank {rank['rank']}, micro-batch {number}: loss {loss:.6g}, gradient norm {norm:.6g}")
             if math.isfinite(loss) and math.isfinite(norm):
                 continue
@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if module:
                 print(f"  first not finite: the output of {module}")
             for source, record in chosen:
-                loss, norm, _ = run_batch(model, read_batch(reader, [(source, record)]))
+                loss, norm, _ = run_batch(model, read_batch(reader, [(source, record)], config.packing))
                 where = sources[source].where(record)
                 print(f"  {where}: loss {loss:.6g}, gradient norm {norm:.6g}")
     return 1 if num_bad else 0
