@@ -40,13 +40,13 @@ class Source:
         """A record's place in words: "pets/train.json: record 7 (id 'cat-7')"."""
         return f"{self.records.path}: record {index}" + ("" if record_id is None else f" (id {record_id!r})")
 
-    def sample(self, index: int) -> Sample:
+    def sample(self, index: int, needs_answer: bool = True) -> Sample:
         """The record as a sample. DataError, with its place, if it cannot be used."""
         record_id = None
         try:
             record = self.records[index]
             record_id = record.get("id") if isinstance(record, dict) else None
-            return parse_sample(record)
+            return parse_sample(record, needs_answer)
         except DataError as error:
             raise DataError(f"{self.where(index, record_id)} {error}") from error
 

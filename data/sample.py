@@ -39,8 +39,11 @@ class Sample:
     image_first: bool
 
 
-def parse_sample(record: Any) -> Sample:
-    """Checks a parsed JSON value and returns it as a `Sample`; DataError says what is wrong with it."""
+def parse_sample(record: Any, needs_answer: bool = True) -> Sample:
+    """Checks a parsed JSON value and returns it as a `Sample`; DataError says what is wrong with it.
+
+    needs_answer: refuse a conversation without an assistant turn, which nothing can be learnt from.
+    """
     if not isinstance(record, dict):
         raise DataError(f"a record must be an object with 'conversations', not {_kind(record)}")
     conversations = record.get("conversations")
@@ -50,7 +53,7 @@ def parse_sample(record: Any) -> Sample:
         )
         raise DataError(f"{found} 'conversations'; give [{{'from': 'user', 'value': …}}, …]")
     turns = [_parse_turn(turn, number) for number, turn in enumerate(conversations)]
-    if all(role != "assistant" for role, _ in turns):
+    if needs_answer and all(role != "assistant" for role, _ in turns):
         raise DataError(
             "has no assistant turn, so there is nothing to learn from it; add one or drop the record"
         )

@@ -1,0 +1,115 @@
+"""Answers from the command line: the same from one rank and from two, in any batch, or a sentence why not."""
+
+import json
+
+import pytest
+import torch
+
+from data.loader import SampleReader
+from data.mixture import read_mixture
+from data.tokens import SampleEncoder
+from tests.tiny import run_ranks, tiny_data, tiny_model
+from trainer.generate import is_correct, load_model, main
+from trainer.models import load_image_processor, load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("generate")
+    tiny_model(folder / "model")
+    tiny_data(folder / "data")
+    records = json.loads((folder / "data" / "both.json").read_text())
+    records += json.loads((folder / "data" / "text.json").read_text())
+    records.append({"id": "open", "conversations": [{"from": "user", "value": "how many?"}]})
+    (folder / "data" / "mixed.json").write_text(json.dumps(records))
+    return folder
+
+
+def flags(folder, *more):
+    common = f"--model_name_or_path {folder}/model --data_path {folder}/data/mixed.json --bf16 False"
+    return [*common.split(), "--max_new_tokens", "6", *map(str, more)]
+
+
+def predictions(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_ranks_and_batches_change_no_answer_and_keep_the_order(folder, tmp_path):
+    (said,) = run_ranks(1, main, flags(folder, "--batch_size", 5, "--output", tmp_path / "one.jsonl"))
+    run_ranks(2, main, flags(folder, "--batch_size", 3, "--output", tmp_path / "two.jsonl"))
+    one = predictions(tmp_path / "one.jsonl")
+    assert one == predictions(tmp_path / "two.jsonl")
+    records = json.loads((folder / "data" / "mixed.json").read_text())
+    assert [row["id"] for row in one] == [record["id"] for record in records]
+    assert [row.get("answer") for row in one[:-1]] == [r["conversations"][-1]["value"] for r in records[:-1]]
+    assert "correct" not in one[-1]
+    assert f"of {len(records) - 1} correct" in said
+    assert len({row["prediction"] for row in one}) > 1
+
+
+def test_an_answer_is_what_the_model_gives_alone(folder, tmp_path):
+    run_ranks(1, main, flags(folder, "--batch_size", 8, "--output", tmp_path / "all.jsonl"))
+    model, model_folder = load_model(folder / "model", None, torch.float32)
+    sources = read_mixture(folder / "data" / "mixed.json", skip_bad=True)
+    encoder = SampleEncoder(load_tokenizer(model_folder), 256)
+    reader = SampleReader(sources, encoder, load_image_processor(model.config))
+    for index, row in list(enumerate(predictions(tmp_path / "all.jsonl")))[::5]:
+        _, prompt, pixels = reader.read_prompt(0, index)
+        ids = torch.from_numpy(prompt.input_ids)[None]
+        images = {"pixel_values": pixels, "im_mask": torch.from_numpy(prompt.im_mask)[None]} if pixels else {}
+        for _ in range(6):  # greedy, without a cache
+            with torch.no_grad():
+                token = model(ids, **images).logits[0, -1].argmax()
+            if token.item() in (2, 318):
+                break
+            ids = torch.cat([ids, token.view(1, 1)], dim=1)
+            if images:
+                images["im_mask"] = torch.nn.functional.pad(images["im_mask"], (0, 1))
+        answer = encoder.tokenizer.decode(ids[0, len(prompt.input_ids) :], skip_special_tokens=True)
+        assert row["prediction"] == answer.strip()
+
+
+def test_a_single_question_is_answered_on_the_standard_output(folder):
+    image = folder / "data" / "red40.png"
+    arguments = f"--model_name_or_path {folder}/model --image {image} --max_new_tokens 3 --bf16 False".split()
+    (said,) = run_ranks(1, main, [*arguments, "--question", "what colour is it?"])
+    assert len(said.strip().splitlines()) == 1
+
+
+def test_drawing_depends_on_the_seed_alone(folder, tmp_path):
+    drawn = []
+    for seed in (1, 1, 2):
+        more = ("--do_sample", "True", "--temperature", 3, "--seed", seed, "--output", tmp_path / "p.jsonl")
+        run_ranks(1, main, flags(folder, *more))
+        drawn.append(predictions(tmp_path / "p.jsonl"))
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["--data_path", "none.json"], "--data_path none.json: there is no such file"),
+        (["--model_name_or_path", "none"], "--model_name_or_path none: there is no such folder"),
+        (["--question", "why?"], "give either --data_path or --question"),
+        (["--temperature", "2"], "no effect without --do_sample"),
+        (["--bach_size", "2"], "did you mean --batch_size?"),
+    ],
+)
+def test_bad_flags_are_a_sentence(folder, change, said):
+    (output,) = run_ranks(1, main, flags(folder, *change), status=2)
+    assert said in output
+    assert "Traceback" not in output
+
+
+def test_a_question_that_does_not_fit_is_named_and_never_cut(folder, tmp_path):
+    more = ("--max_length", 40, "--output", tmp_path / "p.jsonl")
+    (output,) = run_ranks(1, main, flags(folder, *more), status=1)
+    assert "both-0" in output
+    assert "longer than max_length=40" in output
+    assert not (tmp_path / "p.jsonl").exists()
+
+
+def test_an_answer_counts_whatever_its_case_space_and_full_stop():
+    assert is_correct(" Blue.", "blue")
+    assert is_correct("是。", "是")
+    assert not is_correct("light blue", "blue")

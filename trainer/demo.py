@@ -1,0 +1,189 @@
+"""The embedded demo: a small XComposer2 learns to see, then an adapter teaches it Chinese.
+
+    ./torchrun.sh demo [OUT]                 # or: python -m trainer.demo OUT
+
+Input: the package easy-vqa, 5,000 pictures of one coloured shape with questions. Output in OUT (output/demo):
+
+    data/         the pictures and questions as this project's own files (data/demo.py)
+    base/         a randomly initialised model with its own tokenizer (trainer/demo_base.py)
+    model/        that model after full fine-tuning, and predictions.jsonl on pictures that it has never seen
+    adapter/      a LoRA adapter on it, after the same questions in Chinese
+    demo.json     what is printed at the end
+
+Every step is a command that a user would type; each is printed before it runs. For a higher accuracy train
+longer: `python -m trainer.demo OUT --epochs 8`.
+"""
+
+import argparse
+import json
+import os
+import random
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data.demo import EASY_VQA_FILES, kind_of, write_demo_data
+from data.errors import DataError
+from trainer.demo_base import make_base
+from trainer.distributed import BAD_INPUT, FAILED
+
+RANKS = 2
+TRAIN = """
+    --bf16 False --gradient_checkpointing False --plora_dropout 0 --max_length 1536
+    --per_device_train_batch_size 16 --warmup_ratio 0.03 --logging_steps 20 --save_strategy no
+    --dataloader_num_workers 1
+"""
+FULL = "--fix_vit False --learning_rate 2e-3"
+LORA = "--use_lora True --lora_r 16 --lora_alpha 32 --lora_dropout 0 --fix_sampler True --learning_rate 3e-3"
+KINDS = {"colour": "12 %", "shape": "33 %", "yesno": "50 %"}
+"""Kind of question → what guessing among its answers gives."""
+
+Answers = list[dict[str, Any]]
+
+
+def run(module: str, *arguments: object, ranks: int = RANKS) -> None:
+    """Run a module of this project on several ranks, as torchrun does; raises if it fails."""
+    words = [str(word) for word in arguments]
+    print(f"\n$ torchrun --nproc_per_node {ranks} -m {module} {shlex.join(words)}", flush=True)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    subprocess.run([*launcher, "-m", module, *words], check=True, env={"OMP_NUM_THREADS": "1", **os.environ})
+
+
+def ask(model: Path, questions: Path) -> Answers:
+    """The model's greedy answers to a file of questions."""
+    output = model / f"{questions.stem}-predictions.jsonl"
+    flags = ["--bf16", "False", "--batch_size", "128", "--max_new_tokens", "16"]
+    run(
+        "trainer.generate",
+        "--model_name_or_path",
+        model,
+        "--data_path",
+        questions,
+        "--output",
+        output,
+        *flags,
+    )
+    return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+
+
+def share_correct(answers: Iterable[Mapping[str, Any]]) -> float:
+    correct = [answer["correct"] for answer in answers]
+    return sum(correct) / len(correct)
+
+
+def blind_share(train: Sequence[Path], answers: Answers) -> float:
+    """The best that can be had without looking: for each question, what training answers most often."""
+    seen: dict[str, Counter[str]] = defaultdict(Counter)
+    for path in train:
+        for record in json.loads(path.read_text(encoding="utf-8")):
+            question, answer = (turn["value"] for turn in record["conversations"])
+            seen[question.removeprefix("<ImageHere>")][answer] += 1
+    guesses = {question: counts.most_common(1)[0][0] for question, counts in seen.items()}
+    return sum(guesses.get(row["question"]) == row["answer"] for row in answers) / len(answers)
+
+
+def table(answers: Answers, number: int = 12) -> str:
+    """Some questions with their answers, drawn evenly."""
+    rows = random.Random(0).sample(answers, min(number, len(answers)))
+    lines = [f"{'question':<44}{'answer':<12}{'prediction':<12}"]
+    for row in rows:
+        verdict = "right" if row["correct"] else "WRONG"
+        lines.append(f"{row['question']:<44}{row['answer']:<12}{row['prediction']:<12}{verdict}")
+    return "\n".join(lines)
+
+
+def prepare(out: Path) -> None:
+    """An empty folder; an earlier demo's is emptied, any other refused."""
+    if out.exists() and any(out.iterdir()) and not (out / "demo.json").is_file():
+        raise DataError(f"{out} holds something else than a demo; name another folder")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    (out / "demo.json").write_text("{}\n", encoding="utf-8")
+
+
+def demo(out: Path, epochs: float, num_images: int | None) -> dict[str, Any]:
+    """Everything; returns what demo.json holds: shares of correct answers and seconds."""
+    started = time.perf_counter()
+    prepare(out)
+    data, base, model, adapter = (out / name for name in ("data", "base", "model", "adapter"))
+    write_demo_data(data, num_images)
+    texts = [
+        turn["value"].removeprefix("<ImageHere>")
+        for name in (*EASY_VQA_FILES, "chinese.json")
+        for record in json.loads((data / name).read_text(encoding="utf-8"))
+        for turn in record["conversations"]
+    ]
+    make_base(base, texts, seed=0)
+
+    train = ["--num_train_epochs", epochs, *TRAIN.split()]
+    run(
+        "trainer.main", "--model_name_or_path", base, "--data_path", data / "data.txt", "--output_dir", model,
+        *FULL.split(), *train,
+    )  # fmt: skip
+    answers = ask(model, data / "test.json")
+    seconds_base = time.perf_counter() - started
+
+    before = ask(model, data / "chinese_test.json")
+    run(
+        "trainer.main", "--model_name_or_path", model, "--data_path", data / "chinese.txt",
+        "--output_dir", adapter, *LORA.split(), *TRAIN.split(),
+    )  # fmt: skip
+    after = ask(adapter, data / "chinese_test.json")
+
+    pictures = [row for row in answers if not row["id"].startswith("text")]
+    kinds = {kind: [row for row in pictures if kind_of(row["answer"]) == kind] for kind in KINDS}
+    result = {
+        **{kind: share_correct(rows) for kind, rows in kinds.items()},
+        "all": share_correct(pictures),
+        "blind": blind_share([data / "open.json", data / "yesno.json"], pictures),
+        "text": share_correct(row for row in answers if row["id"].startswith("text")),
+        "chinese_before": share_correct(before),
+        "chinese_after": share_correct(after),
+        "seconds_base": seconds_base,
+        "seconds": time.perf_counter() - started,
+    }
+    (out / "demo.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(f"\nHeld-out pictures, asked in English\n{table(answers)}")
+    print(f"\nThe same after the adapter, in Chinese\n{table(after, 6)}\n")
+    for kind, chance in KINDS.items():
+        print(f"{kind:<24}{result[kind]:>7.1%}   guessing: {chance}, {len(kinds[kind]):,} questions")
+    print(f"{'all':<24}{result['all']:>7.1%}   best answer without looking: {result['blind']:.1%}")
+    print(f"{'translation':<24}{result['text']:>7.1%}   text alone")
+    print(f"{'in Chinese, before':<24}{result['chinese_before']:>7.1%}   the model without the adapter")
+    print(f"{'in Chinese, after':<24}{result['chinese_after']:>7.1%}   with the adapter, as peft loads it")
+    print(
+        f"\n{result['seconds']:.0f} seconds, {seconds_base:.0f} of them to the trained model; in {out}: "
+        "model/, adapter/ (they load in transformers and peft without this project), data/, demo.json"
+    )
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo; a failure is a sentence and a status."""
+    parser = argparse.ArgumentParser(prog="trainer.demo", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("out", type=Path, nargs="?", default=Path("output/demo"), metavar="OUT")
+    parser.add_argument("--epochs", type=float, default=2.5, help="passes of full fine-tuning (default: 2.5)")
+    parser.add_argument("--num_images", type=int, help="use only so many pictures, for a quick try")
+    arguments = parser.parse_args(argv)
+    try:
+        demo(arguments.out, arguments.epochs, arguments.num_images)
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except subprocess.CalledProcessError:
+        print("error: the command above failed, and said why", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("\nstopped; ./torchrun.sh demo begins again", file=sys.stderr)
+        return FAILED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

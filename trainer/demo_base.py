@@ -1,0 +1,93 @@
+"""The embedded demo's base model: a small XComposer2 with random weights and a tokenizer of its own.
+
+Input: the texts that the model will read and write. Output: a Hugging Face folder like that of a published
+model (config.json, model.safetensors, tokenizer.json), from which `trainer.main` starts as from any other:
+
+    make_base(Path("output/demo/base"), texts, seed=0)      # 0.3 M parameters, 450 token ids
+
+64 × 64 pixels in patches of 8 are 64 image slots. A question is some 6 tokens, and its answer is one: the
+tokenizer is byte-pair encoding learnt from the texts, with single Chinese characters, and bytes for the rest.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from data.tokens import ROLE_NAMES, TURN_END, TURN_START
+from trainer.models.xcomposer2.configuration_xcomposer2 import InternLMXcomposer2Config
+from trainer.models.xcomposer2.modeling_xcomposer2 import InternLMXComposer2ForCausalLM
+from trainer.models.xcomposer2.tokenization_xcomposer2 import CHAT_TEMPLATE, SPACE
+
+MAX_PIECES = 600
+
+
+def make_base(folder: Path, texts: Iterable[str], seed: int) -> None:
+    """Write tokenizer, configuration and freshly drawn weights to `folder`."""
+    tokenizer = make_tokenizer(texts)
+    config = InternLMXcomposer2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_length=256,
+        max_position_embeddings=256,
+        plora_rank=4,
+        # Three times the usual width of the draws: the model is a sixtieth of the usual width.
+        initializer_range=0.06,
+        vision_config={
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "image_size": 64,
+            "patch_size": 8,
+            "projection_dim": 64,
+            "initializer_range": 0.06,
+        },
+    )
+    torch.manual_seed(seed)
+    InternLMXComposer2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer with XComposer2's special tokens: <unk> 0, <s> 1, </s> 2, the ends of turns last."""
+    pieces = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    pieces.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="never"),
+            pre_tokenizers.Split(Regex("[\u4e00-\u9fff?？:]"), "isolated"),
+        ]
+    )
+    pieces.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    headers = [f"{role}\n" for role in ROLE_NAMES]
+    pieces.train_from_iterator(
+        [*texts, *headers * MAX_PIECES],  # often enough to become pieces
+        trainers.BpeTrainer(
+            vocab_size=MAX_PIECES,
+            special_tokens=["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))],
+            show_progress=False,
+        ),
+    )
+    pieces.add_special_tokens([TURN_END, TURN_START])
+    pieces.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=pieces,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="</s>",
+        padding_side="right",
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )
