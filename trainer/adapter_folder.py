@@ -18,6 +18,7 @@ loads biases.
 
 import copy
 import hashlib
+import json
 import re
 import warnings
 from dataclasses import dataclass
@@ -154,8 +155,9 @@ def save_adapter(
                 tensors[file_key(name)] = whole.cpu().contiguous()
 
     def write() -> None:
-        metadata = {"format": "pt", "base_fingerprint": base_fingerprint(adapters.base)}
+        metadata = {"base_fingerprint": base_fingerprint(adapters.base), "format": "pt"}
         save_file(tensors, folder / WEIGHTS_FILE, metadata=metadata)
+        _sort_metadata(folder / WEIGHTS_FILE)
         written = copy.copy(adapters.peft_config)
         # peft keeps a set, whose order differs from run to run.
         written.target_modules = sorted(written.target_modules or ())  # type: ignore[assignment]
@@ -169,6 +171,18 @@ def save_adapter(
 
     if is_main():
         jobs.now(write)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Give a safetensors file's metadata an order: safetensors' own differs from run to run."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":")).encode().ljust(length)
+        assert len(text) == length, "the same entries in another order"
+        file.seek(8)
+        file.write(text)
 
 
 def prove_adapter(folder: Path, model_config: PreTrainedConfig) -> str:
