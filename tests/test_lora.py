@@ -1,0 +1,351 @@
+"""Adapters: the original's training, the same on any number of ranks, and what of a run peft loads."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+
+import trainer.main
+from tests.model_cases import golden
+from tests.test_trajectory import micro_batch
+from tests.tiny import read_metrics, run_ranks, tiny_data, tiny_model, word_tokenizer
+
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lora")
+    tiny_model(folder / "model")
+    tiny_data(folder / "data")
+    return folder
+
+
+def train(folder, name, *flags, ranks=1, model="model", data="data.txt", steps=4):
+    arguments = f"""
+        --model_name_or_path {folder / model} --data_path {folder}/data/{data} --output_dir {folder}/{name}
+        --use_lora --lora_r 4 --lora_alpha 8 --lora_dropout 0 --plora_dropout 0 --bf16 False
+        --learning_rate 5e-3 --max_steps {steps} --save_strategy no --dataloader_num_workers 0
+        --per_device_train_batch_size {4 // ranks} --gradient_checkpointing False
+    """
+    output = run_ranks(ranks, trainer.main.main, [*arguments.split(), *flags])[0]
+    return folder / name, output
+
+
+def refuse(folder, *flags):
+    """What is said of flags that cannot be used; nothing may be trained."""
+    with pytest.raises(AssertionError) as failure:
+        train(folder, "refused", *flags)
+    output = str(failure.value)
+    assert "statuses [2]" in output, output
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert not (folder / "refused").exists()
+    return errors
+
+
+def adapter(folder):
+    return json.loads((folder / FILES[0]).read_text()), load_file(folder / FILES[1])
+
+
+def test_our_loop_repeats_the_originals_lora_training(tmp_path, monkeypatch):
+    trajectory = json.loads((golden("xcomposer2").folder / "lora_trajectory.json").read_text())
+    order, accumulation = trajectory["order"], trajectory["gradient_accumulation"]
+    steps = [order[i : i + accumulation] for i in range(0, len(order), accumulation)]
+    batches = [[micro_batch("xcomposer2", case) for case in step] for step in steps]
+    monkeypatch.setattr(trainer.main, "StepLoader", lambda *args, **options: batches)
+    shutil.copytree(golden("xcomposer2").folder, tmp_path / "model")
+    word_tokenizer(tmp_path / "model")
+    start = tmp_path / "start"
+    targets = ["attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"]
+    r, alpha = trajectory["lora"]["r"], trajectory["lora"]["alpha"]
+    LoraConfig(task_type="CAUSAL_LM", r=r, lora_alpha=alpha, target_modules=targets).save_pretrained(start)
+    # The reference drew every B anew before this run, the model's own Plora_B among them.
+    tensors = load_file(golden("xcomposer2").folder / "lora_start.safetensors")
+    parts = {name: {} for name in ("adapter", "base")}
+    for name, tensor in tensors.items():
+        part, _, key = name.partition("/")
+        parts[part][key] = tensor
+    save_file(parts["adapter"], start / FILES[1], metadata={"format": "pt"})
+    weights = load_file(tmp_path / "model/model.safetensors") | parts["base"]
+    save_file(weights, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
+    optimizer = trajectory["optimizer"]
+    flags = f"""
+        --model_name_or_path {tmp_path}/model --data_path {tiny_data(tmp_path / "data")}
+        --output_dir {tmp_path}/out --max_steps {len(steps)} --gradient_accumulation_steps {accumulation}
+        --learning_rate {optimizer["lr"]} --weight_decay {optimizer["weight_decay"]}
+        --adam_beta1 {optimizer["betas"][0]} --adam_beta2 {optimizer["betas"][1]}
+        --adam_epsilon {optimizer["eps"]} --max_grad_norm {trajectory["max_grad_norm"]}
+        --warmup_ratio {trajectory["scheduler"]["warmup_ratio"]} --lr_scheduler_type cosine
+        --use_lora --lora_weight_path {start} --fix_sampler True --lora_dropout 0 --plora_dropout 0
+        --bf16 False --save_strategy no --loss_average micro_batch
+    """
+    run_ranks(1, trainer.main.main, flags.split())
+
+    found = read_metrics(tmp_path / "out")
+    assert len(found) == len(trajectory["steps"])
+    for ours, theirs, step in zip(found, trajectory["steps"], batches, strict=True):
+        tokens = [batch.num_supervised for batch in step]
+        expected = sum(n * loss for n, loss in zip(tokens, theirs["micro_losses"], strict=True)) / sum(tokens)
+        assert ours["loss"] == pytest.approx(expected, abs=1e-4)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm_before_clip"], rel=1e-4)
+    config, tensors = adapter(tmp_path / "out")
+    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (r, alpha, sorted(targets))
+    assert tensors.keys() == {f"base_model.model.{name}" for name in trajectory["final_param_norms"]}
+    for name, norm in trajectory["final_param_norms"].items():
+        assert tensors[f"base_model.model.{name}"].norm().item() == pytest.approx(norm, rel=1e-3), name
+
+
+EQUAL = ("--adam_epsilon", "1e-5", "--warmup_ratio", "0.2", "--fix_vit", "False")
+
+
+@pytest.fixture(scope="module")
+def reference(world):
+    return train(world, "reference", *EQUAL, steps=10)[0]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags"),
+    [(2, ()), (4, ()), (1, ("--sharding", "none")), (2, ("--sharding", "none")), (4, ("--sharding", "none"))],
+)
+def test_ranks_and_a_whole_base_change_nothing(world, reference, ranks, flags):
+    folder, _ = train(world, f"equal-{ranks}{''.join(flags)}", *EQUAL, *flags, ranks=ranks, steps=10)
+    for a, b in zip(read_metrics(folder), read_metrics(reference), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
+    (config, ours), (expected_config, theirs) = adapter(folder), adapter(reference)
+    assert config == expected_config
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        if not name.endswith("k_proj.bias"):  # its true gradient is zero
+            assert (ours[name] - theirs[name]).norm() < 1e-6 * theirs[name].norm().clamp(min=1e-2), name
+
+
+def test_four_ranks_write_the_bytes_that_one_writes(world, reference):
+    """Given equal parameters: the learning rate of a first step under warm-up is zero."""
+    flags = ("--lora_weight_path", str(reference), "--warmup_ratio", "0.5", *EQUAL[4:])
+    one, _ = train(world, "bytes-1", *flags, steps=1)
+    four, _ = train(world, "bytes-4", *flags, ranks=4, steps=1)
+    for name in FILES:
+        assert (one / name).read_bytes() == (four / name).read_bytes()
+    assert (one / FILES[1]).read_bytes() == (reference / FILES[1]).read_bytes()
+
+
+def test_a_new_adapter_changes_nothing_and_starts_alike_on_any_ranks(world):
+    flags = ("--warmup_ratio", "0.9", "--fix_sampler", "True")
+    one, output = train(world, "new-1", *flags, steps=1)
+    two, _ = train(world, "new-2", *flags, "--sharding", "none", ranks=2, steps=1)
+    assert (one / FILES[1]).read_bytes() == (two / FILES[1]).read_bytes()
+    assert "0 of 10 B matrices are not zero: it changes nothing yet" in output
+    tensors = adapter(one)[1]
+    down = [tensor for name, tensor in tensors.items() if "lora_A" in name]
+    assert all(0.9 < tensor.abs().max() * tensor.shape[1] ** 0.5 <= 1 for tensor in down)
+    assert not torch.equal(down[0], down[5])
+
+
+@pytest.mark.parametrize("flags", [(), ("--use_dora", "True")])
+def test_going_on_starts_with_the_loss_that_the_first_run_ended_with(world, flags):
+    """Both runs see the same one record in every step, so a loss depends on the parameters alone."""
+    (world / "data" / "same.json").write_text(
+        json.dumps([json.loads((world / "data/colour.json").read_text())[0]])
+    )
+    common = ("--lr_scheduler_type", "constant", "--lora_bias", "all", "--train_modules", "Plora_B", *flags)
+    common += ("--per_device_train_batch_size", "1")
+    first, _ = train(world, f"first{''.join(flags)}", *common, data="same.json", steps=4)
+    longer, _ = train(world, f"longer{''.join(flags)}", *common, data="same.json", steps=5)
+    again, _ = train(
+        world, f"again{''.join(flags)}", *common, "--lora_weight_path", str(first), data="same.json", steps=1
+    )
+    assert read_metrics(again)[0]["loss"] == pytest.approx(read_metrics(longer)[4]["loss"], rel=1e-6)
+    assert read_metrics(longer)[4]["loss"] < read_metrics(longer)[0]["loss"] - 0.1
+
+
+def test_vision_and_projector_train_and_are_saved_whole_when_not_fixed(world):
+    flags = ("--fix_vit", "False", "--verify_adapter", "--train_modules", "Plora_A,Plora_B", "model.norm")
+    folder, output = train(world, "whole", *flags, ranks=2)
+    config, tensors = adapter(folder)
+    base = load_file(world / "model/model.safetensors")
+    assert config["modules_to_save"] == ["model.norm", "vision_proj", "vit"]
+    for name in (
+        "vit.vision_tower.vision_model.embeddings.patch_embedding.weight",
+        "vision_proj.0.weight",
+        "model.norm.weight",
+        "model.layers.1.feed_forward.w2.Plora_A.weight",
+    ):
+        key = "base_model.model." + name.replace(".Plora", ".base_layer.Plora")
+        assert not torch.equal(tensors[key], base[name]), name
+    row = next(line for line in output.splitlines() if line.startswith("vision tower"))
+    assert row.split()[-3:] == ["in", "the", "adapter"]
+    assert "yes" in row
+    assert "the loss of a batch is" in output
+
+
+def test_a_frozen_base_is_held_in_bf16_and_adapters_in_float32(world):
+    folder, output = train(
+        world, "bf16", "--bf16", "True", "--fix_sampler", "True", "--sharding", "none", ranks=2
+    )
+    rows = {
+        line.split()[0]: line for line in output.splitlines() if "in the adapter" in line or " no " in line
+    }
+    assert "float32" in rows["adapters"]
+    assert "bfloat16" in rows["language:"]
+    assert all(tensor.dtype == torch.float32 for tensor in adapter(folder)[1].values())
+    sharded, _ = train(world, "bf16-sharded", "--bf16", "True", "--fix_sampler", "True", ranks=2)
+    for a, b in zip(read_metrics(folder), read_metrics(sharded), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-3)
+
+
+def test_b_has_a_learning_rate_of_its_own_with_lora_plus(world):
+    flags = ("--lr_scheduler_type", "constant", "--weight_decay", "0", "--fix_sampler", "True")
+    plain, _ = train(world, "plus-1", *flags, steps=1)
+    plus, _ = train(world, "plus-8", *flags, "--loraplus_lr_ratio", "8", steps=1)
+    for name, tensor in adapter(plus)[1].items():
+        factor = 8 if "lora_B" in name else 1
+        torch.testing.assert_close(tensor, factor * adapter(plain)[1][name], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("targets", "layers"),
+    [
+        (("wqkv",), {"model.layers.0.attention.wqkv", "model.layers.1.attention.wqkv"}),
+        ((r"model\.layers\.1\..*", "vision_proj.0"), {f"model.layers.1.{n}" for n in (
+            "attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"
+        )} | {"vision_proj.0"}),
+        (("output",), {"output"}),
+        (("Plora_B",), {f"model.layers.{i}.{n}.Plora_B" for i in (0, 1) for n in (
+            "attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"
+        )}),
+    ],
+)  # fmt: skip
+def test_any_linear_layer_by_name_or_pattern_gets_an_adapter(world, targets, layers):
+    folder, output = train(
+        world,
+        f"targets-{targets[-1]}",
+        "--lora_target_modules",
+        *targets,
+        "--fix_sampler",
+        "True",
+        "--verify_adapter",
+        steps=2,
+    )
+    found = {name.partition(".lora_")[0] for name in adapter(folder)[1]}
+    assert found == {f"base_model.model.{layer}" for layer in layers}
+    assert "the loss of a batch is" in output
+
+
+def test_all_linear_leaves_out_the_output_layer_and_plora(world):
+    folder, _ = train(world, "all", "--lora_target_modules", "all-linear", "--fix_sampler", "True", steps=2)
+    names = {name.partition(".lora_")[0].removeprefix("base_model.model.") for name in adapter(folder)[1]}
+    assert len(names) == 2 * 5 + 2 * 6 + 2
+    assert "output" not in names
+    assert not any("Plora" in name for name in names)
+
+
+def test_biases_train_when_asked_for(world):
+    flags = ("--fix_sampler", "True", "--verify_adapter", "--lora_bias")
+    _, output = train(world, "biases", *flags, "all", steps=2)
+    assert "the loss of a batch is" in output
+    names = [name for name in adapter(world / "biases")[1] if ".lora_" not in name]
+    assert all(name.endswith(".bias") for name in names)
+    assert "base_model.model.vision_proj.0.bias" in names
+    targets = ("--lora_target_modules", "fc1")
+    only, _ = train(world, "biases-only", *flags, "lora_only", *targets, steps=2)
+    names = [name for name in adapter(only)[1] if ".lora_" not in name]
+    assert len(names) == 2
+    assert all(name.endswith("fc1.base_layer.bias") for name in names)
+
+
+def test_the_configuration_names_the_true_class_task_and_base(world, reference):
+    config, _ = adapter(reference)
+    assert config["task_type"] == "CAUSAL_LM"
+    assert config["auto_mapping"]["base_model_class"] == "InternLMXComposer2ForCausalLM"
+    assert "FSDP" not in (reference / FILES[0]).read_text()
+    assert config["base_model_name_or_path"] == str(world / "model")
+    assert config["inference_mode"] is True
+    assert "base_model.model.model.layers.0.attention.wqkv.lora_A.weight" in adapter(reference)[1]
+
+
+def test_a_high_resolution_model_trains_its_separators_too(tmp_path):
+    shutil.copytree(golden("xcomposer2-hd").folder, tmp_path / "model")
+    word_tokenizer(tmp_path / "model")
+    tiny_data(tmp_path / "data")
+    folder, output = train(tmp_path, "hd", "--verify_adapter", "--hd_num", "2", ranks=2)
+    _, tensors = adapter(folder)
+    base = load_file(tmp_path / "model/model.safetensors")
+    for name in ("plora_glb_GN", "plora_sub_GN"):
+        assert not torch.equal(tensors[f"base_model.model.{name}"], base[name])
+    assert "the loss of a batch is" in output
+
+
+def test_whatever_is_to_train_and_gets_no_gradient_is_named(world):
+    """Text alone never reaches the vision tower."""
+    with pytest.raises(AssertionError, match=r"got no gradient in the first step, first vit\..*lora_A"):
+        train(world, "idle", "--lora_target_modules", "wqkv,fc1", "--fix_sampler", "True", data="text.json")
+
+
+# --- what cannot be used --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (
+            ("--lora_target_modules", "q_prj"),
+            "--lora_target_modules q_prj: no linear layer is named so; there are ",
+        ),
+        (
+            ("--lora_target_modules", "attention_norm"),
+            "--lora_target_modules attention_norm: no linear layer",
+        ),
+        (("--lora_target_modules", "layers(.*"), "--lora_target_modules layers(.*: not a regular expression"),
+        (("--lora_target_modules", "wqkv,Plora_A"), "is a part of model.layers.0.attention.wqkv"),
+        (
+            ("--lora_target_modules", "vision_proj.0"),
+            "vision_proj cannot train as a whole while vision_proj.0",
+        ),
+        (("--lora_r", "0"), "--lora_r 0: must be at least 1"),
+        (("--train_modules", "Plora_C"), "--train_modules Plora_C: the model has no module or parameter"),
+        (("--use_dora", "True", "--lora_dropout", "0.1"), "--use_dora needs --lora_dropout 0"),
+        (("--lora_weight_path", "{}/data"), "{}/data: no adapter_config.json, so this is not the folder"),
+        (("--lora_weight_path", "{}/nowhere"), "{}/nowhere: no adapter_config.json"),
+        (("--img_size", "84"), "--img_size 84: {}/model takes images of 70 pixels"),
+    ],
+)
+def test_one_sentence_says_what_is_wrong(world, flags, expected):
+    (error,) = refuse(world, *[flag.format(world) for flag in flags])
+    assert expected.format(world) in error
+
+
+def test_flags_that_contradict_the_adapter_are_refused(world, reference):
+    (error,) = refuse(world, "--lora_weight_path", str(reference), "--lora_r", "8")
+    assert f"--lora_r 8: the adapter of {reference} has 4; leave the flag out" in error
+
+
+def test_an_adapter_for_another_base_is_refused(tmp_path, world, reference):
+    for name in ("data", "model"):
+        shutil.copytree(world / name, tmp_path / name)
+    tiny_model(tmp_path / "narrow", intermediate_size=96)
+    weights = load_file(tmp_path / "model/model.safetensors")
+    weights["model.norm.weight"] *= 1.01
+    save_file(weights, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
+    going_on = ("--lora_weight_path", str(reference))
+    (error,) = refuse(tmp_path, *going_on)
+    assert error == (
+        f"error: {reference}: an adapter for another base ({world}/model): "
+        f"its weights are not those of {tmp_path}/model"
+    )
+    (error,) = refuse(tmp_path, *going_on, "--model_name_or_path", str(tmp_path / "narrow"))
+    assert "an adapter for another base" in error
+    assert "w1.lora_B.weight is [128, 4]" in error
+    assert "needs [96, 4]" in error
+
+
+def test_an_adapter_in_a_pickle_is_never_opened(tmp_path, world, reference):
+    shutil.copy(reference / FILES[0], tmp_path)
+    (tmp_path / "adapter_model.bin").write_bytes(b"")
+    (error,) = refuse(world, "--lora_weight_path", str(tmp_path))
+    assert "an adapter in a pickle (.bin) is never opened here" in error
+    assert not Path(world / "refused").exists()
