@@ -41,6 +41,9 @@ class MicroBatch:
     unsupervised: list[tuple[int, str]] = field(default_factory=list)
     """(source, what) of samples left out because max_length leaves no answer to train on."""
 
+    shrunk: list[tuple[int, str]] = field(default_factory=list)
+    """(source, what) of samples whose images were taken smaller to fit into max_length."""
+
     @property
     def num_samples(self) -> int:
         return len(self.sample_ids)

@@ -41,6 +41,7 @@ class Findings:
     """Of a chunk of records."""
 
     errors: list[str] = field(default_factory=list)
+    shrunk: list[str] = field(default_factory=list)
     has_empty_answer: list[bool] = field(default_factory=list)
     hashes: list[int] = field(default_factory=list)
     """64 bits of each record's conversation and images; 0 where it cannot be read."""
@@ -64,6 +65,14 @@ def inspect_records(reader: SampleReader, chunk: Chunk) -> Findings:
                 load_image(path, reader.as_viewed)
             except DataError as error:
                 found.errors.append(f"{source.where(index, sample.id)} {error}")
+        if reader.fit_images or reader.on_long_sample == "error":
+            try:
+                encoded, _ = reader.read(number, index, decode=False)
+                if encoded.hd_num is not None:
+                    found.shrunk.append(f"{source.where(index, sample.id)} has hd_num={encoded.hd_num}")
+            except DataError as error:
+                if str(error) not in found.errors:
+                    found.errors.append(str(error))
         content = repr((sample.turns, paths)).encode("utf-8", "surrogatepass")
         found.has_empty_answer.append(any(role == "assistant" and not text for role, text in sample.turns))
         found.hashes.append(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big"))
@@ -78,6 +87,7 @@ def check(reader: SampleReader, arguments: argparse.Namespace) -> dict[str, Any]
     results = in_parallel(partial(inspect_records, reader), chunks, arguments.num_workers)
     for part, _ in zip(results, tqdm(chunks, desc="records and images", unit="chunk", delay=2), strict=True):
         found.errors += part.errors
+        found.shrunk += part.shrunk
         found.has_empty_answer += part.has_empty_answer
         found.hashes += part.hashes
 
@@ -94,15 +104,13 @@ def check(reader: SampleReader, arguments: argparse.Namespace) -> dict[str, Any]
     order = np.argsort(hashes, kind="stable")
     repeats = 1 + np.flatnonzero((hashes[order][1:] == hashes[order][:-1]) & (hashes[order][1:] != 0))
     left_without = np.flatnonzero(np.concatenate(lengths)[:, 2] == 0)
-    max_length = reader.encoder.max_length
     return {
         "sources": [describe(source, rows) for source, rows in zip(reader.sources, lengths, strict=True)],
         "epoch": plan_epoch(reader, lengths, arguments),
         "errors": found.errors,
         "warnings": {
-            "no answer left": [
-                f"{where(at)} keeps no answer token within {max_length}" for at in left_without
-            ],
+            "no answer left": [f"{where(at)} {reader.why_unsupervised}" for at in left_without],
+            "images made to fit": found.shrunk,
             "empty answer": [
                 f"{where(at)} has an empty answer" for at in np.flatnonzero(found.has_empty_answer)
             ],

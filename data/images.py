@@ -53,6 +53,15 @@ class ImageProcessor(Protocol):
         """The smallest valid [3, H, W]."""
         ...
 
+    @property
+    def hd_num(self) -> int | None:
+        """The most tiles that a picture is cut into; None where all pictures take the same slots."""
+        ...
+
+    def with_hd_num(self, hd_num: int) -> "ImageProcessor":
+        """The same with fewer tiles; called only where `hd_num` is not None."""
+        ...
+
 
 def open_image(path: str | Path) -> Image.Image:
     """Reads the header; the pixels stay on disk until `to_rgb`. DataError if there is nothing to read."""

@@ -5,8 +5,9 @@
 
 Text is tokenised and image sizes come from the files' headers, so lengths are exactly what the loader will
 make. A record that cannot be used is BAD; `bad_samples` says why. The cache lies beside the JSON file, its
-name made of all that lengths depend on: the file, the tokenizer, the image processor, max_length, the image
-root. The sizes of image files are not among it: when they change, remove `*.lengths`.
+name made of all that lengths depend on: the file, the tokenizer, the image processor, max_length and what
+becomes of longer samples, the image root. The sizes of image files are not among it: when they change,
+remove `*.lengths`.
 """
 
 import hashlib
@@ -161,6 +162,8 @@ def _cache_paths(reader: SampleReader, number: int) -> list[Path]:
         reader.encoder.fingerprint,
         repr(reader.image_processor),
         reader.as_viewed,
+        reader.on_long_sample,
+        reader.fit_images,
     )
     key = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
     return index_paths(source.records.path, suffix=f".{key}.lengths")

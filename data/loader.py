@@ -15,13 +15,16 @@ micro-batch.
 import logging
 import os
 import signal
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
+import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from data.batch import MicroBatch, collate
@@ -29,13 +32,14 @@ from data.errors import DataError
 from data.images import ImageProcessor, open_image, to_rgb, viewed_size
 from data.mixture import Source
 from data.packing import Packing, deal, idle_share
+from data.sample import Sample
 from data.sampler import StepSampler
-from data.tokens import Encoded, SampleEncoder
+from data.tokens import IGNORED, Encoded, Part, SampleEncoder
 
 logger = logging.getLogger(__name__)
 
 MAX_WARNINGS = 100
-"""Left-out samples that a rank logs one by one; the rest is only counted."""
+"""Samples that a rank logs one by one: left out, and as many more made to fit."""
 PREFETCHED_PER_WORKER = 4
 """Micro-batches."""
 
@@ -47,6 +51,9 @@ class _Failure:
     message: str
 
 
+OnLongSample = Literal["truncate", "skip", "error"]
+
+
 @dataclass
 class SampleReader:
     """(source, record) → ids, labels and pictures."""
@@ -55,6 +62,10 @@ class SampleReader:
     encoder: SampleEncoder
     image_processor: ImageProcessor
     as_viewed: bool = False
+    on_long_sample: OnLongSample = "truncate"
+    """Over max_length: lose the tail, be left out (no label is kept), or be a DataError."""
+    fit_images: bool = False
+    """First try to make a long sample fit by lowering the hd_num of its images, as little as needed."""
 
     def read(
         self, source_number: int, index: int, *, decode: bool = True
@@ -68,19 +79,81 @@ class SampleReader:
         sample = source.sample(index)
         opened = []
         try:
-
-            def num_image_tokens(number: int) -> int:
-                opened.append(open_image(source.image_root / sample.images[number]))
-                return self.image_processor.num_tokens(*viewed_size(opened[-1], self.as_viewed))
-
-            encoded = self.encoder.encode(sample, num_image_tokens)
+            parts = list(self.encoder.parts(sample))
+            encoded, processor = self._fit(parts, partial(self._size, source, sample, opened))
             used = opened[: len(encoded.image_tokens)] if decode and encoded.num_supervised else []
-            return encoded, [self.image_processor(to_rgb(image, self.as_viewed)) for image in used]
+            return encoded, [processor(to_rgb(image, self.as_viewed)) for image in used]
         except DataError as error:
             raise DataError(f"{source.where(index, sample.id)} {error}") from error
         finally:
             for image in opened:
                 image.close()
+
+    def read_prompt(self, source_number: int, index: int) -> tuple[Sample, Encoded, list[torch.Tensor]]:
+        """The sample and what its answer is generated after; it may hold the answer or not."""
+        source = self.sources[source_number]
+        sample = source.sample(index, needs_answer=False)
+        opened = []
+        try:
+            prompt = self.encoder.encode_prompt(
+                sample,
+                lambda number: self.image_processor.num_tokens(*self._size(source, sample, opened, number)),
+            )
+            return sample, prompt, [self.image_processor(to_rgb(image, self.as_viewed)) for image in opened]
+        except DataError as error:
+            raise DataError(f"{source.where(index, sample.id)} {error}") from error
+        finally:
+            for image in opened:
+                image.close()
+
+    def _size(
+        self, source: Source, sample: Sample, opened: list[Image.Image], number: int
+    ) -> tuple[int, int]:
+        """(width, height) of one of the sample's images, from its header; `opened` then holds it."""
+        while len(opened) <= number:
+            opened.append(open_image(source.image_root / sample.images[len(opened)]))
+        return viewed_size(opened[number], self.as_viewed)
+
+    def _fit(
+        self, parts: Sequence[Part], size: Callable[[int], tuple[int, int]]
+    ) -> tuple[Encoded, ImageProcessor]:
+        """A sample's tokens within max_length, and what its images are to be processed with.
+
+        size: (width, height) of the i-th image, asked for only as far as needed.
+        """
+
+        def join(processor: ImageProcessor) -> Encoded:
+            return self.encoder.join(parts, lambda number: processor.num_tokens(*size(number)))
+
+        def num_tokens(processor: ImageProcessor) -> int:
+            text = sum(len(ids) for ids, _ in parts if ids is not None)
+            num_images = sum(ids is None for ids, _ in parts)
+            return text + sum(processor.num_tokens(*size(number)) for number in range(num_images))
+
+        processor, max_length = self.image_processor, self.encoder.max_length
+        encoded = join(processor)
+        has_images = any(ids is None for ids, _ in parts)
+        if self.fit_images and encoded.is_cut and has_images and (hd_num := processor.hd_num or 1) > 1:
+            # What fits not even in one tile an image is cut or left out below, with that.
+            smaller = [processor.with_hd_num(fewer) for fewer in range(hd_num - 1, 0, -1)]
+            processor = next((p for p in smaller if num_tokens(p) <= max_length), smaller[-1])
+            encoded = replace(join(processor), hd_num=processor.hd_num)
+        if encoded.is_cut and self.on_long_sample == "error":
+            raise DataError(
+                f"has {num_tokens(processor):,} tokens, over max_length={max_length:,}; raise max_length, "
+                "shorten it, or choose what to do with such samples by on_long_sample"
+            )
+        if encoded.is_cut and self.on_long_sample == "skip":
+            encoded = replace(encoded, labels=np.full_like(encoded.labels, IGNORED))
+        return encoded, processor
+
+    @property
+    def why_unsupervised(self) -> str:
+        """What is said of a sample without a label: it has an answer, so max_length took it off."""
+        max_length = self.encoder.max_length
+        if self.on_long_sample == "skip":
+            return f"is longer than max_length={max_length}"
+        return f"keeps no answer token within max_length={max_length}"
 
 
 class StepLoader:
@@ -110,7 +183,7 @@ class StepLoader:
         self._steps = range(first_step, num_steps)
         self._num_workers, self._on_bad_sample = num_workers, on_bad_sample
         self._packing = packing
-        self._num_left_out = 0
+        self._num_logged: Counter[str] = Counter()
 
     def plan(self, step: int) -> list[list[tuple[int, int]]]:
         """(source, record) of this rank's samples in each of its micro-batches of a step."""
@@ -167,19 +240,21 @@ class StepLoader:
         for batch in batches:
             if isinstance(batch, _Failure):
                 raise DataError(batch.message)
-            self._log_left_out(batch)
+            self._log(batch)
             step.append(batch)
             if ends_step.popleft():
                 yield step
                 step = []
 
-    def _log_left_out(self, batch: MicroBatch) -> None:
-        for _, why in (*batch.skipped, *batch.unsupervised):
-            self._num_left_out += 1
-            if self._num_left_out <= MAX_WARNINGS:
-                logger.warning("left out: %s", why)
-            if self._num_left_out == MAX_WARNINGS:
-                logger.warning("%d samples left out on this rank; more are counted silently", MAX_WARNINGS)
+    def _log(self, batch: MicroBatch) -> None:
+        left_out = [*batch.skipped, *batch.unsupervised]
+        for kind, samples in {"left out": left_out, "made to fit": batch.shrunk}.items():
+            for _, why in samples:
+                self._num_logged[kind] += 1
+                if self._num_logged[kind] <= MAX_WARNINGS:
+                    logger.warning("%s: %s", kind, why)
+                if self._num_logged[kind] == MAX_WARNINGS:
+                    logger.warning("%d samples %s on this rank; more go unnamed", MAX_WARNINGS, kind)
 
 
 class _MicroBatches(Dataset[MicroBatch | _Failure]):
@@ -195,7 +270,7 @@ class _MicroBatches(Dataset[MicroBatch | _Failure]):
     def __getitem__(self, plan: list[tuple[int, int]]) -> MicroBatch | _Failure:
         samples: list[Encoded] = []
         pixels: list[torch.Tensor] = []
-        sample_ids, skipped, unsupervised = [], [], []
+        sample_ids, skipped, unsupervised, shrunk = [], [], [], []
         for source_number, index in plan:
             try:
                 sample, images = self._reader.read(source_number, index)
@@ -207,9 +282,12 @@ class _MicroBatches(Dataset[MicroBatch | _Failure]):
             if sample.num_supervised == 0:
                 source = self._reader.sources[source_number]
                 place = source.where(index, source.sample(index).id)
-                what = f"keeps no answer token within max_length={self._reader.encoder.max_length}"
-                unsupervised.append((source_number, f"{place} {what}"))
+                unsupervised.append((source_number, f"{place} {self._reader.why_unsupervised}"))
                 continue
+            if sample.hd_num is not None:
+                source = self._reader.sources[source_number]
+                place = source.where(index, source.sample(index).id)
+                shrunk.append((source_number, f"{place} takes its images at hd_num={sample.hd_num}"))
             samples.append(sample)
             pixels += images
             sample_ids.append((source_number, index))
@@ -220,7 +298,7 @@ class _MicroBatches(Dataset[MicroBatch | _Failure]):
                 f"a packed row has {batch.num_tokens} tokens, over max_length={encoder.max_length}: images"
                 " have changed since they were measured; remove the *.lengths files beside the JSON files"
             )
-        batch.skipped, batch.unsupervised = skipped, unsupervised
+        batch.skipped, batch.unsupervised, batch.shrunk = skipped, unsupervised, shrunk
         return batch
 
 

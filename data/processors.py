@@ -9,9 +9,10 @@
 
 import argparse
 import importlib
+from typing import get_args
 
 from data.errors import DataError
-from data.loader import SampleReader
+from data.loader import OnLongSample, SampleReader
 from data.mixture import read_mixture
 from data.tokens import SampleEncoder
 
@@ -30,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--given_num", type=boolean, default=True, help="numbers in data.txt are thousands of samples")
     flag("--image_root", help="where image paths start; each JSON file's folder by default")
     flag("--max_length", type=int, default=4096, help="tokens a sample is cut to")
+    flag("--on_long_sample", choices=get_args(OnLongSample), default="truncate", help="over max_length")
+    flag("--fit_images", type=boolean, default=False, help="lower hd_num for samples over max_length")
     flag("--img_size", type=int, help="side of the square that images are resized to")
     flag("--hd_num", type=int, help="high-resolution models: the most tiles an image is cut into")
     flag("--as_viewed", type=boolean, default=False, help="EXIF rotation, and transparency on white")
@@ -55,4 +58,6 @@ def open_data(arguments: argparse.Namespace, *, skip_bad: bool) -> SampleReader:
         SampleEncoder(tokenizer, arguments.max_length),
         image_processor,
         arguments.as_viewed,
+        arguments.on_long_sample,
+        arguments.fit_images,
     )

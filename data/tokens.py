@@ -12,11 +12,12 @@ Every stretch of text between control tokens and images is tokenised by itself; 
 There is no "\\n" before the final </s>: the original's tokenizer strips it there.
 
 A sample longer than max_length loses its tail; an image is kept whole or left out with all that follows it.
+(`data.loader.SampleReader` may lower the size of its images first, or refuse it.)
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,10 @@ from data.sample import PLACEHOLDER, Sample
 IGNORED = -100
 TURN_START, TURN_END = "[UNUSED_TOKEN_146]", "[UNUSED_TOKEN_145]"
 ROLE_NAMES = ("user", "assistant", "system")
+
+
+Part = tuple[list[int] | None, bool]
+"""(ids, is it trained) of a stretch of text; None for the ids of an image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +46,10 @@ class Encoded:
     """bool [T]: the image slots."""
     image_tokens: list[int]
     """Slots of each image that is in; images behind the cut are not."""
+    is_cut: bool = False
+    """max_length took something off."""
+    hd_num: int | None = None
+    """The most tiles of an image, where that was lowered to make the sample fit."""
 
     @property
     def num_image_slots(self) -> int:
@@ -79,33 +88,50 @@ class SampleEncoder:
 
     def encode(self, sample: Sample, num_image_tokens: Callable[[int], int]) -> Encoded:
         """Args: num_image_tokens: the slots of the sample's i-th image, asked for only as far as needed."""
+        return self.join(self.parts(sample), num_image_tokens)
+
+    def encode_prompt(self, sample: Sample, num_image_tokens: Callable[[int], int]) -> Encoded:
+        """What an answer is generated after: the turns before the last answer, and an assistant's header.
+
+        DataError if it does not fit into max_length whole.
+        """
+        turns = sample.turns[:-1] if sample.turns[-1][0] == "assistant" else sample.turns
+        parts = list(self.parts(replace(sample, turns=turns)))
+        parts[-1] = [*self._newline, self._start, *self._headers["assistant"]], False  # in place of </s>
+        prompt = self.join(parts, num_image_tokens)
+        if prompt.is_cut:
+            raise DataError(f"the question is longer than max_length={self.max_length}; raise it")
+        return prompt
+
+    def join(self, parts: Iterable[Part], num_image_tokens: Callable[[int], int]) -> Encoded:
+        """`encode` of what `parts` gave: once tokenised, a sample can be tried with smaller images."""
         ids: list[int] = []
         supervised: list[tuple[int, int]] = []
         slots: list[tuple[int, int]] = []
-        for part, trained in self._parts(sample):
+        is_cut = False
+        for part, trained in parts:  # none is left out unseen: the last one, </s>, has an id
             begin, room = len(ids), self.max_length - len(ids)
+            num_slots = num_image_tokens(len(slots)) if part is None and room else 0
+            if room == 0 or num_slots > room:
+                is_cut = True
+                break
             if part is None:
-                num_slots = num_image_tokens(len(slots))
-                if num_slots > room:
-                    break
                 ids += [self.pad_id] * num_slots
                 slots.append((begin, len(ids)))
             else:
                 ids += part[:room]
                 if trained:
                     supervised.append((begin, len(ids)))
-            if len(ids) == self.max_length:
-                break
         input_ids = np.array(ids, dtype=np.int64)
         labels, im_mask = np.full(len(ids), IGNORED, dtype=np.int64), np.zeros(len(ids), dtype=bool)
         for begin, end in supervised:
             labels[begin:end] = input_ids[begin:end]
         for begin, end in slots:
             im_mask[begin:end] = True
-        return Encoded(input_ids, labels, im_mask, [end - begin for begin, end in slots])
+        return Encoded(input_ids, labels, im_mask, [end - begin for begin, end in slots], is_cut)
 
-    def _parts(self, sample: Sample) -> Iterator[tuple[list[int] | None, bool]]:
-        """(ids, is it trained) of each stretch in order; None for an image."""
+    def parts(self, sample: Sample) -> Iterator[Part]:
+        """Every stretch of text and every image in order, however long they are together."""
         pieces = [text.split(PLACEHOLDER) for _, text in sample.turns]
         tokenized = iter(self._tokenize([piece for turn in pieces for piece in turn]))
         if sample.image_first:

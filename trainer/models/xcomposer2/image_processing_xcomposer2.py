@@ -25,8 +25,8 @@ Any mode becomes RGB by `convert("RGB")`, as in the original: a transparent pixe
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -45,6 +45,8 @@ class SquareImageProcessor:
 
     img_size: int
     patch_size: int
+    hd_num: ClassVar[None] = None
+    """There are no tiles."""
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """float32 [3, img_size, img_size]"""
@@ -105,6 +107,10 @@ class HDImageProcessor:
         rows = short if width >= height else long
         merged = self.tile // self.patch_size // 2  # tokens along a tile's side
         return (long * short + 1) * merged**2 + 1 + (rows + 1) * merged
+
+    def with_hd_num(self, hd_num: int) -> HDImageProcessor:
+        """The same with another bound on the tiles."""
+        return replace(self, hd_num=hd_num)
 
     def dummy(self) -> torch.Tensor:
         """The smallest valid image, all zeros: one tile."""
