@@ -14,7 +14,7 @@ is found good.
 
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -58,8 +58,8 @@ class ImageProcessor(Protocol):
         """The most tiles that a picture is cut into; None where all pictures take the same slots."""
         ...
 
-    def with_hd_num(self, hd_num: int) -> "ImageProcessor":
-        """The same with fewer tiles; called only where `hd_num` is not None."""
+    def smaller(self) -> "Sequence[ImageProcessor]":
+        """The same with fewer and fewer tiles, down to one; empty where there are no fewer."""
         ...
 
 

@@ -133,9 +133,8 @@ class SampleReader:
         processor, max_length = self.image_processor, self.encoder.max_length
         encoded = join(processor)
         has_images = any(ids is None for ids, _ in parts)
-        if self.fit_images and encoded.is_cut and has_images and (hd_num := processor.hd_num or 1) > 1:
-            # What fits not even in one tile an image is cut or left out below, with that.
-            smaller = [processor.with_hd_num(fewer) for fewer in range(hd_num - 1, 0, -1)]
+        if self.fit_images and encoded.is_cut and has_images and (smaller := processor.smaller()):
+            # What does not fit even with one tile an image goes on with that.
             processor = next((p for p in smaller if num_tokens(p) <= max_length), smaller[-1])
             encoded = replace(join(processor), hd_num=processor.hd_num)
         if encoded.is_cut and self.on_long_sample == "error":

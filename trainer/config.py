@@ -44,7 +44,13 @@ class Config:
     images_as_viewed: bool = False
     """Turn images as their EXIF data says, and lay transparent ones on white; the original does neither."""
     max_length: int = 4096
-    """Tokens a sample is cut to, image slots included; an image is never cut."""
+    """Most tokens of a sample, image slots included; an image is never cut."""
+    on_long_sample: str = "truncate"
+    """A sample over max_length: `truncate` loses its tail, `skip` counts it and leaves it out, `error` ends
+    the run."""
+    fit_images: bool = False
+    """High-resolution models: take the images of a sample over max_length at a smaller hd_num, the largest
+    that fits, and log it; on_long_sample is for what still does not."""
     packing: bool = True
     """Pack whole samples into rows of max_length tokens without padding, and balance the ranks by their cost;
     samples do not see each other, and the loss is the same. False: padded micro-batches."""
@@ -200,6 +206,7 @@ class Config:
             found.append(f"--output_dir {self.output_dir}: this is a file; name a folder")
         for name, choices in {
             "on_bad_sample": ("error", "skip"),
+            "on_long_sample": ("truncate", "skip", "error"),
             "lr_scheduler_type": SCHEDULES,
             "loss_average": ("token", "micro_batch"),
             "lora_bias": ("none", "all", "lora_only"),

@@ -13,13 +13,14 @@ With packing every sample's length is measured here, by all cores, once: the nex
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from data.errors import DataError
 from data.lengths import bad_samples, measure_lengths, needed_records
-from data.loader import SampleReader
+from data.loader import OnLongSample, SampleReader
 from data.mixture import Source, read_mixture
 from data.packing import CostModel, Packing
 from data.sampler import StepSampler
@@ -107,6 +108,9 @@ def _describe_model(config: Config, ranks: Ranks, sources: list[Source]) -> Plan
     model_config._attn_implementation = config.attn_implementation
     tokenizer = load_tokenizer(base)
     encoder = SampleEncoder(tokenizer, config.max_length)
+    image_processor = load_image_processor(model_config, config.hd_num)
+    if config.fit_images and image_processor.hd_num is None:
+        raise ValueError("--fit_images: this model resizes every image to the same square; remove the flag")
     parts = parts_of(model_config)
     with torch.device("meta"):
         model = build_model(model_config)
@@ -126,8 +130,10 @@ def _describe_model(config: Config, ranks: Ranks, sources: list[Source]) -> Plan
         reader=SampleReader(
             sources,
             encoder,
-            load_image_processor(model_config, config.hd_num),
+            image_processor,
             as_viewed=config.images_as_viewed,
+            on_long_sample=cast(OnLongSample, config.on_long_sample),
+            fit_images=config.fit_images,
         ),
         sampler=sampler,
         packing=None,

@@ -34,7 +34,7 @@ from torch.nn.utils import get_total_norm
 from transformers import AutoModelForCausalLM
 
 from data.batch import MicroBatch
-from data.loader import SampleReader
+from data.loader import OnLongSample, SampleReader
 from data.mixture import Source, read_mixture
 from data.tokens import SampleEncoder
 from trainer.config import Config
@@ -155,7 +155,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         config.data_path, config.given_num, config.image_root, skip_bad=config.on_bad_sample == "skip"
     )
     processor = load_image_processor(load_config(base, config.img_size), config.hd_num)
-    reader = SampleReader(sources, SampleEncoder(load_tokenizer(base), config.max_length), processor)
+    reader = SampleReader(
+        sources,
+        SampleEncoder(load_tokenizer(base), config.max_length),
+        processor,
+        config.images_as_viewed,
+        cast(OnLongSample, config.on_long_sample),
+        config.fit_images,
+    )
     numbers = {source.name: number for number, source in enumerate(sources)}
     num_bad = 0
     for rank in capsule["ranks"]:

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,8 +45,6 @@ class SquareImageProcessor:
 
     img_size: int
     patch_size: int
-    hd_num: ClassVar[None] = None
-    """There are no tiles."""
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """float32 [3, img_size, img_size]"""
@@ -59,6 +57,14 @@ class SquareImageProcessor:
     def num_tokens(self, width: int, height: int) -> int:
         """Image tokens of a picture of that many pixels: one number for all pictures."""
         return (self.img_size // self.patch_size) ** 2
+
+    @property
+    def hd_num(self) -> None:
+        """There are no tiles."""
+
+    def smaller(self) -> list[SquareImageProcessor]:
+        """Every picture is as large as any other."""
+        return []
 
     def dummy(self) -> torch.Tensor:
         """The smallest valid image, all zeros."""
@@ -108,9 +114,9 @@ class HDImageProcessor:
         merged = self.tile // self.patch_size // 2  # tokens along a tile's side
         return (long * short + 1) * merged**2 + 1 + (rows + 1) * merged
 
-    def with_hd_num(self, hd_num: int) -> HDImageProcessor:
-        """The same with another bound on the tiles."""
-        return replace(self, hd_num=hd_num)
+    def smaller(self) -> list[HDImageProcessor]:
+        """The same with fewer and fewer tiles, down to one."""
+        return [replace(self, hd_num=tiles) for tiles in range(self.hd_num - 1, 0, -1)]
 
     def dummy(self) -> torch.Tensor:
         """The smallest valid image, all zeros: one tile."""
