@@ -1,20 +1,33 @@
 """High-resolution models (4KHD, 2.5) end to end: tiles, unequal images, long samples, every command."""
 
 import itertools
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from data import check, preview
+from data.errors import DataError
+from data.lengths import bad_samples, measure_lengths
+from data.loader import SampleReader, StepLoader
+from data.mixture import read_mixture
+from data.packing import Packing
+from data.sampler import StepSampler
+from data.tokens import SampleEncoder
 from tests.model_cases import golden
-from tests.tiny import run_ranks, word_tokenizer
+from tests.tiny import read_metrics, run_ranks, tiny_model, word_tokenizer
+from trainer import export, generate
 from trainer.distributed import start
-from trainer.models import build_model, load_config, parts_of
+from trainer.generate import load_model
+from trainer.main import main
+from trainer.models import build_model, load_config, load_image_processor, load_tokenizer, parts_of
 from trainer.parallelize import parallelize
 from trainer.weights import load_weights
 
@@ -132,3 +145,253 @@ def test_forty_tiles_beside_a_rank_without_an_image_neither_hang_nor_change_grad
     alone = [load_file(tmp_path / f"rank{i}") for i in range(2)]
     ours = load_file(tmp_path / "two")
     assert_same(ours, {name: alone[0][name] + alone[1][name] for name in ours}, without=("loss",))
+
+
+# --- samples that are too long --------------------------------------------------------------------------
+
+
+def write_data(folder: Path, sizes: dict[str, list[tuple[int, int]]]) -> Path:
+    """A JSON file of a record each: its id, and the (width, height) of its images."""
+    folder.mkdir(parents=True, exist_ok=True)
+    records = []
+    for name, images in sizes.items():
+        paths = [f"{name}-{i}.png" for i in range(len(images))]
+        for path, size in zip(paths, images, strict=True):
+            Image.new("RGB", size, "red").save(folder / path)
+        # The convention of 2.5: nothing for a single image, a numbered place for each of several.
+        places = "".join(f"Image{i + 1} <ImageHere>; " for i in range(len(images))) if len(images) > 1 else ""
+        turns = [
+            {"from": "human", "value": f"{places}what colour is it?"},
+            {"from": "bot", "value": "it is red."},
+        ]
+        records.append({"id": name, "image": paths, "conversations": turns})
+    (folder / "data.json").write_text(json.dumps(records))
+    return folder / "data.json"
+
+
+SIZES = {
+    "small": [(40, 40)],
+    "square": [(220, 220)],
+    "two": [(300, 200), (200, 300)],
+    "text": [],
+    "wide": [(900, 90)],
+}
+
+
+def reader_of(folder: Path, data: Path, max_length: int, hd_num: int = 16, **options) -> SampleReader:
+    config = load_config(folder)
+    return SampleReader(
+        read_mixture(data, show_progress=False),
+        SampleEncoder(load_tokenizer(folder), max_length),
+        load_image_processor(config, hd_num),
+        **options,
+    )
+
+
+def steps_of(reader: SampleReader, packing: bool, num_workers: int = 0, on_bad_sample="error") -> list:
+    lengths = measure_lengths(reader, num_workers=0, show_progress=False)
+    loader = StepLoader(
+        reader,
+        StepSampler(reader.sources, seed=0, global_batch=5),
+        rank=0,
+        num_ranks=1,
+        samples_per_micro_batch=2,
+        num_steps=1,
+        num_workers=num_workers,
+        on_bad_sample=on_bad_sample,
+        packing=Packing(lengths, reader.encoder.max_length) if packing else None,
+    )
+    return next(iter(loader))
+
+
+def test_the_text_rules_of_2_5(model, tmp_path):
+    reader = reader_of(model, write_data(tmp_path, SIZES), max_length=1000)
+    small, images = reader.read(0, 0)
+    slots = reader.image_processor.num_tokens(40, 40)
+    assert slots == 4 * 5 + 1 + 2 * 3
+    assert small.im_mask[:slots].all()
+    assert small.input_ids[slots] == 1  # an image without a placeholder stands before <s>
+    assert [image.shape for image in images] == [(3, 2 * TILE, 2 * TILE)]
+    two, images = reader.read(0, 2)
+    assert two.image_tokens == [reader.image_processor.num_tokens(*size) for size in SIZES["two"]]
+    assert images[0].shape == images[1].mT.shape
+    assert small.num_supervised == two.num_supervised == 8  # "it is red ." with spaces, and two ends
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_images_are_made_to_fit_by_the_largest_hd_num_that_does(model, tmp_path, packing, caplog):
+    data = write_data(tmp_path, SIZES)
+    whole = [reader_of(model, data, 1000).read(0, i)[0] for i in range(5)]
+    longest = max(len(sample.input_ids) for sample in whole)
+    reader = reader_of(model, data, max_length=80, fit_images=True)
+    for index, (name, sample) in enumerate(zip(SIZES, whole, strict=True)):
+        fitted, images = reader.read(0, index)
+        assert not fitted.is_cut
+        assert fitted.num_supervised == 8
+        assert [tokens_of(image) for image in images] == fitted.image_tokens
+        assert (fitted.hd_num is None) == (len(sample.input_ids) <= 80), name
+        if fitted.hd_num is not None:
+            assert len(fitted.input_ids) <= 80
+            looser = reader_of(model, data, max_length=1000, hd_num=fitted.hd_num + 1)
+            assert len(looser.read(0, index)[0].input_ids) > 80, "one tile more would have fitted as well"
+    assert longest > 80
+    lengths = measure_lengths(reader, num_workers=0, show_progress=False)[0]
+    step = steps_of(reader, packing)
+    assert sum(batch.num_tokens for batch in step) == lengths[:, 0].sum()
+    assert sum(batch.num_supervised for batch in step) == 40
+    shrunk = [what for batch in step for _, what in batch.shrunk]
+    assert len(shrunk) == sum(len(sample.input_ids) > 80 for sample in whole)
+    assert all(f"made to fit: {what}" in caplog.text for what in shrunk)
+    assert any("(id 'two') takes its images at hd_num=" in what for what in shrunk)
+
+
+def tokens_of(image: Tensor) -> int:
+    h, w = image.shape[1] // TILE, image.shape[2] // TILE
+    return 4 * (h * w + 1) + 1 + 2 * (h + 1)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_long_sample_is_cut_left_out_or_refused_by_choice(model, tmp_path, packing, caplog):
+    data = write_data(tmp_path, SIZES)
+    whole = [reader_of(model, data, 1000).read(0, i)[0] for i in range(5)]
+    lengths = [len(sample.input_ids) for sample in whole]
+    max_length = lengths[1] - 2  # the end of "square" is cut, but not all of its answer
+    long = [name for name, length in zip(SIZES, lengths, strict=True) if length > max_length]
+    assert "square" in long
+    assert "small" not in long
+
+    cut = steps_of(reader_of(model, data, max_length), packing)
+    assert max(batch.inputs["input_ids"].shape[1] for batch in cut) <= max_length
+    assert sum(batch.num_supervised for batch in cut) % 8, "nothing of square's answer was cut"
+
+    skipping = reader_of(model, data, max_length, on_long_sample="skip")
+    step = steps_of(skipping, packing)
+    left_out = [what for batch in step for _, what in batch.unsupervised]
+    assert len(left_out) == len(long)
+    assert all(f"(id '{name}') is longer than max_length={max_length}" in caplog.text for name in long)
+    assert sum(batch.num_samples for batch in step) == 5 - len(long)
+
+    refusing = reader_of(model, data, max_length, on_long_sample="error")
+    problems = bad_samples(refusing, measure_lengths(refusing, num_workers=0, show_progress=False))
+    assert len(problems) == len(long)
+    named = f"(id 'square') has {lengths[1]} tokens, over max_length={max_length}"
+    assert any(named in problem for problem in problems)
+    with pytest.raises(DataError, match="over max_length"):
+        steps_of(refusing, packing=False)
+
+
+def test_what_does_not_fit_even_with_one_tile_goes_the_chosen_way(model, tmp_path):
+    data = write_data(tmp_path, {"two": SIZES["two"]})
+    fitting = reader_of(model, data, max_length=40, fit_images=True, on_long_sample="error")
+    with pytest.raises(DataError, match=r"\(id 'two'\) has \d+ tokens, over max_length=40"):
+        fitting.read(0, 0)
+    fitting.on_long_sample = "skip"
+    assert fitting.read(0, 0)[0].num_supervised == 0
+
+
+EXTREME = {"line": [(5000, 1)], "post": [(1, 5000)], "dot": [(1, 1)], "all": [(5000, 1), (1, 1), (1, 5000)]}
+
+
+@pytest.mark.parametrize("hd_num", [1, 16])
+def test_the_strangest_shapes_pass_through_worker_and_model(model, tmp_path, hd_num):
+    data = write_data(tmp_path, {**EXTREME, "text": []})
+    reader = reader_of(model, data, 1000, hd_num)
+    step = steps_of(reader, packing=True, num_workers=1)
+    lengths = measure_lengths(reader, num_workers=0, show_progress=False)[0]
+    assert sum(batch.num_tokens for batch in step) == lengths[:, 0].sum()
+    net = golden("xcomposer2-hd").model()
+    for batch in step:
+        with torch.no_grad():
+            assert net(**batch.inputs).loss.isfinite()
+
+
+# --- every command --------------------------------------------------------------------------------------
+
+# Names as those of the published 2.5's task adapters, which are no part of the base model.
+EXTRA = {
+    "model.layers.0.attention.wqkv.lora_web_A.weight": torch.arange(6.0).view(2, 3),
+    "model.layers.1.feed_forward.w2.lora_sft_B.weight": torch.ones(3, 2, dtype=torch.bfloat16),
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A base with weights that nobody knows, data with samples over max_length, and two runs on it."""
+    folder = tmp_path_factory.mktemp("commands")
+    hd_model(folder / "base")
+    weights = {**load_file(folder / "base/model.safetensors"), **EXTRA}
+    save_file(weights, folder / "base/model.safetensors", metadata={"format": "pt"})
+    write_data(folder / "data", {**SIZES, **EXTREME})
+    flags = f"""
+        --model_name_or_path {folder}/base --data_path {folder}/data/data.json --bf16 False
+        --max_length 80 --fit_images True --on_long_sample skip --hd_num 16 --vision_micro_batch 3
+        --per_device_train_batch_size 4 --max_steps 3 --learning_rate 1e-3 --dataloader_num_workers 1
+    """.split()
+    run_ranks(2, main, [*flags, "--fix_vit", "False", "--output_dir", f"{folder}/full"])
+    lora = ["--use_lora", "True", "--lora_r", "4", "--verify_adapter", "True"]
+    run_ranks(2, main, [*flags, *lora, "--output_dir", f"{folder}/lora"])
+    return folder
+
+
+def test_full_training_moves_every_part_and_carries_unknown_weights(world):
+    before, after = load_file(world / "base/model.safetensors"), load_file(world / "full/model.safetensors")
+    assert before.keys() == after.keys()
+    for name, tensor in EXTRA.items():
+        assert after[name].dtype == tensor.dtype
+        assert torch.equal(after[name], tensor)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    unused = {name for name in before if "post_layernorm" in name}
+    assert moved == before.keys() - EXTRA.keys() - unused
+    assert read_metrics(world / "full")[0]["samples"] == 8
+
+
+@pytest.mark.parametrize("run", ["full", "lora"])
+def test_the_trained_model_answers_about_images_of_any_size(world, run, capsys):
+    out = world / f"{run}.jsonl"
+    flags = ["--model_name_or_path", world / run, "--data_path", world / "data/data.json", "--output", out]
+    flags += ["--hd_num", 4, "--max_new_tokens", 3, "--batch_size", 3, "--bf16", "False"]
+    run_ranks(1, generate.main, [str(flag) for flag in flags])
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["id"] for row in rows] == [*SIZES, *EXTREME]
+    assert all(isinstance(row["prediction"], str) for row in rows)
+
+
+def test_merging_and_modernising_give_models_of_the_same_answers(world):
+    assert export.main(["--merge", f"{world}/lora", f"{world}/merged"]) == 0
+    assert export.main(["--modernise", f"{world}/base", f"{world}/modern"]) == 0
+    merged = load_file(world / "merged/model.safetensors")
+    assert all(torch.equal(merged[name], tensor) for name, tensor in EXTRA.items())
+    batch = golden("xcomposer2-hd").inputs("two_images_multi_turn")
+    adapted = load_model(world / "lora", None, torch.float32)[0]
+    logits = {
+        "adapter": adapted(**batch, return_logits=True).logits,
+        "merged": load_model(world / "merged", None, torch.float32)[0](**batch, return_logits=True).logits,
+        "base": load_model(world / "base", None, torch.float32)[0](**batch, return_logits=True).logits,
+        "modern": load_model(world / "modern", None, torch.float32)[0](**batch, return_logits=True).logits,
+    }
+    torch.testing.assert_close(logits["merged"], logits["adapter"], rtol=0, atol=1e-5)
+    assert torch.equal(logits["modern"], logits["base"])
+    assert not torch.allclose(logits["merged"], logits["base"], atol=1e-3)
+
+
+def test_check_and_preview_know_what_the_training_will_see(world, capsys):
+    flags = [f"{world}/data/data.json", "--model_name_or_path", f"{world}/base", "--hd_num", "16"]
+    flags += ["--max_length", "80", "--num_workers", "0"]
+    assert check.main([*flags, "--fit_images", "True", "--out", f"{world}/fit.json"]) == 0
+    report = json.loads((world / "fit.json").read_text())
+    assert report["sources"][0]["tokens"]["longest"] <= 80
+    assert any("(id 'two') has hd_num=" in line for line in report["warnings"]["images made to fit"])
+    assert check.main([*flags, "--on_long_sample", "error", "--out", f"{world}/error.json"]) == 2
+    assert any(
+        "over max_length=80" in line for line in json.loads((world / "error.json").read_text())["errors"]
+    )
+    assert preview.main([*flags, "--fit_images", "True", "--out", f"{world}/preview.html"]) == 0
+    page = (world / "preview.html").read_text()
+    assert page.count("<img ") == sum(len(images) for images in {**SIZES, **EXTREME}.values())
+
+
+def test_fitting_images_to_a_model_of_one_size_is_refused(world, tmp_path):
+    tiny_model(tmp_path / "square")
+    flags = f"--model_name_or_path {tmp_path}/square --data_path {world}/data/data.json --fit_images True"
+    (output,) = run_ranks(1, main, [*flags.split(), "--output_dir", f"{tmp_path}/out"], status=2)
+    assert "--fit_images: this model resizes every image to the same square" in output
