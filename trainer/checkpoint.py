@@ -126,6 +126,10 @@ class Checkpoints:
         """Whether it is time for a save by the clock; rank 0's clock counts."""
         return is_main() and time.monotonic() - self._begun > self.save_seconds
 
+    def is_saving(self) -> bool:
+        """Whether this rank's thread is still writing."""
+        return self._thread is not None and self._thread.is_alive()
+
     def wait(self) -> None:
         """Return when no save is under way; `failed` then says whether the last one failed."""
         if self._thread:

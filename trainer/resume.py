@@ -116,8 +116,8 @@ def choose_start(config: Config, run: Mapping[str, Any]) -> Start:
     # A rank that torchrun has started again goes on, whatever the command line once began from.
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     wish = "auto" if restarted else config.resume_from_checkpoint
-    if is_main() and (output_dir / FINAL / MARKER).is_file():
-        move_into(output_dir / FINAL, output_dir)  # as a run that was killed here would have done
+    if is_main() and (output_dir / FINAL).is_dir():
+        _finish_the_move(output_dir)
     barrier()
     if wish == "auto" and (output_dir / MARKER).is_file() and not config.resume_anyway:
         start = Start(read_marker(output_dir)["step"], output_dir, finished=True)
@@ -156,6 +156,14 @@ def choose_start(config: Config, run: Mapping[str, Any]) -> Start:
         _compare(folder, run, config.resume_anyway)
         log(f"going on from {folder}, after step {start.step} of {run['total_steps']}")
     return start
+
+
+def _finish_the_move(output_dir: Path) -> None:
+    """What a run was doing that was killed while its final model moved into output_dir, the marker last."""
+    if (output_dir / FINAL / MARKER).is_file():
+        move_into(output_dir / FINAL, output_dir)
+    else:
+        (output_dir / FINAL).rmdir()
 
 
 def drop_later_lines(path: Path, step: int) -> None:
