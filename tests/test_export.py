@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trainer.export
 from tests.model_cases import golden
-from tests.test_lora import FILES, adapter, train
-from tests.tiny import ROOT, read_metrics, run_ranks, tiny_data, word_tokenizer
+from tests.test_lora import FILES, adapter, golden_model, train
+from tests.tiny import ROOT, read_metrics, run_ranks, tiny_data
 from trainer.export import main
 from trainer.generate import main as generate
 from trainer.models import load_config, parts_of
@@ -28,11 +28,10 @@ from trainer.models import load_config, parts_of
 def world(tmp_path_factory):
     """A published model: the golden weights, a configuration that names code of its own, and no code."""
     folder = tmp_path_factory.mktemp("export")
-    shutil.copytree(golden("xcomposer2").folder, folder / "model")
+    golden_model("xcomposer2", folder / "model")
     config = json.loads((folder / "model/config.json").read_text())
     config["auto_map"] = {"AutoModelForCausalLM": "modeling_gone.InternLMXComposer2ForCausalLM"}
     (folder / "model/config.json").write_text(json.dumps(config))
-    word_tokenizer(folder / "model")
     tiny_data(folder / "data")
     return folder
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import trainer.main
 from tests.model_cases import golden
-from tests.test_trajectory import micro_batch
+from tests.test_trajectory import RecordedBatches, micro_batch
 from tests.tiny import read_metrics, run_ranks, tiny_data, tiny_model, word_tokenizer
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -23,6 +23,13 @@ def world(tmp_path_factory):
     tiny_model(folder / "model")
     tiny_data(folder / "data")
     return folder
+
+
+def golden_model(family, folder):
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(golden(family).folder / name, folder)
+    word_tokenizer(folder)
 
 
 def train(folder, name, *flags, ranks=1, model="model", data="data.txt", steps=4):
@@ -55,10 +62,9 @@ def test_our_loop_repeats_the_originals_lora_training(tmp_path, monkeypatch):
     trajectory = json.loads((golden("xcomposer2").folder / "lora_trajectory.json").read_text())
     order, accumulation = trajectory["order"], trajectory["gradient_accumulation"]
     steps = [order[i : i + accumulation] for i in range(0, len(order), accumulation)]
-    batches = [[micro_batch("xcomposer2", case) for case in step] for step in steps]
+    batches = RecordedBatches([micro_batch("xcomposer2", case) for case in step] for step in steps)
     monkeypatch.setattr(trainer.main, "StepLoader", lambda *args, **options: batches)
-    shutil.copytree(golden("xcomposer2").folder, tmp_path / "model")
-    word_tokenizer(tmp_path / "model")
+    golden_model("xcomposer2", tmp_path / "model")
     start = tmp_path / "start"
     targets = ["attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"]
     r, alpha = trajectory["lora"]["r"], trajectory["lora"]["alpha"]
@@ -269,8 +275,7 @@ def test_the_configuration_names_the_true_class_task_and_base(world, reference):
 
 
 def test_a_high_resolution_model_trains_its_separators_too(tmp_path):
-    shutil.copytree(golden("xcomposer2-hd").folder, tmp_path / "model")
-    word_tokenizer(tmp_path / "model")
+    golden_model("xcomposer2-hd", tmp_path / "model")
     tiny_data(tmp_path / "data")
     folder, output = train(tmp_path, "hd", "--verify_adapter", "--hd_num", "2", ranks=2)
     _, tensors = adapter(folder)
