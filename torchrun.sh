@@ -26,7 +26,9 @@ XCOMPOSER_STATUS_FILE=$(mktemp)
 export XCOMPOSER_STATUS_FILE
 trap 'rm -f "$XCOMPOSER_STATUS_FILE"' EXIT
 set -m # a process group of its own, so that a signal to this script reaches the trainer once, through us
-torchrun --nproc_per_node "$ranks" --nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}" \
+# torchrun passes the listed signals on, and lets the step and its save finish for ten minutes.
+torchrun --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 600 \
+    --nproc_per_node "$ranks" --nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}" \
     --master_addr "${MASTER_ADDR:-localhost}" --master_port "${MASTER_PORT:-6001}" -m trainer.main \
     ${MODEL:+--model_name_or_path "$MODEL"} ${DATA:+--data_path "$DATA"} "${extra[@]}" "$@" &
 run=$!

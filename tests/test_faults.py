@@ -272,6 +272,22 @@ def test_sigterm_to_torchrun_saves_and_its_workers_do_not_break_it(world, tmp_pa
     assert_same_model(tmp_path / "run", world / "straight")
 
 
+def test_the_launcher_passes_a_signal_on_and_ends_with_the_trainers_status(world, tmp_path):
+    output_dir, binaries = tmp_path / "run", Path(sys.executable).parent
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{binaries}:{os.environ['PATH']}"}
+    environment |= {"GPUS_PER_NODE": "2", "MASTER_PORT": str(free_port())}
+    argv = ["./torchrun.sh", "full", *flags(world, output_dir, "--max_steps", "100000")]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(argv, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        until = time.monotonic() + 90
+        while not (output_dir / "checkpoint-1").exists() and time.monotonic() < until:
+            time.sleep(0.2)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(60) == STOPPED, (tmp_path / "log").read_text()
+    last = read_metrics(output_dir)[-1]["step"]
+    assert (output_dir / f"checkpoint-{last}" / "complete.json").exists()
+
+
 def test_a_stop_is_not_undone_by_restarts(world, tmp_path):
     patch = """
     if (step, rank) == (3, 1):
