@@ -71,46 +71,46 @@ def inputs(tiles: list[tuple[int, int]], seed: int) -> dict:
 
 
 def gradients(
-    folder: Path,
-    batches: list[dict],
-    bound: int | None,
-    checkpointing: bool,
-    fix_vit: bool,
-    out: Path,
+    folder: Path, batches: list[dict], fix_vit: bool, runs: dict[Path, tuple[int | None, bool]]
 ) -> int:
-    """The gradients of the sum of all ranks' losses, `batches[rank]` each; rank 0 writes them to `out`."""
+    """The gradients of the sum of all ranks' losses, `batches[rank]` each; rank 0 writes them.
+
+    runs: file to write → tiles at a time, and whether activations are checkpointed.
+    """
     ranks = start()
-    with torch.device("meta"):
-        model = build_model(load_config(folder))
-    parts = parts_of(model.config)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not (fix_vit and name.startswith(parts.vision)))
     mesh = init_device_mesh("cpu", (ranks.world,), mesh_dim_names=("data",))
-    model = parallelize(
-        model,
-        mesh,
-        parts,
-        bf16=False,
-        gradient_checkpointing=checkpointing,
-        vision_micro_batch=bound,
-    )
-    model.to_empty(device="cpu")
-    load_weights(model, folder)
-    model.init_buffers()
-    # What a block really computes at once.
-    layer = model.get_submodule(parts.vision_blocks)[0]
-    seen = []
-    layer.mlp.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
-    loss = model(**batches[ranks.rank], num_items_in_batch=10).loss
-    loss.backward()
-    assert max(seen) <= (bound or 1000)
-    result = {"loss": loss.detach()}
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            assert isinstance(parameter.grad, DTensor)
-            result[name] = parameter.grad.full_tensor()
-    if ranks.rank == 0:
-        save_file(result, out)
+    for out, (bound, checkpointing) in runs.items():
+        config = load_config(folder)
+        config.plora_dropout = 0.0
+        with torch.device("meta"):
+            model = build_model(config)
+        parts = parts_of(model.config)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not (fix_vit and name.startswith(parts.vision)))
+        model = parallelize(
+            model,
+            mesh,
+            parts,
+            bf16=False,
+            gradient_checkpointing=checkpointing,
+            vision_micro_batch=bound,
+        )
+        model.to_empty(device="cpu")
+        load_weights(model, folder)
+        model.init_buffers()
+        seen = []  # what a block really computes at once
+        mlp = model.get_submodule(parts.vision_blocks)[0].mlp
+        mlp.register_forward_hook(lambda module, args, output, seen=seen: seen.append(len(args[0])))
+        loss = model(**batches[ranks.rank], num_items_in_batch=10).loss
+        loss.backward()
+        assert max(seen) <= (bound or 1000)
+        result = {"loss": loss.detach()}
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                assert isinstance(parameter.grad, DTensor)
+                result[name] = parameter.grad.full_tensor()
+        if ranks.rank == 0:
+            save_file(result, out)
     return 0
 
 
@@ -126,25 +126,25 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], without: tup
 @pytest.mark.parametrize("fix_vit", [False, True])
 def test_any_number_of_tiles_at_a_time_gives_the_same_loss_and_gradients(model, tmp_path, fix_vit):
     batch = [inputs([(2, 2), (1, 3), (1, 1)], seed=0)]  # 5 + 4 + 2 tiles with the global views
-    run_ranks(1, gradients, model, batch, None, False, fix_vit, tmp_path / "all")
-    expected = load_file(tmp_path / "all")
+    ways = [(None, False), *itertools.product((1, 3, 11), (False, True))]
+    runs = {tmp_path / str(number): way for number, way in enumerate(ways)}
+    run_ranks(1, gradients, model, batch, fix_vit, runs)
+    expected, *others = map(load_file, runs)
     assert any(name.startswith("vit.") for name in expected) == (not fix_vit)
-    for bound, checkpointing in itertools.product((1, 3, 11), (False, True)):
-        run_ranks(1, gradients, model, batch, bound, checkpointing, fix_vit, tmp_path / "bounded")
-        assert_same(load_file(tmp_path / "bounded"), expected)
+    for other in others:
+        assert_same(other, expected)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_forty_tiles_beside_a_rank_without_an_image_neither_hang_nor_change_gradients(
-    model, tmp_path, checkpointing
-):
+def test_forty_tiles_beside_a_rank_without_an_image_neither_hang_nor_change_gradients(model, tmp_path):
     batches = [inputs([], seed=1), inputs([(3, 4), (4, 3), (1, 11), (1, 1)], seed=2)]  # 13 + 13 + 12 + 2
-    run_ranks(2, gradients, model, batches, 4, checkpointing, False, tmp_path / "two", timeout=60)
+    both = {tmp_path / "kept": (4, False), tmp_path / "checkpointed": (4, True)}
+    run_ranks(2, gradients, model, batches, False, both, timeout=60)
     for i, batch in enumerate(batches):
-        run_ranks(1, gradients, model, [batch], None, False, False, tmp_path / f"rank{i}")
+        run_ranks(1, gradients, model, [batch], False, {tmp_path / f"rank{i}": (None, False)})
     alone = [load_file(tmp_path / f"rank{i}") for i in range(2)]
-    ours = load_file(tmp_path / "two")
-    assert_same(ours, {name: alone[0][name] + alone[1][name] for name in ours}, without=("loss",))
+    expected = {name: alone[0][name] + alone[1][name] for name in alone[1]}
+    for out in both:
+        assert_same(load_file(out), expected, without=("loss",))
 
 
 # --- samples that are too long --------------------------------------------------------------------------
