@@ -35,7 +35,8 @@ def test_every_module_that_is_run_exists():
 
 def test_every_flag_exists():
     known = {field.name for kind in (Config, Questions) for field in fields(kind)} | {"help", "config"}
-    known |= {"merge", "modernise", "adapter", "checkpoint", "out", "processors"}  # of export and preview
+    known |= {"merge", "modernise", "adapter", "checkpoint"}  # of export
+    known |= {"out", "epochs"}  # of preview, of the demo
     torchrun = {"nproc_per_node", "signals-to-handle", "shutdown-timeout", "max-restarts"}
     slurm = {"signal", "requeue"}
     used = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", README))
