@@ -142,8 +142,6 @@ class Config:
     number. none: all of a micro-batch at once."""
     loss_chunk_tokens: int = 1024
     """Rows of logits that exist at a time."""
-    compile: bool = False
-    """torch.compile every block."""
 
     # --- output --------------------------------------------------------------------------------------
     output_dir: str = "output"

@@ -100,7 +100,6 @@ def train(config: Config, ranks: Ranks) -> int:
         bf16=config.bf16,
         gradient_checkpointing=config.gradient_checkpointing,
         vision_micro_batch=config.vision_micro_batch,
-        compile_blocks=config.compile,
         shard_frozen=config.sharding == "full",
     )
     model.to_empty(device=device)

@@ -1,9 +1,8 @@
-"""One function that turns a model into its sharded form: checkpointing → tiles → compile → fully_shard.
+"""One function that turns a model into its sharded form: checkpointing → tiles → fully_shard.
 
 The order matters. Checkpointing wraps a block's `forward` only, so parameter names stay; a vision block runs
-that a few tiles at a time; compile then sees the whole of it; `fully_shard` hooks the outside of all, so the
-gather of a block's parameters is neither compiled nor recomputed twice, and happens once however many tiles a
-rank has.
+that a few tiles at a time; `fully_shard` hooks the outside of both, so the gather of a block's parameters is
+not done twice when a block is computed again, and happens once however many tiles a rank has.
 
     model = parallelize(build_model(config), mesh, parts, ...)    # on the meta device: nothing allocated yet
     model.to_empty(device="cuda"); load_weights(model, folder)    # each rank allocates and reads its part
@@ -52,7 +51,6 @@ def parallelize(
     bf16: bool,
     gradient_checkpointing: bool,
     vision_micro_batch: int | None = None,
-    compile_blocks: bool = False,
     shard_frozen: bool = True,
 ) -> Any:
     """Shard `model` over `mesh`, a group for every vision and language block and one for all the rest.
@@ -77,9 +75,6 @@ def parallelize(
     if vision_micro_batch is not None:
         for module in (model.get_submodule(parts.vision_embeddings), *vision_blocks):
             split_tiles(module, vision_micro_batch)
-    if compile_blocks:
-        for block in blocks:
-            block.compile()
     compute_dtype, reduce_dtype = (torch.bfloat16, torch.float32) if bf16 else (None, None)
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype)
     # Inside the model nothing is cast on entry: a block's rotary cosines and sines stay in float32.

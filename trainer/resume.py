@@ -38,7 +38,6 @@ HARMLESS = {
     "gradient_checkpointing",
     "vision_micro_batch",
     "attn_implementation",
-    "compile",
     "loss_chunk_tokens",
     "logging_steps",
     "save_strategy",
