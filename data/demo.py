@@ -29,6 +29,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from data.errors import DataError
 from data.sample import PLACEHOLDER
 
@@ -64,6 +66,7 @@ QUESTIONS = {
 
 DATA_TXT = "# <json path> <thousands of samples an epoch>\nopen.json 12.4\nyesno.json 8.2\ntext.json 0.4\n"
 CHINESE_TXT = "chinese.json 12\n"
+SIDES = (48, 64, 96)
 TRANSLATE = "translate to Chinese: "
 EASY_VQA_FILES = ("open.json", "yesno.json", "text.json")
 EACH_HELD_OUT = 10
@@ -91,10 +94,11 @@ def kind_of(answer: str) -> str:
     return "colour" if answer in COLOURS else "shape" if answer in SHAPES else "yesno"
 
 
-def write_demo_data(folder: Path, num_images: int | None = None) -> None:
+def write_demo_data(folder: Path, num_images: int | None = None, unequal: bool = False) -> None:
     """Fill `folder`; what is already there is written again.
 
     num_images: only so many pictures each of training and test.
+    unequal: stretch the pictures to sides of 48, 64 or 96 pixels, as a high-resolution model takes them.
     DataError if easy-vqa is not installed, or is not what it was.
     """
     easy_vqa = _easy_vqa()
@@ -107,7 +111,11 @@ def write_demo_data(folder: Path, num_images: int | None = None) -> None:
         images = folder / "images" / split
         images.mkdir(parents=True, exist_ok=True)
         for number in kept:
-            shutil.copyfile(paths[number], images / f"{number}.png")
+            if unequal:
+                size = SIDES[number % 3], SIDES[number // 3 % 3]
+                Image.open(paths[number]).resize(size).save(images / f"{number}.png")
+            else:
+                shutil.copyfile(paths[number], images / f"{number}.png")
         records, translated = [], []
         questions = zip(*getattr(easy_vqa, f"get_{split}_questions")(), strict=True)
         for number, (question, answer, image) in enumerate(questions):

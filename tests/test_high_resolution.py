@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from data import check, preview
+from data.demo import write_demo_data
 from data.errors import DataError
 from data.lengths import bad_samples, measure_lengths
 from data.loader import SampleReader, StepLoader
@@ -24,6 +25,7 @@ from data.tokens import SampleEncoder
 from tests.model_cases import golden
 from tests.tiny import read_metrics, run_ranks, tiny_model, word_tokenizer
 from trainer import export, generate
+from trainer.demo_base import make_base
 from trainer.distributed import start
 from trainer.generate import load_model
 from trainer.main import main
@@ -395,3 +397,12 @@ def test_fitting_images_to_a_model_of_one_size_is_refused(world, tmp_path):
     flags = f"--model_name_or_path {tmp_path}/square --data_path {world}/data/data.json --fit_images True"
     (output,) = run_ranks(1, main, [*flags.split(), "--output_dir", f"{tmp_path}/out"], status=2)
     assert "--fit_images: this model resizes every image to the same square" in output
+
+
+def test_the_demo_has_a_high_resolution_flavour(tmp_path):
+    pytest.importorskip("easy_vqa", reason="the demo's pictures: pip install -e '.[demo]'")
+    write_demo_data(tmp_path / "data", num_images=30, unequal=True)
+    make_base(tmp_path / "base", ["what color is the shape?", "blue"], seed=0, high_resolution=True)
+    reader = reader_of(tmp_path / "base", tmp_path / "data/open.json", 100, hd_num=4)
+    shapes = {tuple(reader.read(0, index)[1][0].shape[1:]) for index in range(40)}
+    assert shapes >= {(64, 64), (32, 64), (64, 32)}

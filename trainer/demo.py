@@ -11,7 +11,8 @@ Input: the package easy-vqa, 5,000 pictures of one coloured shape with questions
     demo.json     what is printed at the end
 
 Every step is a command that a user would type; each is printed before it runs. For a higher accuracy train
-longer: `python -m trainer.demo OUT --epochs 12`.
+longer: `python -m trainer.demo OUT --epochs 12`. With `--high_resolution` the model is like
+2.5, of tiles, and the pictures are of unequal size.
 """
 
 import argparse
@@ -55,7 +56,7 @@ def run(module: str, *arguments: object, ranks: int = RANKS) -> None:
     subprocess.run([*launcher, "-m", module, *words], check=True, env={"OMP_NUM_THREADS": "1", **os.environ})
 
 
-def ask(model: Path, questions: Path) -> Answers:
+def ask(model: Path, questions: Path, tiles: Sequence[str]) -> Answers:
     """The model's greedy answers to a file of questions."""
     output = model / f"{questions.stem}-predictions.jsonl"
     flags = ["--bf16", "False", "--batch_size", "128", "--max_new_tokens", "16"]
@@ -68,6 +69,7 @@ def ask(model: Path, questions: Path) -> Answers:
         "--output",
         output,
         *flags,
+        *tiles,
     )
     return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
 
@@ -107,34 +109,35 @@ def prepare(out: Path) -> None:
     (out / "demo.json").write_text("{}\n", encoding="utf-8")
 
 
-def demo(out: Path, epochs: float, num_images: int | None) -> dict[str, Any]:
+def demo(out: Path, epochs: float, num_images: int | None, high_resolution: bool = False) -> dict[str, Any]:
     """Everything; returns what demo.json holds: shares of correct answers and seconds."""
     started = time.perf_counter()
     prepare(out)
     data, base, model, adapter = (out / name for name in ("data", "base", "model", "adapter"))
-    write_demo_data(data, num_images)
+    tiles = ["--hd_num", "4"] if high_resolution else []
+    write_demo_data(data, num_images, unequal=high_resolution)
     texts = [
         turn["value"].removeprefix("<ImageHere>")
         for name in (*EASY_VQA_FILES, "chinese.json")
         for record in json.loads((data / name).read_text(encoding="utf-8"))
         for turn in record["conversations"]
     ]
-    make_base(base, texts, seed=0)
+    make_base(base, texts, seed=0, high_resolution=high_resolution)
 
-    train = ["--num_train_epochs", epochs, *TRAIN.split()]
+    train = ["--num_train_epochs", epochs, *TRAIN.split(), *tiles]
     run(
         "trainer.main", "--model_name_or_path", base, "--data_path", data / "data.txt", "--output_dir", model,
         *FULL.split(), *train,
     )  # fmt: skip
-    answers = ask(model, data / "test.json")
+    answers = ask(model, data / "test.json", tiles)
     seconds_base = time.perf_counter() - started
 
-    before = ask(model, data / "chinese_test.json")
+    before = ask(model, data / "chinese_test.json", tiles)
     run(
         "trainer.main", "--model_name_or_path", model, "--data_path", data / "chinese.txt",
-        "--output_dir", adapter, *LORA.split(), *TRAIN.split(),
+        "--output_dir", adapter, *LORA.split(), *TRAIN.split(), *tiles,
     )  # fmt: skip
-    after = ask(adapter, data / "chinese_test.json")
+    after = ask(adapter, data / "chinese_test.json", tiles)
 
     pictures = [row for row in answers if not row["id"].startswith("text")]
     kinds = {kind: [row for row in pictures if kind_of(row["answer"]) == kind] for kind in KINDS}
@@ -170,9 +173,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("out", type=Path, nargs="?", default=Path("output/demo"), metavar="OUT")
     parser.add_argument("--epochs", type=float, default=4, help="passes of full fine-tuning (default: 4)")
     parser.add_argument("--num_images", type=int, help="use only so many pictures, for a quick try")
+    parser.add_argument(
+        "--high_resolution", action="store_true", help="a model like 2.5, and pictures of unequal size"
+    )
     arguments = parser.parse_args(argv)
     try:
-        demo(arguments.out, arguments.epochs, arguments.num_images)
+        demo(arguments.out, arguments.epochs, arguments.num_images, arguments.high_resolution)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT

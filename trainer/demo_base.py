@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import CLIPVisionConfig, PreTrainedTokenizerFast
 
 from data.tokens import ROLE_NAMES, TURN_END, TURN_START
 from trainer.models.xcomposer2.configuration_xcomposer2 import InternLMXcomposer2Config
@@ -24,8 +24,11 @@ from trainer.models.xcomposer2.tokenization_xcomposer2 import CHAT_TEMPLATE, SPA
 MAX_PIECES = 600
 
 
-def make_base(folder: Path, texts: Iterable[str], seed: int) -> None:
-    """Write tokenizer, configuration and freshly drawn weights to `folder`."""
+def make_base(folder: Path, texts: Iterable[str], seed: int, high_resolution: bool = False) -> None:
+    """Write tokenizer, configuration and freshly drawn weights to `folder`.
+
+    high_resolution: like 2.5, with tiles of 32 × 32 pixels, 4 slots each.
+    """
     tokenizer = make_tokenizer(texts)
     config = InternLMXcomposer2Config(
         vocab_size=len(tokenizer),
@@ -37,18 +40,19 @@ def make_base(folder: Path, texts: Iterable[str], seed: int) -> None:
         max_length=256,
         max_position_embeddings=256,
         plora_rank=4,
+        high_resolution=high_resolution,
         # Four times the usual width of the draws: the model is a sixtieth of the usual width.
         initializer_range=0.08,
-        vision_config={
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "image_size": 64,
-            "patch_size": 8,
-            "projection_dim": 64,
-            "initializer_range": 0.08,
-        },
+        vision_config=CLIPVisionConfig(
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            image_size=32 if high_resolution else 64,
+            patch_size=8,
+            projection_dim=64,
+            initializer_range=0.08,
+        ),
     )
     torch.manual_seed(seed)
     InternLMXComposer2ForCausalLM(config).save_pretrained(folder)
