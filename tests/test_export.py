@@ -16,10 +16,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trainer.export
+from data.errors import DataError
 from tests.model_cases import golden
 from tests.test_lora import FILES, adapter, golden_model, train
 from tests.tiny import ROOT, read_metrics, run_ranks, tiny_data
 from trainer.export import main
+from trainer.generate import load_model
 from trainer.generate import main as generate
 from trainer.models import load_config, parts_of
 
@@ -297,4 +299,6 @@ def test_an_adapter_for_another_base_is_not_merged(world, trained, tmp_path, cap
     ):
         assert main([*map(str, arguments)]) == 2
         assert "an adapter for another base" in capsys.readouterr().err
-        assert not Path(tmp_path / "out").exists()
+    with pytest.raises(DataError, match="an adapter for another base"):
+        load_model(trained, tmp_path / "model", torch.float32)
+    assert not Path(tmp_path / "out").exists()

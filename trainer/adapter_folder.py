@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from data.batch import MicroBatch
 from data.errors import DataError
 from trainer.distributed import is_main, log
 from trainer.folders import Jobs
@@ -211,7 +212,12 @@ def prove_adapter(folder: Path, model_config: PreTrainedConfig) -> str:
 
 @torch.no_grad()
 def verify_adapter(
-    model: nn.Module, adapters: Adapters, folder: Path, config: PreTrainedConfig, inputs: dict[str, Any]
+    model: nn.Module,
+    adapters: Adapters,
+    folder: Path,
+    config: PreTrainedConfig,
+    batch: MicroBatch,
+    device: torch.device,
 ) -> str:
     """Compare the loss of a batch in the running model and in the base with `folder` on it, as peft loads it.
 
@@ -220,19 +226,20 @@ def verify_adapter(
     """
     was_training = model.training
     model.eval()
-    before = model(**inputs).loss.sum().item()
+    before = model(**batch.to(device).inputs).loss.sum().item()
     model.train(was_training)
     if not is_main():
         return ""
     dtype = next(p.dtype for n, p in model.named_parameters() if n not in adapters.saved)
+    config = copy.deepcopy(config)
+    config._attn_implementation = "sdpa"  # others may not run on a CPU
     with torch.device("meta"):
         base: Any = build_model(config)
     base = base.to(dtype).to_empty(device="cpu")
     load_weights(base, adapters.base, optional=parts_of(config).unused)
     base.init_buffers()
     base.loss_function = model.loss_function
-    on_cpu = {key: value.cpu() if isinstance(value, Tensor) else value for key, value in inputs.items()}
-    after = _load_with_peft(base, folder).eval()(**on_cpu).loss.sum().item()
+    after = _load_with_peft(base, folder).eval()(**batch.inputs).loss.sum().item()
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     if abs(after - before) > tolerance * max(1.0, abs(before)):
         raise RuntimeError(f"{folder}: loss {after} as peft loads it, but {before} in training")

@@ -39,10 +39,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.errors import DataError
-from trainer.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, file_key, parameters_in, read_adapter
+from trainer.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, file_key, read_adapter
 from trainer.folders import MARKER, begin, put_in_place, sync_to_disk, write_json
-from trainer.lora import inject
-from trainer.models import build_model, load_config, load_tokenizer, parts_of
+from trainer.lora import adapted_model
+from trainer.models import load_config, load_tokenizer, parts_of
 from trainer.trained import checkpoint_name, is_adapter
 from trainer.weights import (
     SAFETENSORS_DTYPES,
@@ -118,10 +118,7 @@ def merge(adapter: Path, out: Path, base: Path | None = None, dtype: torch.dtype
     if not base.is_dir():
         raise DataError(f"{adapter}: its base {base} is no folder here; say where it is with --base")
     config, tokenizer = load_config(base), load_tokenizer(base)
-    with torch.device("meta"):
-        model = build_model(config)
-    inject(model, peft_config)
-    held = parameters_in(model, adapter, base)
+    model, held = adapted_model(adapter, base)
     base_files = tensor_files(base)
     layers = {
         name: (file_key(name), module.scaling["default"])
@@ -181,11 +178,7 @@ def modernise(base: Path, out: Path, adapter: Path | None = None) -> None:
     """
     config, tokenizer, files = load_config(base), load_tokenizer(base), tensor_files(base)
     if adapter:
-        peft_config, _ = read_adapter(adapter)
-        with torch.device("meta"):
-            model = build_model(config)
-        inject(model, peft_config)
-        parameters_in(model, adapter, base)
+        adapted_model(adapter, base)
     temporary = begin(_new(out))
     paths = sorted(set(files.values()))
     names = {path: path.name if len(paths) > 1 else "model.safetensors" for path in paths}

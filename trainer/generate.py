@@ -48,6 +48,7 @@ from trainer.distributed import (
     start,
 )
 from trainer.flags import ConfigError, parse_flags
+from trainer.lora import adapted_model
 from trainer.models import load_config, load_image_processor, load_tokenizer
 
 
@@ -127,6 +128,7 @@ def load_model(folder: Path, base: Path | None, dtype: torch.dtype) -> tuple[Pre
             raise DataError(
                 f"{folder}: its base {model_folder} is no model's folder; name it by --base_model"
             )
+        adapted_model(folder, model_folder)  # refuses another base
     model = AutoModelForCausalLM.from_pretrained(model_folder, config=load_config(model_folder), dtype=dtype)
     if model_folder != folder:
         with warnings.catch_warnings(action="ignore"):  # transformers' own, of names that peft still uses

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from data.errors import DataError
 from trainer.adapter_folder import WEIGHTS_FILE, Adapters, file_key, parameters_in, read_adapter
 from trainer.config import Config
-from trainer.models import Parts, load_config
+from trainer.models import Parts, build_model, load_config
 from trainer.trained import trained_whole
 from trainer.weights import local_rows
 
@@ -82,6 +82,18 @@ def inject(model: nn.Module, peft_config: LoraConfig) -> None:
     inject_adapter_in_model(injected, model)
     peft_config.target_modules = injected.target_modules  # shortened, where there are many
     peft_config.inference_mode, peft_config.init_lora_weights = True, True
+
+
+def adapted_model(adapter: Path, base: Path) -> tuple[PreTrainedModel, set[str]]:
+    """(`base` with the layers of `adapter`, without memory; the parameters that the adapter's folder holds).
+
+    DataError if the adapter is for another base.
+    """
+    peft_config, _ = read_adapter(adapter)
+    with torch.device("meta"):
+        model = build_model(load_config(base))
+        inject(model, peft_config)
+    return model, parameters_in(model, adapter, base)
 
 
 def resolve_targets(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:

@@ -310,11 +310,7 @@ def train(config: Config, ranks: Ranks) -> int:
     stop.honoured()
     log(f"the trained {'adapter' if adapters else 'model'} is in {output_dir}")
     if adapters and config.verify_adapter and micro_batches:
-        log(
-            verify_adapter(
-                model, adapters, output_dir, plan.model_config, micro_batches[-1].to(device).inputs
-            )
-        )
+        log(verify_adapter(model, adapters, output_dir, plan.model_config, micro_batches[0], device))
     return 0
 
 
