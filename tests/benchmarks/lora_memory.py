@@ -4,8 +4,8 @@
 
 Output: for each way, on a 300 M-parameter checkpoint in bfloat16, the peak resident memory of a rank beyond
 that of the same run on a model of 0.2 M parameters (Python, torch, the loader), and seconds a step. Two steps
-of one question about a small image a rank, bfloat16 compute, activation checkpointing, rank-16 adapters on the
-default layers.
+of one question about a small image a rank, bfloat16 compute, activation checkpointing, rank-16 adapters on
+the default layers.
 """
 
 import argparse
