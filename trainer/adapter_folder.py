@@ -194,7 +194,7 @@ def prove_adapter(folder: Path, model_config: PreTrainedConfig) -> str:
     """
     with torch.device("meta"):
         base = build_model(model_config)
-    loaded = _load_with_peft(base, folder)
+    loaded = _load_with_peft(base, folder, low_cpu_mem_usage=True)  # nothing is drawn, only to be replaced
     with warnings.catch_warnings(action="ignore"):  # that values copied to the meta device are lost
         result = loaded.load_adapter(str(folder), "default", torch_device="cpu", low_cpu_mem_usage=True)
     tensors = load_file(folder / WEIGHTS_FILE)
@@ -246,10 +246,12 @@ def verify_adapter(
     return f"the loss of a batch is {before:.6f} in training and {after:.6f} as peft loads the adapter"
 
 
-def _load_with_peft(base: PreTrainedModel, folder: Path) -> PeftModel:
+def _load_with_peft(base: PreTrainedModel, folder: Path, low_cpu_mem_usage: bool = False) -> PeftModel:
     with warnings.catch_warnings(action="ignore"):
         warnings.filterwarnings("error", message="Found missing adapter keys")
-        return PeftModel.from_pretrained(base, str(folder), torch_device="cpu", low_cpu_mem_usage=True)
+        return PeftModel.from_pretrained(
+            base, str(folder), torch_device="cpu", low_cpu_mem_usage=low_cpu_mem_usage
+        )
 
 
 def loads_by_itself(base: Path, parts: Parts) -> bool:

@@ -12,8 +12,8 @@ Merging reads a tensor at a time, computes in float32 and writes files of 1 GB i
     W' = W + scale · B A                                  scale = alpha / r, or alpha / √r for rsLoRA
     W' = m / ‖W + scale · B A‖ · (W + scale · B A)        DoRA: a magnitude m and a norm for each row
 
-An adapter adds to a layer's `weight`. PLoRA's part of the same layer stays as it is, except under DoRA: peft
-scales the whole output of a row, so the row of `Plora_B` takes the same factor.
+which peaks at 1.7 GB of memory for layers of the 7B's width. PLoRA's part of an adapted layer stays as it is,
+except under DoRA: peft scales the whole output of a row, so the row of `Plora_B` takes the same factor.
 
 A published folder brings code that fails with today's transformers, and only a SentencePiece tokenizer.
 `--modernise` links its weights, some 17 GB; with `--adapter A`, OUT becomes the base of adapter A, so that
