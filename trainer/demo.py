@@ -171,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; a failure is a sentence and a status."""
     parser = argparse.ArgumentParser(prog="trainer.demo", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("out", type=Path, nargs="?", default=Path("output/demo"), metavar="OUT")
-    parser.add_argument("--epochs", type=float, default=4, help="passes of full fine-tuning (default: 4)")
+    parser.add_argument("--epochs", type=float, default=3.5, help="passes of full fine-tuning (default: 3.5)")
     parser.add_argument("--num_images", type=int, help="use only so many pictures, for a quick try")
     parser.add_argument(
         "--high_resolution", action="store_true", help="a model like 2.5, and pictures of unequal size"
