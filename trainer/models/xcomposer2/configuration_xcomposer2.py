@@ -53,7 +53,7 @@ class InternLMXcomposer2Config(PreTrainedConfig):
     """
 
     model_type = "internlmxcomposer2"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ("cache",)
     default_theta = 1_000_000.0
 
     vocab_size: int = 92544

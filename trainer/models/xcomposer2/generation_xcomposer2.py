@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
+from transformers import GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
 
 from .image_processing_xcomposer2 import image_processor_for
 
@@ -57,23 +57,13 @@ class XComposer2GenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
-        next_sequence_length: int | None = None,
-        past_key_values: Cache | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
         is_first_iteration: bool | None = False,
         im_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         parent: Any = super()
         inputs = parent.prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length,
-            past_key_values,
-            attention_mask,
-            inputs_embeds,
-            is_first_iteration,
-            **kwargs,
+            input_ids, is_first_iteration=is_first_iteration, **kwargs
         )
         # pixel_values come and go by the same rule, in transformers' method.
         if im_mask is not None and (is_first_iteration or not kwargs.get("use_cache", True)):

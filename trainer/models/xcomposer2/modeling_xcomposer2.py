@@ -174,9 +174,9 @@ class InternLM2Block(GradientCheckpointingLayer):
         mask: Any,
         lengths: Tensor | None,
         slots: Tensor | None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope, mask, lengths, slots, past_key_values)
+        x = x + self.attention(self.attention_norm(x), rope, mask, lengths, slots, cache)
         return x + self.feed_forward(self.ffn_norm(x), slots)
 
 
@@ -212,13 +212,11 @@ class InternLM2Model(nn.Module):
         rope = self.rotary_emb(position_ids)
         states = [x]
         for layer in self.layers:
-            x = layer(x, rope, mask, lengths, slots, past_key_values=cache)
+            x = layer(x, rope, mask, lengths, slots, cache=cache)
             states.append(x)
         x = self.norm(x)
         hidden_states = (*states[:-1], x) if output_hidden_states else None
-        return BaseModelOutputWithPast(
-            last_hidden_state=x, past_key_values=cache, hidden_states=hidden_states
-        )
+        return BaseModelOutputWithPast(last_hidden_state=x, cache=cache, hidden_states=hidden_states)
 
     def _packed_lengths(self, position_ids: Tensor, batch: int) -> Tensor | None:
         """Lengths, on the CPU, of the samples of a packed row; None if it holds one, or if the attention
@@ -320,7 +318,7 @@ class InternLMXComposer2ForCausalLM(XComposer2GenerationMixin, PreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         im_mask: Tensor | None = None,
         pixel_values: Tensor | list[Tensor] | None = None,
@@ -362,11 +360,9 @@ class InternLMXComposer2ForCausalLM(XComposer2GenerationMixin, PreTrainedModel):
             x = self._fill(x, slots, self.image_features(pixel_values))
         elif inputs_embeds is None and slots is not None and len(slots):
             raise ValueError(f"im_mask has {len(slots)} image slots, but there are no pixel_values")
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        outputs = self.model(
-            x, attention_mask, position_ids, slots, past_key_values, bool(output_hidden_states)
-        )
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        outputs = self.model(x, attention_mask, position_ids, slots, cache, bool(output_hidden_states))
         hidden, loss, logits = outputs.last_hidden_state, None, None
         if labels is not None:
             targets = labels[:, 1:]
@@ -382,7 +378,7 @@ class InternLMXComposer2ForCausalLM(XComposer2GenerationMixin, PreTrainedModel):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
         )
 
