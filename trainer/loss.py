@@ -7,17 +7,31 @@ global batch, so any split into micro-batches and ranks gives the same loss:
     losses = model(**micro_batch.inputs).loss         # [N]: one per supervised token
     (losses.sum() / num_supervised).backward()        # num_supervised: of the global batch
 
-Only `chunk_tokens` rows of logits exist at a time, and none outlives its chunk: the backward pass computes
-them again. With a vocabulary of 92,544 and chunks of 1,024 tokens that is 0.38 GB in float32, whatever the
-length of the batch.
+Only `chunk_tokens` rows of logits exist at a time, and none outlives its chunk: the gradients are formed in
+the forward pass, where the logits are, and the backward pass only scales them. With a vocabulary of 92,544
+and chunks of 1,024 tokens that is 0.38 GB in float32, whatever the length of the batch, and no product is
+computed twice.
+
+With z = W h and p = softmax(z), token i's loss is log Σ exp z − z[target], and its gradients are
+
+    d loss / d z = p − onehot(target)      d loss / d h = (p − onehot) W      d loss / d W = (p − onehot) hᵀ
+
+The gradient of W is summed over tokens, so it can be scaled afterwards only where all tokens count alike,
+as in a sum or a mean. Weights that differ between tokens are right too: the backward pass then computes
+the chunks again with them.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+ROWS_AT_A_TIME = 8192
+"""Rows of a bfloat16 output layer whose gradient is summed at a time in float32."""
 
 
 def token_losses(hidden: Tensor, targets: Tensor, lm_head: nn.Module) -> Tensor:
@@ -29,27 +43,100 @@ def token_losses(hidden: Tensor, targets: Tensor, lm_head: nn.Module) -> Tensor:
     return F.cross_entropy(lm_head(hidden).float(), targets, reduction="none")
 
 
+def losses_and_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    chunk_tokens: int,
+    token_weights: Tensor | None = None,
+    *,
+    for_hidden: bool,
+    for_weight: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Losses [N] float32, and the gradients of their (weighted) sum: of hidden [N, D] and of weight [V, D].
+
+    A gradient that is not asked for is None. The products run in the dtype of `weight`; its gradient is
+    summed over chunks in float32: in bfloat16, what a late chunk adds would be lost in the rounding.
+    """
+    losses = hidden.new_empty(len(hidden), dtype=torch.float32)
+    hidden_gradient = torch.empty_like(hidden) if for_hidden else None
+    sum_dtype = weight.dtype if len(hidden) <= chunk_tokens else torch.float32
+    weight_gradient = torch.zeros_like(weight, dtype=sum_dtype) if for_weight else None
+    for begin in range(0, len(hidden), chunk_tokens):
+        rows = slice(begin, begin + chunk_tokens)
+        h, target = hidden[rows], targets[rows, None]
+        logits = (h @ weight.T).float()  # [n, V]
+        log_sum = logits.logsumexp(1, keepdim=True)
+        losses[rows] = (log_sum - logits.gather(1, target)).squeeze(1)
+        gradient = logits.sub_(log_sum).exp_()  # the probabilities
+        gradient.scatter_add_(1, target, torch.full_like(log_sum, -1.0))
+        if token_weights is not None:
+            gradient *= token_weights[rows, None]
+        gradient = gradient.to(weight.dtype)
+        if hidden_gradient is not None:
+            torch.mm(gradient, weight, out=hidden_gradient[rows])
+        if weight_gradient is None:
+            continue
+        if weight_gradient.dtype == weight.dtype:
+            weight_gradient.addmm_(gradient.T, h)
+            continue
+        for part, columns in zip(
+            weight_gradient.split(ROWS_AT_A_TIME), gradient.split(ROWS_AT_A_TIME, dim=1), strict=True
+        ):
+            part += columns.T @ h
+    return losses, hidden_gradient, None if weight_gradient is None else weight_gradient.to(weight.dtype)
+
+
+class _LossesWithGradients(torch.autograd.Function):
+    """`losses_and_gradients` on the graph, for a backward pass that scales the gradients in place."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int) -> Tensor:
+        ctx.needed = {"for_hidden": ctx.needs_input_grad[0], "for_weight": ctx.needs_input_grad[1]}
+        losses, *ctx.gradients = losses_and_gradients(hidden, weight, targets, chunk_tokens, **ctx.needed)
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.chunk_tokens = chunk_tokens
+        return losses
+
+    @staticmethod
+    @once_differentiable  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        (of_losses,) = grad_outputs
+        gradients, ctx.gradients = ctx.gradients, None
+        is_sum = len(of_losses) == 1 or (len(of_losses) > 1 and of_losses.stride(0) == 0)  # one for all
+        if gradients and is_sum:
+            of_hidden, of_weight = (None if g is None else g.mul_(of_losses[0]) for g in gradients)
+        else:
+            hidden, weight, targets = ctx.saved_tensors
+            _, of_hidden, of_weight = losses_and_gradients(
+                hidden, weight, targets, ctx.chunk_tokens, of_losses, **ctx.needed
+            )
+        return of_hidden, of_weight, None, None
+
+
 def chunked_token_losses(chunk_tokens: int) -> Callable[..., Tensor]:
     """The model's `loss_function`: `token_losses`, `chunk_tokens` rows of logits at a time.
 
     N = 0 gives an empty vector that still hangs on the graph, so a rank without a supervised token runs the
-    same collectives as the others and adds exact zeros to every gradient.
+    same collectives as the others and adds exact zeros to every gradient. An output layer that is more than
+    a matrix (one with an adapter) computes each chunk's forward again in the backward pass instead.
     """
 
     def loss_function(
         hidden: Tensor, targets: Tensor, lm_head: nn.Module, num_items_in_batch: object = None
     ) -> Tensor:
         assert num_items_in_batch is None, "the loop divides; see trainer/loss.py"
+        is_matrix = type(lm_head) is nn.Linear and lm_head.bias is None
+        if torch.is_grad_enabled() and is_matrix:
+            return _LossesWithGradients.apply(hidden, lm_head.weight, targets, chunk_tokens)
+        chunks = zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
         if not torch.is_grad_enabled() or len(hidden) <= chunk_tokens:
-            chunks = [
-                token_losses(h, t, lm_head)
-                for h, t in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
-            ]
-        else:
-            chunks = [
+            return torch.cat([token_losses(h, t, lm_head) for h, t in chunks])
+        return torch.cat(
+            [
                 checkpoint(token_losses, h, t, lm_head, use_reentrant=False, preserve_rng_state=False)
-                for h, t in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
+                for h, t in chunks
             ]
-        return torch.cat(chunks)
+        )
 
     return loss_function
