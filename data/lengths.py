@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data.errors import DataError
-from data.loader import SampleReader, start_worker
+from data.loader import SampleReader, end_workers_at_exit, start_worker
 from data.records import index_paths, write_atomically
 from data.sampler import StepSampler
 
@@ -115,6 +115,7 @@ def in_parallel(
     if num_workers is None:
         has_affinity = hasattr(os, "sched_getaffinity")
         num_workers = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    end_workers_at_exit()
     return iter(
         DataLoader(
             _Calls(function, tasks),

@@ -13,6 +13,7 @@ micro-batch.
 """
 
 import logging
+import multiprocessing
 import os
 import signal
 from collections import Counter, deque
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing.util import Finalize
 from typing import Literal
 
 import numpy as np
@@ -42,6 +44,7 @@ MAX_WARNINGS = 100
 """Samples that a rank logs one by one: left out, and as many more made to fit."""
 PREFETCHED_PER_WORKER = 4
 """Micro-batches."""
+END_WORKER = signal.SIGUSR2
 
 
 @dataclass(frozen=True)
@@ -212,6 +215,8 @@ class StepLoader:
                     ends_step.append(number == len(parts))
                     yield part
 
+        if self._num_workers:
+            end_workers_at_exit()
         batches = DataLoader(
             _MicroBatches(self._reader, self._on_bad_sample == "skip", self._packing is not None),
             batch_size=None,
@@ -307,3 +312,19 @@ def start_worker(_: int) -> None:
     # A scheduler signals every process of a job; when to stop is the training process's decision.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(END_WORKER, lambda *_: os._exit(0))
+
+
+def end_workers_at_exit() -> None:
+    """Call before processes start that `start_worker` prepares.
+
+    An exception whose traceback holds a DataLoader's iterator keeps its workers until the interpreter ends.
+    There multiprocessing sends them SIGTERM, which they ignore, and would wait for them for ever.
+    """
+    Finalize(None, _end_workers, exitpriority=1)
+
+
+def _end_workers() -> None:
+    for process in multiprocessing.active_children():
+        if process.daemon and process.pid is not None:
+            os.kill(process.pid, END_WORKER)

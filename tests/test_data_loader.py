@@ -1,6 +1,7 @@
 """The loader: mixed batches, dummy images, bad samples, order."""
 
 import logging
+import multiprocessing
 
 import pytest
 import torch
@@ -145,3 +146,21 @@ def test_a_micro_batch_moves_as_one(folder):
     assert moved.inputs["position_ids"] is None
     assert moved.sample_ids == batch.sample_ids
     assert isinstance(batch.inputs["pixel_values"], torch.Tensor)
+
+
+def test_a_process_ends_though_something_still_holds_its_workers(folder):
+    held = []
+
+    def fail() -> None:
+        try:
+            run(folder, [record("<ImageHere>", "31", images=["absent.png"])], workers=2)
+        except DataError as error:
+            held.append(error)  # its traceback has the iterator
+
+    process = multiprocessing.get_context("fork").Process(target=fail)
+    process.start()
+    process.join(30)
+    ended = not process.is_alive()
+    process.kill()
+    assert ended
+    assert process.exitcode == 0
