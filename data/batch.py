@@ -31,8 +31,8 @@ class MicroBatch:
     differ, or None."""
     source_of_target: torch.Tensor
     """[num_supervised] int64: the source of each supervised token, row by row where `labels != -100`."""
-    num_tokens: int
-    """Real tokens: no padding, no dummy row."""
+    lengths: list[int]
+    """Tokens of each sample; none for a dummy row."""
     num_supervised: int
     sample_ids: list[tuple[int, int]] = field(default_factory=list)
     """(source, record) of the samples in it."""
@@ -43,6 +43,11 @@ class MicroBatch:
 
     shrunk: list[tuple[int, str]] = field(default_factory=list)
     """(source, what) of samples whose images were taken smaller to fit into max_length."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens: no padding, no dummy row."""
+        return sum(self.lengths)
 
     @property
     def num_samples(self) -> int:
@@ -123,7 +128,7 @@ def collate(
     return MicroBatch(
         inputs=inputs,
         source_of_target=torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *sources])),
-        num_tokens=sum(lengths),
+        lengths=lengths,
         num_supervised=sum(sample.num_supervised for sample in samples),
         sample_ids=list(sample_ids),
     )

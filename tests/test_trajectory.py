@@ -23,7 +23,7 @@ def micro_batch(family, case):
     return MicroBatch(
         inputs=inputs,
         source_of_target=inputs["labels"].new_zeros(int(supervised.sum())),
-        num_tokens=int(inputs["attention_mask"].sum()),
+        lengths=inputs["attention_mask"].sum(1).tolist(),
         num_supervised=int(supervised.sum()),
         sample_ids=[(0, 0)] * len(inputs["input_ids"]),
     )

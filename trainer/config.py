@@ -160,6 +160,9 @@ class Config:
     """Write checkpoints in a thread while training goes on, from a copy in the host's memory."""
     save_dtype: str = "auto"
     """Of the saved weights: auto (the base checkpoint's), float32 or bfloat16."""
+    measure_mfu: bool = False
+    """Measure at the start, for a second, how fast matrix products are here in the compute dtype, and report
+    the share of it that the model's own operations reach (mfu)."""
     report_to: str = "none"
     """none, or tensorboard (needs `pip install tensorboard`)."""
 

@@ -31,7 +31,7 @@ from data.batch import MicroBatch
 from data.errors import DataError
 from data.ledger import ledger_rows, ledger_table, tally
 from data.loader import StepLoader
-from trainer.adapter_folder import loads_by_itself, save_adapter, verify_adapter
+from trainer.adapter_folder import save_adapter, verify_adapter
 from trainer.checkpoint import Checkpoints, SaveError, load, resumable
 from trainer.config import Config, parse
 from trainer.distributed import (
@@ -50,10 +50,11 @@ from trainer.distributed import (
     step_seed,
 )
 from trainer.flags import ConfigError
+from trainer.flops import count_flops, matmul_peak
 from trainer.folders import Jobs
 from trainer.lora import load_adapters
 from trainer.loss import chunked_token_losses
-from trainer.metrics import MetricsFile, memory_peak_bytes, model_table, part_of
+from trainer.metrics import MetricsFile, memory_peak_bytes, part_of
 from trainer.optim import adamw, learning_rate_factor, parameter_groups
 from trainer.parallelize import parallelize
 from trainer.plan import make_plan, say
@@ -116,18 +117,7 @@ def train(config: Config, ranks: Ranks) -> int:
     optimizer = adamw(groups, (config.adam_beta1, config.adam_beta2), config.adam_epsilon, device)
 
     # --- say what will happen -----------------------------------------------------------------------------
-    log(model_table(model, plan.parts, config.learning_rates, adapters.saved if adapters else None))
-    if adapters and not loads_by_itself(base, plan.parts):
-        log(
-            f"{base} brings no code that today's transformers can run: to use the adapter without this "
-            f"project, `python -m trainer.export --modernise {base} NEW_BASE --adapter {output_dir}`"
-        )
-    if loaded.carried and not adapters:
-        log(
-            f"{len(loaded.carried)} tensors of {base} are unknown to the model and will be saved unchanged, "
-            f"first {next(iter(loaded.carried))}"
-        )
-    say(plan, config, ranks)
+    say(plan, config, ranks, loaded)
     save_dtype = base_dtype if config.save_dtype == "auto" else getattr(torch, config.save_dtype)
     if begin.folder:
         load(begin.folder, resumable(trained, optimizer))
@@ -138,20 +128,13 @@ def train(config: Config, ranks: Ranks) -> int:
         output_dir if ranks.rank == 0 else None, tensorboard=config.report_to == "tensorboard"
     )
 
+    described = (plan.model_config, plan.tokenizer)
+
     def write_model(folder: Path, jobs: Jobs) -> None:
         if adapters:
-            save_adapter(model, adapters, plan.model_config, plan.tokenizer, folder, jobs)
+            save_adapter(model, adapters, *described, folder, jobs)
         else:
-            save_model_folder(
-                model,
-                plan.model_config,
-                plan.tokenizer,
-                plan.parts,
-                folder,
-                save_dtype,
-                loaded.carried,
-                jobs,
-            )
+            save_model_folder(model, *described, plan.parts, folder, save_dtype, loaded.carried, jobs)
 
     # --- the loop ----------------------------------------------------------------------------------------
     loader = StepLoader(
@@ -170,6 +153,8 @@ def train(config: Config, ranks: Ranks) -> int:
         output_dir, run, config.save_total_limit, config.async_save, save_minutes=config.save_minutes
     )
     stop = StopRequest(output_dir)
+    flops = count_flops(model)
+    peak = matmul_peak(device, config.bf16) if config.measure_mfu else None
     if config.rehearse:
         longest = longest_micro_batch(plan.reader, config.per_device_train_batch_size, plan.packing)
         rehearse(model, longest, device, config.gradient_accumulation_steps)
@@ -178,12 +163,15 @@ def train(config: Config, ranks: Ranks) -> int:
     bar = tqdm(
         total=total_steps, initial=begin.step, disable=ranks.rank != 0, unit="step", dynamic_ncols=True
     )
-    window_started, window_wait, window_steps = time.perf_counter(), 0.0, 0
-    # By source, the sums of data.ledger.tally: since the last line of metrics, and since the epoch began.
+    # Since the last line of metrics: seconds, those of waiting for data and for saves, steps; tokens, FLOPs
+    # of vision and language; and by source the sums of data.ledger.tally, these since the epoch began too.
+    seconds, window_wait, window_saving, window_steps = begin.notes.get("clock", [0.0, 0.0, 0.0, 0])
+    window_started = time.perf_counter() - seconds
+    work = torch.tensor(begin.notes.get("work", [0.0, 0.0, 0.0]), dtype=torch.float64)
     window, epoch = torch.zeros(2, 4, len(sources), dtype=torch.float64)
     window += torch.tensor(begin.notes.get("window", 0.0), dtype=torch.float64)
     epoch += torch.tensor(begin.notes.get("epoch", 0.0), dtype=torch.float64)
-    window_tokens, skipped_steps, bad_steps = begin.notes.get("counts", [0.0, 0, 0])
+    skipped_steps, bad_steps = begin.notes.get("counts", [0, 0])[-2:]
     for step in range(begin.step + 1, total_steps + 1):
         faulthandler.dump_traceback_later(60 * config.hang_minutes, exit=True)
         waited = time.perf_counter()
@@ -193,8 +181,8 @@ def train(config: Config, ranks: Ranks) -> int:
 
         # One mean over the supervised tokens of the global batch, whatever rank or micro-batch has them.
         # The last two columns are requests that all ranks must hear in the same step.
-        rows = [(m.num_supervised, m.num_tokens, 0, 0) for m in micro_batches]
-        rows.append((0, 0, stop.asked(), checkpoints.minutes_are_over()))
+        rows = [(m.num_supervised, m.num_tokens, *flops.of(m), 0, 0) for m in micro_batches]
+        rows.append((0, 0, 0, 0, stop.asked(), checkpoints.minutes_are_over()))
         counts = all_sum(torch.tensor(rows, dtype=torch.float64, device=device).sum(0))
         num_supervised = counts[0].clamp(min=1.0)
         sums = torch.zeros(4, len(sources), dtype=torch.float64, device=device)
@@ -219,7 +207,8 @@ def train(config: Config, ranks: Ranks) -> int:
         grad_norm = get_total_norm([p.grad for p in trained.values() if p.grad is not None])
         norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
         numbers = torch.cat([all_sum(sums).flatten(), counts, norm.double().view(1)]).cpu()
-        step_sums, (_, tokens, stopping, minutes_over, norm) = numbers[:-5].view(4, -1), numbers[-5:].tolist()
+        step_sums, step_work = numbers[:-7].view(4, -1), numbers[-6:-3]
+        stopping, minutes_over, norm = numbers[-3:].tolist()
         factor = learning_rate_factor(config.lr_scheduler_type, step - 1, total_steps, plan.warmup_steps)
         if math.isfinite(norm) and step_sums.isfinite().all():
             clip_grads_with_norm_(trained.values(), config.max_grad_norm or math.inf, grad_norm)
@@ -228,7 +217,7 @@ def train(config: Config, ranks: Ranks) -> int:
             optimizer.step()
             window += step_sums
             epoch += step_sums
-            window_tokens += tokens
+            work += step_work
             bad_steps = 0
         else:
             skipped_steps += 1
@@ -242,7 +231,9 @@ def train(config: Config, ranks: Ranks) -> int:
         # --- say what happened -----------------------------------------------------------------------------
         if step % config.logging_steps == 0 or step == total_steps:
             samples, left_out, supervised, loss_sum = window.sum(1).tolist()
+            tokens, vision_flops, language_flops = work.tolist()
             seconds = time.perf_counter() - window_started
+            mfu = (vision_flops + language_flops) / seconds / peak if peak else None
             loss = loss_sum / supervised if supervised else math.nan
             memory = int(all_max(memory_peak_bytes(device), device))
             metrics.write(
@@ -253,13 +244,19 @@ def train(config: Config, ranks: Ranks) -> int:
                 learning_rate=config.learning_rate * factor,
                 grad_norm=norm,
                 samples=int(samples),
-                tokens=int(window_tokens),
+                tokens=int(tokens),
                 supervised_tokens=int(supervised),
                 left_out_samples=int(left_out),
                 skipped_steps=skipped_steps,
-                tokens_per_second=window_tokens / seconds,
+                tokens_per_second=tokens / seconds,
+                supervised_tokens_per_second=supervised / seconds,
+                samples_per_second=samples / seconds,
+                model_flops_vision=vision_flops,
+                model_flops_language=language_flops,
+                mfu=mfu,
                 seconds_step=seconds / window_steps,
                 seconds_data_wait=window_wait / window_steps,
+                seconds_saving=window_saving / window_steps,
                 planned_idle_share=loader.idle_share(step - 1),
                 memory_peak_bytes=memory,
                 loss_by_source={
@@ -270,12 +267,14 @@ def train(config: Config, ranks: Ranks) -> int:
             )
             bar.set_postfix_str(
                 f"loss {loss:.4f}, lr {config.learning_rate * factor:.2e}, "
-                f"{window_tokens / seconds:,.0f} tokens/s, data wait {window_wait / seconds:.1%}, "
-                f"memory {memory / 2**30:.1f} GiB"
+                f"{tokens / seconds:,.0f} tokens/s ({supervised / seconds:,.0f} supervised), "
+                f"{samples / seconds:,.1f} samples/s, {f'MFU {mfu:.1%}, ' if mfu else ''}"
+                f"data wait {window_wait / seconds:.1%}, memory {memory / 2**30:.1f} GiB"
             )
-            window_started, window_wait, window_steps = time.perf_counter(), 0.0, 0
+            window_started, window_wait, window_saving, window_steps = time.perf_counter(), 0.0, 0.0, 0
+            work.zero_()
             window.zero_()
-            window_tokens, skipped_steps = 0.0, 0
+            skipped_steps = 0
         if step % plan.sampler.steps_per_epoch == 0:
             number = step // plan.sampler.steps_per_epoch - 1
             ledger = ledger_rows(sources, epoch, number)
@@ -292,9 +291,12 @@ def train(config: Config, ranks: Ranks) -> int:
         steps = {"no": total_steps, "steps": config.save_steps, "epoch": plan.sampler.steps_per_epoch}
         due = step % steps[config.save_strategy] == 0 or minutes_over or stopping
         if due and step < total_steps:
-            notes = {"window": window.tolist(), "epoch": epoch.tolist()}
-            notes["counts"] = [window_tokens, skipped_steps, bad_steps]
+            notes = {"window": window.tolist(), "epoch": epoch.tolist(), "work": work.tolist()}
+            notes["counts"] = [skipped_steps, bad_steps]
+            saving = time.perf_counter()
+            notes["clock"] = [saving - window_started, window_wait, window_saving, window_steps]
             checkpoints.save(step, write_model, resumable(trained, optimizer), notes)
+            window_saving += time.perf_counter() - saving
         if stopping and step < total_steps:
             checkpoints.wait()
             stop.honoured()

@@ -25,9 +25,11 @@ from data.mixture import Source, read_mixture
 from data.packing import CostModel, Packing
 from data.sampler import StepSampler
 from data.tokens import SampleEncoder
+from trainer.adapter_folder import loads_by_itself
 from trainer.config import Config
 from trainer.distributed import Ranks, agree_on_problems, log, rank_zero_first
 from trainer.lora import Adapters, add_adapters
+from trainer.metrics import model_table
 from trainer.models import (
     Parts,
     build_model,
@@ -38,7 +40,7 @@ from trainer.models import (
     parts_of,
 )
 from trainer.trained import trained_names
-from trainer.weights import tensor_files
+from trainer.weights import LoadReport, tensor_files
 
 
 @dataclass(frozen=True)
@@ -143,8 +145,20 @@ def _describe_model(config: Config, ranks: Ranks, sources: list[Source]) -> Plan
     )
 
 
-def say(plan: Plan, config: Config, ranks: Ranks) -> None:
-    """Log the sources and the arithmetic of a batch."""
+def say(plan: Plan, config: Config, ranks: Ranks, loaded: LoadReport) -> None:
+    """Log what trains, the sources and the arithmetic of a batch; `loaded` is what the base brought."""
+    adapters, base = plan.adapters, Path(config.model_name_or_path)
+    log(model_table(plan.model, plan.parts, config.learning_rates, adapters.saved if adapters else None))
+    if adapters and not loads_by_itself(base, plan.parts):
+        log(
+            f"{base} brings no code that today's transformers can run: to use the adapter without this "
+            f"project, `python -m trainer.export --modernise {base} NEW_BASE --adapter {config.output_dir}`"
+        )
+    if loaded.carried and not adapters:
+        log(
+            f"{len(loaded.carried)} tensors of {base} are unknown to the model and will be saved unchanged, "
+            f"first {next(iter(loaded.carried))}"
+        )
     for source in plan.sources:
         log(f"{source.name}: {len(source.records):,} records, {source.num_samples:,} samples an epoch")
     rows = (

@@ -52,6 +52,7 @@ HARMLESS = {
     "max_bad_steps",
     "hang_minutes",
     "report_to",
+    "measure_mfu",
 }
 """Fields that the training's numbers do not depend on, rounding apart."""
 IN_THE_PLAN = {
