@@ -52,6 +52,26 @@ def test_a_folder_that_is_no_demo_is_not_emptied(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--high_resolution"]])
+def test_a_short_demo_runs_to_its_end(tmp_path, more):
+    command = [
+        "./torchrun.sh",
+        "demo",
+        str(tmp_path / "demo"),
+        "--num_images",
+        "20",
+        "--epochs",
+        "0.02",
+        *more,
+    ]
+    subprocess.run(command, cwd=ROOT, check=True)
+    result = json.loads((tmp_path / "demo" / "demo.json").read_text())
+    assert all(0 <= result[kind] <= 1 for kind in ("colour", "shape", "yesno", "all", "text"))
+    adapter = json.loads((tmp_path / "demo" / "adapter" / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(tmp_path / "demo" / "model")
+
+
+@pytest.mark.slow
 def test_the_demo_learns_to_see_and_an_adapter_teaches_it_chinese(tmp_path):
     subprocess.run(["./torchrun.sh", "demo", str(tmp_path / "demo")], cwd=ROOT, check=True)
     result = json.loads((tmp_path / "demo" / "demo.json").read_text())
