@@ -25,8 +25,10 @@ def world(tmp_path_factory):
     return folder
 
 
-def train(folder, name, ranks, accumulation=1, data="data/data.txt", *flags):
-    per_device = GLOBAL_BATCH // ranks // accumulation
+def train(
+    folder, name, ranks, accumulation=1, data="data/data.txt", *flags, batch=GLOBAL_BATCH, run=main, status=0
+):
+    per_device = batch // ranks // accumulation
     arguments = f"""
         --model_name_or_path {folder}/model --data_path {folder}/{data} --output_dir {folder}/{name}
         --bf16 False --fix_vit False --plora_dropout 0 --gradient_checkpointing False --packing False
@@ -34,10 +36,10 @@ def train(folder, name, ranks, accumulation=1, data="data/data.txt", *flags):
         --per_device_train_batch_size {per_device} --gradient_accumulation_steps {accumulation}
         --dataloader_num_workers 0
     """
-    run_ranks(ranks, main, [*arguments.split(), *flags])
+    run_ranks(ranks, run, [*arguments.split(), *flags], status=status)
 
 
-def assert_same_training(folder, name, reference="reference"):
+def assert_same_training(folder, name, reference="reference", weights="model.safetensors"):
     ours, theirs = read_metrics(folder / name), read_metrics(folder / reference)
     assert len(ours) == len(theirs) == 10
     for a, b in zip(ours, theirs, strict=True):
@@ -49,7 +51,7 @@ def assert_same_training(folder, name, reference="reference"):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
         assert a["loss_by_source"] == pytest.approx(b["loss_by_source"], rel=1e-6)
-    ours, theirs = (load_file(folder / run / "model.safetensors") for run in (name, reference))
+    ours, theirs = (load_file(folder / run / weights) for run in (name, reference))
     assert ours.keys() == theirs.keys()
     for key in ours:
         difference = (ours[key] - theirs[key]).norm() / theirs[key].norm().clamp(min=1e-3)

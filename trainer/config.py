@@ -131,12 +131,28 @@ class Config:
 
     # --- memory and speed ----------------------------------------------------------------------------
     sharding: str = "full"
-    """full: every parameter is sharded over the ranks; none (with use_lora): the frozen base is whole on
+    """full: every parameter is sharded over the ranks; hybrid: over the ranks of a node, and nodes hold the
+    same shards, so that only gradients travel between them; none (with use_lora): the frozen base is whole on
     every rank, which saves gathering it, and only what trains is sharded."""
+    reshard_after_forward: bool = True
+    """Drop a block's gathered parameters after its forward pass and gather them again in the backward pass.
+    False keeps them to the end of the step: half the gathers or fewer, the whole model in memory."""
+    forward_prefetch: bool = False
+    """Ask for the next block's parameters before a block runs, not after; it costs the memory of a block, and
+    pays where the processor does not run far ahead of the accelerator."""
+    reduce_every_micro_batch: bool = False
+    """Sum gradients over the ranks in every micro-batch, not in a step's last one alone: then no rank holds
+    the whole gradient in float32 while micro-batches accumulate."""
+    cpu_offload: bool = False
+    """Keep parameters, gradients and the optimizer in the host's memory, and step there; a block's parameters
+    travel to the accelerator when it runs."""
     bf16: bool = True
     """Compute in bfloat16; parameters that train, reductions and the optimizer stay in float32."""
-    gradient_checkpointing: bool = True
-    """Keep only each block's input for the backward pass and compute the block again there."""
+    gradient_checkpointing: bool | str = True
+    """Keep only each block's input for the backward pass and compute the block again there; `selective` keeps
+    the results of matrix products and attention too, and computes only the rest again."""
+    vision_checkpointing: bool | str | None = None
+    """The same for the blocks of the vision tower, if it trains; as gradient_checkpointing by default."""
     vision_micro_batch: int | None = 16
     """Images or tiles that a block of the vision tower computes at a time; it bounds memory and changes no
     number. none: all of a micro-batch at once."""
@@ -211,13 +227,15 @@ class Config:
             "lr_scheduler_type": SCHEDULES,
             "loss_average": ("token", "micro_batch"),
             "lora_bias": ("none", "all", "lora_only"),
-            "sharding": ("full", "none"),
+            "sharding": ("full", "hybrid", "none"),
+            "gradient_checkpointing": (True, False, "selective"),
+            "vision_checkpointing": (None, True, False, "selective"),
             "save_strategy": ("no", "steps", "epoch"),
             "save_dtype": ("auto", "float32", "bfloat16"),
             "report_to": ("none", "tensorboard"),
         }.items():
             if getattr(self, name) not in choices:
-                found.append(f"--{name} {getattr(self, name)}: choose one of {', '.join(choices)}")
+                found.append(f"--{name} {getattr(self, name)}: choose one of {', '.join(map(str, choices))}")
         at_least = {
             "img_size": 1,
             "max_length": 2,
@@ -276,13 +294,19 @@ class Config:
         if not self.use_lora:
             needs_lora = [field.name for field in fields(self) if "lora" in field.name]
             needs_lora = [name for name in needs_lora if name not in ("use_lora", "plora_dropout")]
-            for name in (*needs_lora, "use_dora", "verify_adapter", "sharding"):
+            for name in (*needs_lora, "use_dora", "verify_adapter"):
                 if getattr(self, name) != getattr(Config, name):
                     found.append(f"--{name} has no effect without --use_lora True")
+            if self.sharding == "none":
+                found.append("--sharding none keeps a frozen base whole: it needs --use_lora True")
         elif self.save_dtype != "auto":
             found.append(
                 "--save_dtype has no effect with --use_lora: an adapter is saved as it trains, in float32"
             )
+        if self.fix_vit and not self.train_modules and self.vision_checkpointing is not None:
+            found.append("--vision_checkpointing has no effect while --fix_vit is True: it keeps nothing")
+        if self.sharding == "none" and self.cpu_offload:
+            found.append("--cpu_offload moves shards only: it excludes --sharding none")
         if self.use_dora and self.lora_dropout > 0:
             found.append(
                 "--use_dora needs --lora_dropout 0: with dropout, peft's DoRA computes something else in "

@@ -5,7 +5,7 @@ Input: torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER
 Output: a `Ranks` and an initialised default process group on the machine's accelerator (NCCL on CUDA), or on
 the CPU with gloo.
 
-    ranks = start()                                   # Ranks(rank=1, world=2, local_rank=1, device=cpu)
+    ranks = start()                                   # Ranks(rank=1, world=2, local_rank=1, …)
     all_sum(torch.tensor(3.0, device=ranks.device))   # 3.0 on each of 2 ranks → 6.0 on both
     log("only rank 0 says this")
 """
@@ -23,6 +23,7 @@ from typing import NoReturn
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
@@ -32,18 +33,20 @@ BAD_INPUT, STOPPED, FAILED = 2, 75, 1
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all: `rank` of `world`, `local_rank` on this machine, and its `device`."""
+    """This process: `rank` of `world`, `local_rank` of this machine's `local_world`, and its `device`."""
 
     rank: int
     world: int
     local_rank: int
+    local_world: int
     device: torch.device
 
 
-def start(timeout_seconds: float = 1800) -> Ranks:
+def start(timeout_seconds: float = 1800, host_collectives: bool = False) -> Ranks:
     """Join the process group that torchrun describes, or start one of a single process.
 
     `timeout_seconds` bounds every collective: a rank that never arrives ends the job instead of hanging it.
+    `host_collectives`: tensors in the host's memory take part in collectives too, by gloo.
     """
     if "RANK" not in os.environ:
         with socket.socket() as probe:
@@ -61,15 +64,30 @@ def start(timeout_seconds: float = 1800) -> Ranks:
     store, rank, world = next(rendezvous("env://"))
     # torchrun may keep its store when it starts the ranks again: they must not find addresses of the dead.
     store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = dist.get_default_backend_for_device(device.type)
+    if host_collectives and device.type != "cpu":
+        backend = f"cpu:gloo,{device.type}:{backend}"
     dist.init_process_group(
-        dist.get_default_backend_for_device(device.type),
+        backend,
         store=store,
         rank=rank,
         world_size=world,
         timeout=timedelta(seconds=timeout_seconds),
         device_id=device if device.type != "cpu" else None,
     )
-    return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device)
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, local_world, device)
+
+
+def device_mesh(ranks: Ranks, hybrid: bool = False) -> DeviceMesh:
+    """All ranks in a row; or, hybrid, (replicate, shard): a row a node, whose ranks torchrun numbers in turn.
+
+    4 nodes of 8 ranks: rank 13 is replica 1 of shard 5.
+    """
+    if not hybrid:
+        return init_device_mesh(ranks.device.type, (ranks.world,), mesh_dim_names=("data",))
+    shape = (ranks.world // ranks.local_world, ranks.local_world)
+    return init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def finish() -> None:

@@ -141,9 +141,11 @@ def _convert(value: Any, annotation: Any) -> Any:
         raise ValueError("a value is needed")
     if kind is bool:
         words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-        if str(value).lower() not in words:
-            raise ValueError("must be True or False")
-        return words[str(value).lower()]
+        if str(value).lower() in words:
+            return words[str(value).lower()]
+        if str in get_args(annotation):  # bool | str: True, False, or a word that the settings check
+            return str(value)
+        raise ValueError("must be True or False")
     try:
         return kind(str(value))
     except ValueError:

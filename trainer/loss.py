@@ -99,8 +99,10 @@ class _LossesWithGradients(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @once_differentiable  # pyright: ignore[reportIncompatibleMethodOverride]
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None]:
         (of_losses,) = grad_outputs
         gradients, ctx.gradients = ctx.gradients, None
         is_sum = len(of_losses) == 1 or (len(of_losses) > 1 and of_losses.stride(0) == 0)  # one for all

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
@@ -42,6 +41,7 @@ from trainer.distributed import (
     agree_on_problems,
     all_max,
     all_sum,
+    device_mesh,
     finish,
     is_lost_peer,
     leave,
@@ -56,7 +56,7 @@ from trainer.lora import load_adapters
 from trainer.loss import chunked_token_losses
 from trainer.metrics import MetricsFile, memory_peak_bytes, part_of
 from trainer.optim import adamw, learning_rate_factor, parameter_groups
-from trainer.parallelize import parallelize
+from trainer.parallelize import allocate, parallelize, set_communication
 from trainer.plan import make_plan, say
 from trainer.rehearsal import bytes_of_a_save, longest_micro_batch, prepare_output_dir, rehearse
 from trainer.replay import write_capsule
@@ -93,17 +93,20 @@ def train(config: Config, ranks: Ranks) -> int:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in plan.training)
         parameter.data = parameter.data.to(torch.float32 if name in in_float32 else frozen_dtype)
-    mesh = init_device_mesh(device.type, (ranks.world,), mesh_dim_names=("data",))
     model = parallelize(
         model,
-        mesh,
+        device_mesh(ranks, hybrid=config.sharding == "hybrid"),
         plan.parts,
         bf16=config.bf16,
         gradient_checkpointing=config.gradient_checkpointing,
+        vision_checkpointing=config.vision_checkpointing,
         vision_micro_batch=config.vision_micro_batch,
-        shard_frozen=config.sharding == "full",
+        shard_frozen=config.sharding != "none",
+        reshard_after_forward=config.reshard_after_forward,
+        forward_prefetch=config.forward_prefetch,
+        cpu_offload=config.cpu_offload,
     )
-    model.to_empty(device=device)
+    allocate(model, device, config.cpu_offload)
     loaded = load_weights(model, base, optional=plan.parts.unused)
     if adapters:
         load_adapters(model, adapters, config.seed)
@@ -157,7 +160,7 @@ def train(config: Config, ranks: Ranks) -> int:
     peak = matmul_peak(device, config.bf16) if config.measure_mfu else None
     if config.rehearse:
         longest = longest_micro_batch(plan.reader, config.per_device_train_batch_size, plan.packing)
-        rehearse(model, longest, device, config.gradient_accumulation_steps)
+        rehearse(model, longest, device, config)
     batches = iter(loader)
     micro_batches: list[MicroBatch] = []
     bar = tqdm(
@@ -188,7 +191,7 @@ def train(config: Config, ranks: Ranks) -> int:
         sums = torch.zeros(4, len(sources), dtype=torch.float64, device=device)
 
         for i, micro_batch in enumerate(micro_batches):
-            model.set_requires_gradient_sync(i == len(micro_batches) - 1)
+            set_communication(model, config, is_last=i == len(micro_batches) - 1)
             micro_batch = micro_batch.to(device)
             losses = model(**micro_batch.inputs).loss  # [supervised tokens], float32
             if config.loss_average == "micro_batch":
@@ -206,7 +209,7 @@ def train(config: Config, ranks: Ranks) -> int:
         # --- step, unless a number is not finite; all ranks read the same, the one wait for the device -----
         grad_norm = get_total_norm([p.grad for p in trained.values() if p.grad is not None])
         norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
-        numbers = torch.cat([all_sum(sums).flatten(), counts, norm.double().view(1)]).cpu()
+        numbers = torch.cat([all_sum(sums).flatten(), counts, norm.to(device, torch.float64).view(1)]).cpu()
         step_sums, step_work = numbers[:-7].view(4, -1), numbers[-6:-3]
         stopping, minutes_over, norm = numbers[-3:].tolist()
         factor = learning_rate_factor(config.lr_scheduler_type, step - 1, total_steps, plan.warmup_steps)
@@ -324,7 +327,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for problem in str(error).splitlines():
             log(f"error: {problem}")
         return BAD_INPUT
-    ranks = start(60 * config.hang_minutes + 60)  # the watchdog of the step speaks first
+    # The watchdog of the step speaks first.
+    ranks = start(60 * config.hang_minutes + 60, host_collectives=config.cpu_offload)
     try:
         status = train(config, ranks)
     except SaveError as error:  # the same on every rank

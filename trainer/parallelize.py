@@ -1,31 +1,56 @@
-"""One function that turns a model into its sharded form: checkpointing → tiles → fully_shard.
+"""One function that turns a model into its sharded form: compile → checkpointing → tiles → fully_shard.
 
-The order matters. Checkpointing wraps a block's `forward` only, so parameter names stay; a vision block runs
-that a few tiles at a time; `fully_shard` hooks the outside of both, so the gather of a block's parameters is
-not done twice when a block is computed again, and happens once however many tiles a rank has.
+The order matters. What is compiled is a block's own `forward`, which checkpointing runs again in the backward
+pass; both replace `forward` only, so parameter names stay. A vision block runs that a few tiles at a time.
+`fully_shard` hooks the outside of all three, so the gather of a block's parameters is not done twice when a
+block is computed again, and happens once however many tiles a rank has.
 
     model = parallelize(build_model(config), mesh, parts, ...)    # on the meta device: nothing allocated yet
-    model.to_empty(device="cuda"); load_weights(model, folder)    # each rank allocates and reads its part
+    allocate(model, device, cpu_offload=False)                    # each rank its part
+    load_weights(model, folder)
 
 With 2 ranks every parameter becomes a DTensor sharded along its first dimension; a block of 100 M parameters
-costs 50 M a rank, and 100 M more in the compute dtype while it runs.
+costs 50 M a rank, and 100 M more in the compute dtype while it runs. On a mesh of (replicate, shard) = (4, 8)
+a parameter is sharded over 8 ranks, and 4 ranks hold the same shard.
 """
 
 import functools
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import checkpoint
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from trainer.config import Config
 from trainer.models import Parts
 
+aten = torch.ops.aten
+MATRIX_PRODUCTS: list[Any] = [
+    aten.mm.default,
+    aten.addmm.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+    aten._scaled_dot_product_fused_attention_overrideable.default,
+]
+"""What selective checkpointing keeps: nearly all of a block's work, nothing quadratic in the length."""
 
-def checkpoint_activations(block: nn.Module) -> None:
-    """Keep only the block's input for the backward pass and run its forward again there."""
-    block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+def checkpoint_activations(block: nn.Module, selective: bool) -> None:
+    """Keep only the block's input for the backward pass, or its matrix products too, and run the rest of its
+    forward again there."""
+    options = {}
+    if selective:
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, MATRIX_PRODUCTS)
+        for module in block.modules():
+            if getattr(module, "inplace", False):  # it would change what is kept
+                module.__dict__["inplace"] = False
+    block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **options)
 
 
 def split_tiles(module: nn.Module, tiles: int) -> None:
@@ -43,21 +68,57 @@ def split_tiles(module: nn.Module, tiles: int) -> None:
     module.forward = forward_in_parts
 
 
+def allocate(model: nn.Module, device: torch.device, cpu_offload: bool) -> None:
+    """Give a sharded model its memory, unset: parameters on `device` or on the host, buffers on `device`."""
+    model.to_empty(device="cpu" if cpu_offload else device)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+
+
+def set_communication(model: Any, config: Config, is_last: bool) -> None:
+    """Before a micro-batch: whether its backward pass sums gradients over ranks and drops what is gathered.
+
+    is_last: of the step's micro-batches. Before it, every rank keeps its own whole gradient in float32,
+    unless `reduce_every_micro_batch`; then it keeps a shard of the sum, over its node alone where nodes
+    replicate the model. Without `reshard_after_forward` parameters are gathered once a step.
+    """
+    model.set_requires_gradient_sync(is_last or config.reduce_every_micro_batch)
+    model.set_requires_all_reduce(is_last)
+    model.set_reshard_after_backward(is_last or config.reshard_after_forward)
+
+
+def gather_ahead(blocks: Sequence[Any]) -> None:
+    """Ask for the next block's parameters before a block runs, so that they travel while it computes. The
+    backward pass does so by itself."""
+    for block, following in itertools.pairwise(blocks):
+        block.set_modules_to_forward_prefetch([following])
+
+
 def parallelize(
     model: nn.Module,
     mesh: DeviceMesh,
     parts: Parts,
     *,
     bf16: bool,
-    gradient_checkpointing: bool,
+    gradient_checkpointing: bool | str,
+    vision_checkpointing: bool | str | None = None,
     vision_micro_batch: int | None = None,
     shard_frozen: bool = True,
+    reshard_after_forward: bool = True,
+    forward_prefetch: bool = False,
+    cpu_offload: bool = False,
 ) -> Any:
     """Shard `model` over `mesh`, a group for every vision and language block and one for all the rest.
+
+    mesh: one dimension, or (replicate, shard).
 
     bf16: parameters are gathered and used in bfloat16; their shards, the gradients' reduction and the
     optimizer keep the stored dtype. Gradients are summed over ranks, never averaged: the loop divides the
     loss by the number of supervised tokens of all ranks itself.
+
+    gradient_checkpointing: of blocks: True, False or "selective"; vision_checkpointing: of vision blocks, if
+    other. A tower that does not train keeps nothing anyway.
 
     vision_micro_batch: images or tiles that the patch embedding and each vision block compute at a time; None
     for all of a micro-batch.
@@ -65,31 +126,53 @@ def parallelize(
     shard_frozen False, for adapters: frozen parameters stay whole on every rank, in the compute dtype, and
     are never gathered. All that trains is one group: gathered once, its gradients reduced once.
 
+    reshard_after_forward False keeps gathered parameters for the backward pass; forward_prefetch:
+    `gather_ahead`; cpu_offload: shards, gradients and optimizer stay in the host's memory.
+
     Returns the same object, which is now an `FSDPModule` as well as a model; no static type is both.
     """
     vision_blocks = list(model.get_submodule(parts.vision_blocks).children())
-    blocks = [*vision_blocks, *model.get_submodule(parts.language_blocks).children()]
-    if gradient_checkpointing:
-        for block in blocks:
-            checkpoint_activations(block)
+    language_blocks = list(model.get_submodule(parts.language_blocks).children())
+    vision_trains = any(p.requires_grad for n, p in model.named_parameters() if n.startswith(parts.vision))
+    if vision_checkpointing is None:
+        vision_checkpointing = gradient_checkpointing
+    for blocks, mode in (
+        (language_blocks, gradient_checkpointing),
+        (vision_blocks, vision_trains and vision_checkpointing),
+    ):
+        for block in blocks if mode else ():
+            checkpoint_activations(block, selective=mode == "selective")
     if vision_micro_batch is not None:
         for module in (model.get_submodule(parts.vision_embeddings), *vision_blocks):
             split_tiles(module, vision_micro_batch)
+
     compute_dtype, reduce_dtype = (torch.bfloat16, torch.float32) if bf16 else (None, None)
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype)
     # Inside the model nothing is cast on entry: a block's rotary cosines and sines stay in float32.
     inner = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
     )
+    offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if cpu_offload else OffloadPolicy()
+    place: dict[str, Any] = {"mesh": mesh, "offload_policy": offload}
     whole: set[nn.Parameter] = set()
     if not shard_frozen:
         used = compute_dtype or torch.float32
         whole = {p for p in model.parameters() if not p.requires_grad and p.dtype == used}
-        blocks = []
-    sharded = [fully_shard(block, mesh=mesh, mp_policy=inner) for block in blocks]
-    sharded.append(fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=whole))
-    for module in sharded:
+        vision_blocks, language_blocks = [], []
+    for block in vision_blocks:
+        # The backward pass never comes to a frozen tower, so nothing would use what is kept for it.
+        fully_shard(
+            block, mp_policy=inner, reshard_after_forward=reshard_after_forward or not vision_trains, **place
+        )
+    for block in language_blocks:
+        fully_shard(block, mp_policy=inner, reshard_after_forward=reshard_after_forward, **place)
+    sharded: Any = fully_shard(model, mp_policy=policy, ignored_params=whole, **place)
+    if forward_prefetch:
+        gather_ahead(language_blocks)
+        gather_ahead(vision_blocks)
+    modules: list[Any] = [*vision_blocks, *language_blocks, sharded]
+    for module in modules:
         # A plain sum is exact for any number of ranks; an average would have to be undone in the loss.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    return sharded[-1]
+    return sharded

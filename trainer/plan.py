@@ -70,7 +70,7 @@ class Plan:
 
 def make_plan(config: Config, ranks: Ranks) -> Plan | None:
     """Read all files but weights; every rank calls it. None: problems were found, and rank 0 said them."""
-    problems: list[str] = []
+    problems = _machine_problems(config, ranks)
     sources: list[Source] = []
     plan = None
     try:
@@ -100,6 +100,22 @@ def make_plan(config: Config, ranks: Ranks) -> Plan | None:
         return None
     cost = CostModel.from_sizes(**cost_sizes(plan.model_config), trains_vision=not config.fix_vit)
     return replace(plan, packing=Packing(lengths, config.max_length, cost))
+
+
+def _machine_problems(config: Config, ranks: Ranks) -> list[str]:
+    """What the flags ask of the machine and it does not have, a sentence each."""
+    problems = []
+    if config.cpu_offload and ranks.device.type == "cpu":
+        problems.append(
+            "--cpu_offload: there is no accelerator here, so everything is in the host's memory already; "
+            "remove the flag"
+        )
+    if config.sharding == "hybrid" and ranks.world % ranks.local_world:
+        problems.append(
+            f"--sharding hybrid: {ranks.world} ranks are not a whole number of nodes of {ranks.local_world}; "
+            "give every node as many ranks, or use --sharding full"
+        )
+    return problems
 
 
 def _describe_model(config: Config, ranks: Ranks, sources: list[Source]) -> Plan:

@@ -4,7 +4,7 @@ Input: the model, the data and the folder. Output: sentences about what will not
 
     prepare_output_dir(Path("output"), run, first_step=0, needed_bytes=120_000_000_000)
     # ["--output_dir output: a checkpoint and the model need 120.0 GB, 80.3 GB are free"]
-    rehearse(model, longest_micro_batch(reader, 4, packing), device, accumulation=8)
+    rehearse(model, longest_micro_batch(reader, 4, packing), device, config)
     # torch.OutOfMemoryError now and not in step 3,217
 """
 
@@ -24,6 +24,7 @@ from data.loader import SampleReader
 from data.packing import Packing
 from trainer.config import Config
 from trainer.folders import MARKER, sweep, write_json
+from trainer.parallelize import set_communication
 from trainer.resume import drop_later_lines
 
 PROBED = 64
@@ -113,14 +114,14 @@ def read_batch(
     return collate(samples, pixels, sample_ids, reader.encoder.pad_id, packed=packed)
 
 
-def rehearse(model: Any, micro_batch: MicroBatch, device: torch.device, accumulation: int) -> None:
+def rehearse(model: Any, micro_batch: MicroBatch, device: torch.device, config: Config) -> None:
     """Forward and backward as in a step, and the gradients dropped again; parameters and moments stay.
 
     With accumulation the first of two micro-batches keeps its whole gradient on every rank, which is the most
     memory that a step needs.
     """
-    for is_last in (True,) if accumulation == 1 else (False, True):
-        model.set_requires_gradient_sync(is_last)
+    for is_last in (True,) if config.gradient_accumulation_steps == 1 else (False, True):
+        set_communication(model, config, is_last)
         losses = model(**micro_batch.to(device).inputs).loss
         (losses.sum() / max(1, micro_batch.num_supervised)).backward()
     model.zero_grad(set_to_none=True)

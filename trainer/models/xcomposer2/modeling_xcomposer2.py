@@ -46,7 +46,9 @@ class PLoRAUp(nn.Linear):
 
 
 class PLoRALinear(nn.Linear):
-    """A linear layer with a low-rank addition at image slots."""
+    """A linear layer with a low-rank addition at image slots, added in place unless `inplace` is False."""
+
+    inplace = True
 
     def __init__(
         self, inputs: int, outputs: int, config: InternLMXcomposer2Config, name: str, bias: bool = False
@@ -66,7 +68,10 @@ class PLoRALinear(nn.Linear):
         if slots is not None:
             at_slots = self.dropout(input.flatten(0, 1).index_select(0, slots))
             delta = self.Plora_B(self.Plora_A(at_slots)) * self.scale
-            y.view(-1, y.shape[-1]).index_add_(0, slots, delta.to(y.dtype))
+            rows, delta = y.view(-1, y.shape[-1]), delta.to(y.dtype)
+            if not self.inplace:
+                return rows.index_add(0, slots, delta).view_as(y)
+            rows.index_add_(0, slots, delta)
         return y
 
 
