@@ -10,6 +10,7 @@ Output: a `Config`, or `ConfigError` with every problem at once.
 Names and defaults are those of the original scripts and of Hugging Face wherever they have one.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -179,6 +180,11 @@ class Config:
     measure_mfu: bool = False
     """Measure at the start, for a second, how fast matrix products are here in the compute dtype, and report
     the share of it that the model's own operations reach (mfu)."""
+    time_phases_every: int = 0
+    """Steps between those whose time and memory are split into phases, in lines of metrics.jsonl of the kind
+    "phases"; such a step is slower. 0: none."""
+    profile: str | None = None
+    """START:STOP, both included: trace these steps for chrome://tracing, in output_dir/profile/."""
     report_to: str = "none"
     """none, or tensorboard (needs `pip install tensorboard`)."""
 
@@ -204,6 +210,12 @@ class Config:
         if self.sampler_learning_rate is not None:
             rates["projector"] = self.sampler_learning_rate
         return rates | {"adapter_b": self.loraplus_lr_ratio * self.learning_rate}
+
+    @property
+    def traced_steps(self) -> range:
+        """The steps of `profile`; ValueError if it is not two numbers."""
+        first, last = (int(number) for number in (self.profile or "1:0").split(":"))
+        return range(first, last + 1)
 
     def problems(self) -> list[str]:
         """Everything that is wrong with the values alone, a sentence each; no file but paths' existence."""
@@ -249,6 +261,7 @@ class Config:
             "logging_steps": 1,
             "save_steps": 1,
             "save_total_limit": 1,
+            "time_phases_every": 0,
             "max_bad_steps": 0,
             "learning_rate": 0,
             "vit_learning_rate": 0,
@@ -275,6 +288,10 @@ class Config:
                 found.append(f"--{name} {getattr(self, name)}: must be above 0")
         if self.hd_num is not None and self.hd_num < 1 and self.hd_num != -1:
             found.append(f"--hd_num {self.hd_num}: must be at least 1, or -1 for the model's own default")
+        if self.profile and not re.fullmatch(r"[1-9]\d*:[1-9]\d*", self.profile):
+            found.append(f"--profile {self.profile}: name the first and last step to trace, as in 10:12")
+        elif self.profile and not self.traced_steps:
+            found.append(f"--profile {self.profile}: the last step comes before the first")
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
             found.append("nothing to train: --num_train_epochs or --max_steps must be above 0")
         found += self._contradictions()

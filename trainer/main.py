@@ -54,14 +54,16 @@ from trainer.flops import count_flops, matmul_peak
 from trainer.folders import Jobs
 from trainer.lora import load_adapters
 from trainer.loss import chunked_token_losses
-from trainer.metrics import MetricsFile, memory_peak_bytes, part_of
+from trainer.metrics import MetricsFile, part_of
 from trainer.optim import adamw, learning_rate_factor, parameter_groups
 from trainer.parallelize import allocate, parallelize, set_communication
+from trainer.phases import Phases
 from trainer.plan import make_plan, say
 from trainer.rehearsal import bytes_of_a_save, longest_micro_batch, prepare_output_dir, rehearse
 from trainer.replay import write_capsule
 from trainer.resume import choose_start, describe_run
 from trainer.signals import StopRequest, wait_for_the_end
+from trainer.trained import refuse_idle
 from trainer.weights import load_weights, save_model_folder, weights_dtype
 
 
@@ -127,10 +129,7 @@ def train(config: Config, ranks: Ranks) -> int:
     space = bytes_of_a_save(model, trained, save_dtype, config)
     if agree_on_problems(prepare_output_dir(output_dir, run, begin.step, space) if ranks.rank == 0 else []):
         return BAD_INPUT
-    metrics = MetricsFile(
-        output_dir if ranks.rank == 0 else None, tensorboard=config.report_to == "tensorboard"
-    )
-
+    metrics = MetricsFile(output_dir if ranks.rank == 0 else None, config.report_to == "tensorboard")
     described = (plan.model_config, plan.tokenizer)
 
     def write_model(folder: Path, jobs: Jobs) -> None:
@@ -153,22 +152,21 @@ def train(config: Config, ranks: Ranks) -> int:
         packing=plan.packing,
     )
     checkpoints = Checkpoints(
-        output_dir, run, config.save_total_limit, config.async_save, save_minutes=config.save_minutes
+        output_dir, run, config.save_total_limit, config.async_save, config.save_minutes
     )
     stop = StopRequest(output_dir)
     flops = count_flops(model)
     peak = matmul_peak(device, config.bf16) if config.measure_mfu else None
+    phases = Phases(model, plan.parts, ranks, config)
     if config.rehearse:
         longest = longest_micro_batch(plan.reader, config.per_device_train_batch_size, plan.packing)
         rehearse(model, longest, device, config)
     batches = iter(loader)
     micro_batches: list[MicroBatch] = []
-    bar = tqdm(
-        total=total_steps, initial=begin.step, disable=ranks.rank != 0, unit="step", dynamic_ncols=True
-    )
-    # Since the last line of metrics: seconds, those of waiting for data and for saves, steps; tokens, FLOPs
-    # of vision and language; and by source the sums of data.ledger.tally, these since the epoch began too.
-    seconds, window_wait, window_saving, window_steps = begin.notes.get("clock", [0.0, 0.0, 0.0, 0])
+    bar = tqdm(total=total_steps, initial=begin.step, disable=ranks.rank > 0, unit="step", dynamic_ncols=True)
+    # Since the last line of metrics: seconds and steps; tokens and FLOPs of vision and of language; and by
+    # source the sums of data.ledger.tally, these since the epoch began too.
+    seconds, window_steps = begin.notes.get("clock", [0.0, 0])
     window_started = time.perf_counter() - seconds
     work = torch.tensor(begin.notes.get("work", [0.0, 0.0, 0.0]), dtype=torch.float64)
     window, epoch = torch.zeros(2, 4, len(sources), dtype=torch.float64)
@@ -177,9 +175,9 @@ def train(config: Config, ranks: Ranks) -> int:
     skipped_steps, bad_steps = begin.notes.get("counts", [0, 0])[-2:]
     for step in range(begin.step + 1, total_steps + 1):
         faulthandler.dump_traceback_later(60 * config.hang_minutes, exit=True)
-        waited = time.perf_counter()
+        phases.start(step)
         micro_batches = next(batches)
-        window_wait += time.perf_counter() - waited
+        phases(None)
         torch.manual_seed(step_seed(config.seed, step, ranks.rank))  # what dropout draws
 
         # One mean over the supervised tokens of the global batch, whatever rank or micro-batch has them.
@@ -192,6 +190,7 @@ def train(config: Config, ranks: Ranks) -> int:
 
         for i, micro_batch in enumerate(micro_batches):
             set_communication(model, config, is_last=i == len(micro_batches) - 1)
+            phases("host_to_device")
             micro_batch = micro_batch.to(device)
             losses = model(**micro_batch.inputs).loss  # [supervised tokens], float32
             if config.loss_average == "micro_batch":
@@ -201,12 +200,10 @@ def train(config: Config, ranks: Ranks) -> int:
             (losses.sum() / divisor).backward()
             sums += tally(micro_batch, losses, len(sources))
 
-        if step == 1 and (idle := [name for name, p in trained.items() if p.grad is None]):
-            raise ValueError(
-                f"{len(idle)} parameters are set to train but got no gradient in the first step, "
-                f"first {idle[0]}; freeze them, or give data that reaches them"
-            )
+        if step == 1:
+            refuse_idle(trained)
         # --- step, unless a number is not finite; all ranks read the same, the one wait for the device -----
+        phases("optimizer")
         grad_norm = get_total_norm([p.grad for p in trained.values() if p.grad is not None])
         norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
         numbers = torch.cat([all_sum(sums).flatten(), counts, norm.to(device, torch.float64).view(1)]).cpu()
@@ -228,6 +225,7 @@ def train(config: Config, ranks: Ranks) -> int:
             capsule = write_capsule(step, run, sources, micro_batches, sums[3], trained, norm)
             log(f"\nwarning: step {step} is skipped: its loss or gradient is not finite; see {capsule}")
         optimizer.zero_grad(set_to_none=True)
+        phases(None)
         window_steps += 1
         bar.update()
 
@@ -238,7 +236,7 @@ def train(config: Config, ranks: Ranks) -> int:
             seconds = time.perf_counter() - window_started
             mfu = (vision_flops + language_flops) / seconds / peak if peak else None
             loss = loss_sum / supervised if supervised else math.nan
-            memory = int(all_max(memory_peak_bytes(device), device))
+            memory = int(all_max(phases.memory.of_window(), device))
             metrics.write(
                 kind="train",
                 step=step,
@@ -258,8 +256,8 @@ def train(config: Config, ranks: Ranks) -> int:
                 model_flops_language=language_flops,
                 mfu=mfu,
                 seconds_step=seconds / window_steps,
-                seconds_data_wait=window_wait / window_steps,
-                seconds_saving=window_saving / window_steps,
+                seconds_data_wait=phases.host_seconds["data_wait"] / window_steps,
+                seconds_saving=phases.host_seconds["saving"] / window_steps,
                 planned_idle_share=loader.idle_share(step - 1),
                 memory_peak_bytes=memory,
                 loss_by_source={
@@ -272,9 +270,10 @@ def train(config: Config, ranks: Ranks) -> int:
                 f"loss {loss:.4f}, lr {config.learning_rate * factor:.2e}, "
                 f"{tokens / seconds:,.0f} tokens/s ({supervised / seconds:,.0f} supervised), "
                 f"{samples / seconds:,.1f} samples/s, {f'MFU {mfu:.1%}, ' if mfu else ''}"
-                f"data wait {window_wait / seconds:.1%}, memory {memory / 2**30:.1f} GiB"
+                f"data wait {phases.host_seconds['data_wait'] / seconds:.1%}, memory {memory / 2**30:.1f} GiB"
             )
-            window_started, window_wait, window_saving, window_steps = time.perf_counter(), 0.0, 0.0, 0
+            window_started, window_steps = time.perf_counter(), 0
+            phases.host_seconds.clear()
             work.zero_()
             window.zero_()
             skipped_steps = 0
@@ -296,16 +295,15 @@ def train(config: Config, ranks: Ranks) -> int:
         if due and step < total_steps:
             notes = {"window": window.tolist(), "epoch": epoch.tolist(), "work": work.tolist()}
             notes["counts"] = [skipped_steps, bad_steps]
-            saving = time.perf_counter()
-            notes["clock"] = [saving - window_started, window_wait, window_saving, window_steps]
+            notes["clock"] = [time.perf_counter() - window_started, window_steps]
+            phases("saving")
             checkpoints.save(step, write_model, resumable(trained, optimizer), notes)
-            window_saving += time.perf_counter() - saving
+        if measured := phases.stop(step, is_last=stopping or step == total_steps):
+            metrics.write(kind="phases", step=step, **measured)
         if stopping and step < total_steps:
             checkpoints.wait()
             stop.honoured()
-            log(
-                f"\nstopped after step {step} of {total_steps}, as asked; the same command goes on from there"
-            )
+            log(f"\nstopped after step {step} of {total_steps}, as asked; the same command goes on from it")
             return FAILED if checkpoints.failed else STOPPED
     bar.close()
 

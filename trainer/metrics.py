@@ -55,15 +55,40 @@ class MetricsFile:
             self.board.flush()
 
 
-def memory_peak_bytes(device: torch.device) -> int:
-    """The most memory this rank has used since the last call: the accelerator's, or the process's resident
-    set on a CPU, whose peak can't be reset and is that of the whole run."""
-    if device.type == "cpu":
+class MemoryPeak:
+    """The most memory that this rank uses: of an accelerator's allocator; on a CPU, of the resident set.
+
+    `take()` sees what happened since it was called last, for phases of a step; `of_window()` is for lines of
+    metrics.jsonl and is not disturbed by it. Only Linux can take the peak of a resident set anew; elsewhere
+    `take()` is 0 on a CPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._highest = 0
+
+    def take(self) -> int:
+        """Peak bytes since the last `take()`, and begin anew."""
+        if self.device.type != "cpu":
+            peak = torch.accelerator.max_memory_allocated(self.device)
+            torch.accelerator.reset_peak_memory_stats(self.device)
+        elif sys.platform == "linux":
+            status = Path("/proc/self/status").read_text()
+            peak = 1024 * int(status.partition("VmHWM:")[2].split()[0])
+            Path("/proc/self/clear_refs").write_text("5")  # of proc_pid_clear_refs(5): resets VmHWM alone
+        else:
+            peak = 0
+        self._highest = max(self._highest, peak)
+        return peak
+
+    def of_window(self) -> int:
+        """Peak bytes since the last call; on a CPU, of the whole run."""
+        if self.device.type != "cpu":
+            self.take()
+            highest, self._highest = self._highest, 0
+            return highest
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
-    peak = torch.accelerator.max_memory_allocated(device)
-    torch.accelerator.reset_peak_memory_stats(device)
-    return peak
+        return max(self._highest, peak if sys.platform == "darwin" else peak * 1024)
 
 
 def part_of(name: str, parts: Parts) -> str:

@@ -59,6 +59,8 @@ HARMLESS = {
     "hang_minutes",
     "report_to",
     "measure_mfu",
+    "time_phases_every",
+    "profile",
 }
 """Fields that the training's numbers do not depend on, rounding apart."""
 IN_THE_PLAN = {

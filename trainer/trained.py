@@ -12,6 +12,7 @@ peft puts an adapted layer one level down: `wo.weight` is `wo.base_layer.weight`
 `checkpoint_name` takes that back, so the flags, a checkpoint and the model speak of the same layer.
 """
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -79,3 +80,12 @@ def trained_names(model: nn.Module, parts: Parts, config: "Config") -> set[str]:
         beside = parts.vision + parts.projector
         names |= {name for name, _ in model.named_parameters() if not name.startswith(beside)}
     return {name for name in names if not name.startswith(parts.unused)}
+
+
+def refuse_idle(trained: Mapping[str, nn.Parameter]) -> None:
+    """ValueError if parameters that are set to train have no gradient after a backward pass."""
+    if idle := [name for name, parameter in trained.items() if parameter.grad is None]:
+        raise ValueError(
+            f"{len(idle)} parameters are set to train but got no gradient in the first step, "
+            f"first {idle[0]}; freeze them, or give data that reaches them"
+        )
