@@ -22,7 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from trainer.config import Config
@@ -83,7 +89,11 @@ def set_communication(model: Any, config: Config, is_last: bool) -> None:
     unless `reduce_every_micro_batch`; then it keeps a shard of the sum, over its node alone where nodes
     replicate the model. Without `reshard_after_forward` parameters are gathered once a step.
     """
-    model.set_requires_gradient_sync(is_last or config.reduce_every_micro_batch)
+    reduces = is_last or config.reduce_every_micro_batch
+    for module in model.modules():
+        # FSDP fails to put off the reduction of a group that never ran: a frozen tower and text alone.
+        if isinstance(module, FSDPModule) and any(p.requires_grad for p in module.parameters()):
+            module.set_requires_gradient_sync(reduces, recurse=False)
     model.set_requires_all_reduce(is_last)
     model.set_reshard_after_backward(is_last or config.reshard_after_forward)
 
