@@ -37,6 +37,7 @@ def test_every_flag_exists():
     known = {field.name for kind in (Config, Questions) for field in fields(kind)} | {"help", "config"}
     known |= {"merge", "modernise", "adapter", "checkpoint"}  # of export
     known |= {"out", "epochs", "high_resolution"}  # of preview, of the demo
+    known |= {"workloads", "peers", "rounds", "dtype", "steps", "ranks", "ours"}  # of compare
     torchrun = {"nproc_per_node", "signals-to-handle", "shutdown-timeout", "max-restarts"}
     slurm = {"signal", "requeue"}
     used = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", README))

@@ -24,9 +24,6 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
 
-# As in the tiny golden models: bos 1, eos = pad 2, unk 0, and the two control tokens last.
-SPECIAL = {"<unk>": 0, "<s>": 1, "</s>": 2, "[UNUSED_TOKEN_145]": 318, "[UNUSED_TOKEN_146]": 319}
-
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -101,15 +98,17 @@ def read_metrics(output_dir: Path, kind: str = "train") -> list[dict[str, Any]]:
     return [line for line in lines if line["kind"] == kind]
 
 
-def word_tokenizer(folder: Path) -> None:
-    """Save a word-level tokenizer of 320 ids: the words of the tiny data, and the control tokens."""
+def word_tokenizer(folder: Path, size: int = 320) -> None:
+    """Save a word-level tokenizer of `size` ids: the words of the tiny data, w0 to w(size − 121), and control
+    tokens where the tiny golden models have them: unk 0, bos 1, eos = pad 2, the two ends of turns last."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = dict(SPECIAL)
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    vocabulary |= {"[UNUSED_TOKEN_145]": size - 2, "[UNUSED_TOKEN_146]": size - 1}
     words = ["user", "assistant", "system", "\n", " ", "?", ".", "what", "colour", "is", "the", "it", "red"]
     words += ["green", "blue", "square", "how", "many", "are", "there", "one", "two", "say", "yes", "no"]
-    words += [f"w{i}" for i in range(200)]
+    words += [f"w{i}" for i in range(size - 120)]
     for index, word in enumerate(words):
         vocabulary[word] = 3 + index
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -152,7 +151,7 @@ def tiny_model(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any)
             ):  # zero in a new model: nothing would depend on them
                 parameter.normal_(std=0.1)
     model.to(dtype).save_pretrained(folder)
-    word_tokenizer(folder)
+    word_tokenizer(folder, model.config.vocab_size)
     return folder
 
 

@@ -1,0 +1,58 @@
+"""The benchmarks compare what is comparable: the peers train on our samples and begin with our loss."""
+
+import argparse
+
+import pytest
+
+import trainer.main
+from tests.benchmarks.workloads import WORKLOADS, make_data
+from tests.tiny import read_metrics, run_ranks, tiny_model
+
+pytest.importorskip("accelerate")
+
+STEPS, BATCH, RANKS = 2, 2, 2
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A tiny model and a realistic mixture for it, shorter than the real one; and what ours makes of them."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    model = tiny_model(folder / "model", plora_dropout=0.0)
+    shapes = WORKLOADS["realistic"].shapes
+    data = make_data(folder / "data", shapes, STEPS * BATCH * RANKS, num_words=190)
+    flags = f"""
+        --model_name_or_path {model} --data_path {data} --output_dir {folder}/ours --max_steps {STEPS}
+        --per_device_train_batch_size {BATCH} --max_length 2048 --lr_scheduler_type constant
+        --learning_rate 1e-4 --plora_dropout 0 --bf16 False --save_strategy no --dataloader_num_workers 0
+    """
+    run_ranks(RANKS, trainer.main.main, flags.split())
+    return folder, read_metrics(folder / "ours")
+
+
+@pytest.mark.parametrize("peer", ["hf_ddp", "hf_fsdp2", "hf_ddp_our_loss", "trl"])
+def test_a_peer_sees_our_samples_and_has_our_loss(peer, work):
+    if peer == "trl":
+        pytest.importorskip("trl")
+    from tests.benchmarks import compare, peers
+
+    folder, ours = work
+    options = argparse.Namespace(
+        peer=peer,
+        model=str(folder / "model"),
+        data=str(folder / "data" / "data.json"),
+        output=str(folder / peer),
+        steps=STEPS,
+        batch=BATCH,
+        dtype="fp32",
+        lora=False,
+        gradient_checkpointing=True,
+    )
+    run_ranks(RANKS, peers.train, options)
+    found = read_metrics(folder / peer)
+    expected = compare.expected_samples(folder / "model", options.data, STEPS, BATCH * RANKS)
+    assert [line["samples_seen"] for line in found] == expected
+    for line, ours_line in zip(found, ours, strict=True):
+        assert line["tokens"] == ours_line["tokens"]
+        assert line["supervised_tokens"] == ours_line["supervised_tokens"]
+        # The second loss too: both took the same step with the same optimizer.
+        assert line["loss"] == pytest.approx(ours_line["loss"], rel=1e-5)
