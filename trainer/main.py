@@ -8,8 +8,7 @@ trained model as a Hugging Face folder, `checkpoint-<step>/`, `metrics.jsonl` (a
 computes 8; the summed losses are divided once, by the supervised tokens of all 16; gradients are summed over
 ranks in the last micro-batch.
 
-Exit status: 0 finished; 2 bad configuration or data, nothing trained; 75 stopped on request with a checkpoint
-written: run again to go on; 1 anything else.
+Exit status: 0 finished; 2 bad input, nothing trained; 75 stopped on request: run again; 1 anything else.
 """
 
 import faulthandler
@@ -64,6 +63,7 @@ from trainer.replay import write_capsule
 from trainer.resume import choose_start, describe_run
 from trainer.signals import StopRequest, wait_for_the_end
 from trainer.trained import refuse_idle
+from trainer.vision_cache import VisionCache
 from trainer.weights import load_weights, save_model_folder, weights_dtype
 
 
@@ -139,6 +139,7 @@ def train(config: Config, ranks: Ranks) -> int:
             save_model_folder(model, *described, plan.parts, folder, save_dtype, loaded.carried, jobs)
 
     # --- the loop ----------------------------------------------------------------------------------------
+    cache = VisionCache(model, plan, config, ranks)
     loader = StepLoader(
         plan.reader,
         plan.sampler,
@@ -150,6 +151,7 @@ def train(config: Config, ranks: Ranks) -> int:
         num_workers=config.dataloader_num_workers,
         on_bad_sample="skip" if config.on_bad_sample == "skip" else "error",
         packing=plan.packing,
+        features=cache.features,
     )
     checkpoints = Checkpoints(
         output_dir, run, config.save_total_limit, config.async_save, config.save_minutes
@@ -187,12 +189,14 @@ def train(config: Config, ranks: Ranks) -> int:
         counts = all_sum(torch.tensor(rows, dtype=torch.float64, device=device).sum(0))
         num_supervised = counts[0].clamp(min=1.0)
         sums = torch.zeros(4, len(sources), dtype=torch.float64, device=device)
+        cache.agree(micro_batches)
 
         for i, micro_batch in enumerate(micro_batches):
             set_communication(model, config, is_last=i == len(micro_batches) - 1)
             phases("host_to_device")
             micro_batch = micro_batch.to(device)
-            losses = model(**micro_batch.inputs).loss  # [supervised tokens], float32
+            losses = (outputs := model(**micro_batch.inputs)).loss  # [supervised tokens], float32
+            cache.keep(micro_batch, outputs.tower_outputs)
             if config.loss_average == "micro_batch":
                 divisor = max(1, micro_batch.num_supervised) * len(micro_batches) * ranks.world
             else:
@@ -232,6 +236,7 @@ def train(config: Config, ranks: Ranks) -> int:
         # --- say what happened -----------------------------------------------------------------------------
         if step % config.logging_steps == 0 or step == total_steps:
             samples, left_out, supervised, loss_sum = window.sum(1).tolist()
+            by_source = zip(sources, *window[2:].tolist(), strict=True)
             tokens, vision_flops, language_flops = work.tolist()
             seconds = time.perf_counter() - window_started
             mfu = (vision_flops + language_flops) / seconds / peak if peak else None
@@ -260,11 +265,8 @@ def train(config: Config, ranks: Ranks) -> int:
                 seconds_saving=phases.host_seconds["saving"] / window_steps,
                 planned_idle_share=loader.idle_share(step - 1),
                 memory_peak_bytes=memory,
-                loss_by_source={
-                    source.name: total / count
-                    for source, count, total in zip(sources, *window[2:].tolist(), strict=True)
-                    if count
-                },
+                **cache.counts(),
+                loss_by_source={source.name: total / count for source, count, total in by_source if count},
             )
             bar.set_postfix_str(
                 f"loss {loss:.4f}, lr {config.learning_rate * factor:.2e}, "
@@ -311,6 +313,7 @@ def train(config: Config, ranks: Ranks) -> int:
     faulthandler.cancel_dump_traceback_later()
     checkpoints.save_final_model(total_steps, write_model)
     stop.honoured()
+    cache.finish()
     log(f"the trained {'adapter' if adapters else 'model'} is in {output_dir}")
     if adapters and config.verify_adapter and micro_batches:
         log(verify_adapter(model, adapters, output_dir, plan.model_config, micro_batches[0], device))
@@ -322,8 +325,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = parse(argv)
     except ConfigError as error:
-        for problem in str(error).splitlines():
-            log(f"error: {problem}")
+        log("\n".join(f"error: {problem}" for problem in str(error).splitlines()))
         return BAD_INPUT
     # The watchdog of the step speaks first.
     ranks = start(60 * config.hang_minutes + 60, host_collectives=config.cpu_offload)

@@ -29,6 +29,7 @@ __all__ = [
     "load_image_processor",
     "load_tokenizer",
     "parts_of",
+    "tower_settings",
 ]
 
 
@@ -80,6 +81,14 @@ def cost_sizes(config: PreTrainedConfig) -> dict[str, Any]:
         "patches_per_image": (config.image_size // config.patch_size) ** 2,
         "patches_per_slot": 4 if config.high_resolution else 1,
     }
+
+
+def tower_settings(config: PreTrainedConfig) -> str:
+    """Whatever the vision tower's output depends on beside the shapes and values of its weights."""
+    assert isinstance(config, InternLMXcomposer2Config)
+    vision = config.vision_config
+    names = ("num_attention_heads", "hidden_act", "layer_norm_eps", "attention_dropout")
+    return repr([getattr(vision, name) for name in names])
 
 
 def load_config(folder: str | Path, img_size: int | None = None) -> PreTrainedConfig:

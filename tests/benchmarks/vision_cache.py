@@ -1,0 +1,152 @@
+"""Seconds a step without kept features, while they are being made, and when all are read.
+
+    python -m tests.benchmarks.vision_cache                       # square and high-resolution, 3 rounds
+    python -m tests.benchmarks.vision_cache --workloads square --rounds 5
+
+Small models in which the frozen vision tower has about the share of a step's work that it has in a published
+one, each sample with a photograph-like JPEG. The runs are those of `trainer.main`, LoRA and full, one after
+the other in every round, so that the machine's other load meets all alike. Output: medians over the rounds of
+each run's median step, their ratios, and the tower's share of a step's multiplications as they are counted
+for packing, in this model and in the published one.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from data.packing import CostModel
+from tests.tiny import read_metrics, run_ranks, tiny_model
+from trainer.main import main as train
+from trainer.models import cost_sizes, load_config
+from trainer.models.xcomposer2.configuration_xcomposer2 import InternLMXcomposer2Config
+
+NUM_IMAGES = 8
+STEPS, FIRST_MEASURED = 12, 5
+LANGUAGE = {"num_key_value_heads": 2, "num_attention_heads": 4, "vocab_size": 320, "plora_rank": 32}
+VISION = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4, "patch_size": 14}
+WORKLOADS: dict[str, dict[str, Any]] = {
+    # 490 pixels, as vl-1.8b
+    "square": {
+        "model": {
+            **LANGUAGE,
+            "hidden_size": 256,
+            "intermediate_size": 1024,
+            "num_hidden_layers": 6,
+            "img_size": 490,
+            "vision_config": {**VISION, "image_size": 490, "num_hidden_layers": 4},
+        },
+        "flags": ["--max_length", "1400"],
+        "published": {
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "vision_config": {},
+        },
+    },
+    # up to 3 tiles of 336 pixels, as 4khd-7b
+    "tiles": {
+        "model": {
+            **LANGUAGE,
+            "hidden_size": 256,
+            "intermediate_size": 896,
+            "num_hidden_layers": 8,
+            "high_resolution": True,
+            "img_size": 336,
+            "vision_config": {**VISION, "image_size": 336, "num_hidden_layers": 2},
+        },
+        "flags": ["--max_length", "900", "--hd_num", "3"],
+        "published": {
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "vision_config": {"image_size": 336},
+        },
+    },
+}
+
+
+def write_data(folder: Path) -> Path:
+    """Records of a smooth picture with noise of its own each, 1200 × 900 pixels, and a question."""
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    records = []
+    for number in range(NUM_IMAGES):
+        coarse = generator.integers(0, 255, (9, 12, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((1200, 900), Image.Resampling.BICUBIC).save(folder / f"{number}.jpg")
+        words = " ".join(f"w{(number + i) % 200}" for i in range(60))
+        turns = [
+            {"from": "user", "value": "<ImageHere>what is it?"},
+            {"from": "assistant", "value": words},
+        ]
+        records.append({"image": [f"{number}.jpg"], "conversations": turns})
+    (folder / "data.json").write_text(json.dumps(records))
+    return folder / "data.json"
+
+
+def tower_share(config: Any) -> float:
+    """The frozen tower's part of the multiplications at an image slot, forward and backward, without
+    computing activations again."""
+    image_slot = CostModel.from_sizes(**cost_sizes(config), trains_vision=False).image_slot
+    return image_slot / (1 + image_slot)
+
+
+def measure(folder: Path, name: str, arguments: list[str], more: list[str]) -> dict[str, float]:
+    """The median step of a run, and how long it waited for data."""
+    run_ranks(1, train, [*arguments, "--output_dir", f"{folder}/{name}", *more], timeout=600)
+    lines = read_metrics(folder / name)[FIRST_MEASURED - 1 :]
+    return {key: statistics.median(line[f"seconds_{key}"] for line in lines) for key in ("step", "data_wait")}
+
+
+def compare(folder: Path, workload: dict[str, Any], rounds: int, more: list[str]) -> None:
+    """Print a row for each way."""
+    tiny_model(folder / "model", **workload["model"])
+    arguments = f"""
+        --model_name_or_path {folder}/model --data_path {write_data(folder / "data")} --bf16 False
+        --per_device_train_batch_size 2 --max_steps {STEPS} --save_strategy no --rehearse False
+        --dataloader_num_workers 1
+    """.split()
+    arguments += [*workload["flags"], *more]
+    found: dict[str, list[dict[str, float]]] = {"without": [], "reading": []}
+    keep = ["--cache_vision_features", f"{folder}/features"]
+    measure(folder, "filling", arguments, keep)
+    for number in range(rounds):
+        found["without"].append(measure(folder, f"without-{number}", arguments, []))
+        found["reading"].append(measure(folder, f"reading-{number}", arguments, keep))
+    medians = {name: statistics.median(run["step"] for run in runs) for name, runs in found.items()}
+    for name, runs in found.items():
+        wait = statistics.median(run["data_wait"] for run in runs)
+        print(
+            f"    {name:<10}{medians[name]:8.3f} s a step, {wait:.3f} of it waiting for data; "
+            f"{medians[name] / medians['without']:.3f} × without",
+            flush=True,
+        )
+    published = InternLMXcomposer2Config(**{**workload["model"], **workload["published"]})
+    ours, theirs = tower_share(load_config(folder / "model")), tower_share(published)
+    print(f"    the tower's share of a full step's work: {ours:.1%} here, {theirs:.1%} in the published size")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args(argv)
+    for name in arguments.workloads:
+        for kind, more in {"full": [], "LoRA": ["--use_lora", "True", "--lora_r", "16"]}.items():
+            print(f"{name}, {kind}", flush=True)
+            with tempfile.TemporaryDirectory() as folder:
+                compare(Path(folder), WORKLOADS[name], arguments.rounds, more)
+
+
+if __name__ == "__main__":
+    main()
