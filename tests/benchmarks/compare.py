@@ -276,7 +276,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warm_up", type=int, default=3, help="steps that are not timed")
     parser.add_argument("--batch", type=int, default=4, help="samples a rank and step")
-    parser.add_argument("--ranks", type=int, default=max(2, torch.accelerator.device_count()))
+    parser.add_argument("--ranks", type=int, default=torch.accelerator.device_count() or 2)
     parser.add_argument("--no_gradient_checkpointing", dest="gradient_checkpointing", action="store_false")
     parser.add_argument("--ours", default="", help="more flags of trainer.main, for our system alone")
     parser.add_argument("--output", type=Path, default=Path("output/compare"))

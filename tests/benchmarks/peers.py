@@ -175,7 +175,8 @@ def with_backbone(model: Any) -> Any:
     own_class = type(model)
 
     def backbone(**inputs: Any) -> SimpleNamespace:
-        outputs = own_class.forward(model, **inputs, logits_to_keep=1, output_hidden_states=True)
+        inputs |= {"logits_to_keep": 1, "output_hidden_states": True}
+        outputs = own_class.forward(model, **inputs)
         return SimpleNamespace(last_hidden_state=outputs.hidden_states[-1])
 
     model.__class__ = type(own_class.__name__, (own_class,), {"base_model": property(lambda self: backbone)})
