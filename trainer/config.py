@@ -13,10 +13,12 @@ Names and defaults are those of the original scripts and of Hugging Face whereve
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 
 from trainer.flags import parse_flags
 from trainer.optim import SCHEDULES
+from trainer.small_moments import KINDS
 
 
 @dataclass
@@ -116,6 +118,8 @@ class Config:
     """AdamW's decay of the second moment."""
     adam_epsilon: float = 1e-8
     """AdamW's term against division by zero."""
+    optim_state: str = "float32"
+    """How AdamW keeps its moments: float32; bfloat16, half of that; 8bit, a quarter (needs torchao)."""
     max_grad_norm: float = 1.0
     """Largest norm of the whole gradient; 0 turns clipping off."""
     warmup_ratio: float = 0.01
@@ -217,6 +221,11 @@ class Config:
         return rates | {"adapter_b": self.loraplus_lr_ratio * self.learning_rate}
 
     @property
+    def adam_betas(self) -> tuple[float, float]:
+        """AdamW's decays of the first and of the second moment."""
+        return self.adam_beta1, self.adam_beta2
+
+    @property
     def traced_steps(self) -> range:
         """The steps of `profile`; ValueError if it is not two numbers."""
         first, last = (int(number) for number in (self.profile or "1:0").split(":"))
@@ -245,6 +254,7 @@ class Config:
             "lr_scheduler_type": SCHEDULES,
             "loss_average": ("token", "micro_batch"),
             "lora_bias": ("none", "all", "lora_only"),
+            "optim_state": KINDS,
             "sharding": ("full", "hybrid", "none"),
             "gradient_checkpointing": (True, False, "selective"),
             "vision_checkpointing": (None, True, False, "selective"),
@@ -343,6 +353,12 @@ class Config:
             found.append("--vision_checkpointing has no effect while --fix_vit is True: it keeps nothing")
         if self.sharding == "none" and self.cpu_offload:
             found.append("--cpu_offload moves shards only: it excludes --sharding none")
+        if self.optim_state == "bfloat16" and self.adam_beta2 > 0.996:
+            found.append(
+                f"--optim_state bfloat16 cannot express --adam_beta2 {self.adam_beta2}: take 0.996 or less"
+            )
+        if self.optim_state == "8bit" and find_spec("torchao") is None:
+            found.append("--optim_state 8bit needs torchao: pip install 'torchao==0.18.*'")
         if self.use_dora and self.lora_dropout > 0:
             found.append(
                 "--use_dora needs --lora_dropout 0: with dropout, peft's DoRA computes something else in "

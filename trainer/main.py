@@ -119,14 +119,14 @@ def train(config: Config, ranks: Ranks) -> int:
     groups = parameter_groups(
         trained, parts_by_name, config.learning_rates, config.weight_decay, config.original_weight_decay
     )
-    optimizer = adamw(groups, (config.adam_beta1, config.adam_beta2), config.adam_epsilon, device)
+    optimizer = adamw(groups, config.adam_betas, config.adam_epsilon, device, config.optim_state)
 
     # --- say what will happen -----------------------------------------------------------------------------
     say(plan, config, ranks, loaded)
     save_dtype = base_dtype if config.save_dtype == "auto" else getattr(torch, config.save_dtype)
     if begin.folder:
         load(begin.folder, resumable(trained, optimizer))
-    space = bytes_of_a_save(model, trained, save_dtype, config)
+    space = bytes_of_a_save(model, trained, resumable(trained, optimizer), save_dtype, config)
     if agree_on_problems(prepare_output_dir(output_dir, run, begin.step, space) if ranks.rank == 0 else []):
         return BAD_INPUT
     metrics = MetricsFile(output_dir if ranks.rank == 0 else None, config.report_to == "tensorboard")

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from trainer.small_moments import SmallMomentsAdamW, zero_moments
+
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 
 
@@ -80,19 +82,22 @@ def parameter_groups(
 
 
 def adamw(
-    groups: list[dict[str, Any]], betas: tuple[float, float], eps: float, device: torch.device
+    groups: list[dict[str, Any]],
+    betas: tuple[float, float],
+    eps: float,
+    device: torch.device,
+    moments: str = "float32",
 ) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter, 2019) in its fused form where the device has one.
 
     Its moments are allocated here and not in the first step, so that a checkpoint can be read into them, and
-    too little memory for them shows before any work is done.
+    too little memory for them shows before any work is done. moments: how they are kept, one of
+    `small_moments.KINDS`.
     """
     fused = device.type in ("cpu", "cuda", "xpu", "mps")
-    optimizer = torch.optim.AdamW(groups, betas=betas, eps=eps, fused=fused, foreach=None if fused else True)
+    kind = torch.optim.AdamW if moments == "float32" else SmallMomentsAdamW
+    optimizer = kind(groups, betas=betas, eps=eps, fused=fused, foreach=None if fused else True)
     for parameter in (parameter for group in groups for parameter in group["params"]):
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), device=parameter.device if fused else "cpu"),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
+        step = torch.zeros((), device=parameter.device if fused else "cpu")
+        optimizer.state[parameter] = {"step": step, **zero_moments(parameter, moments)}
     return optimizer

@@ -90,10 +90,11 @@ def set_communication(model: Any, config: Config, is_last: bool) -> None:
     replicate the model. Without `reshard_after_forward` parameters are gathered once a step.
     """
     reduces = is_last or config.reduce_every_micro_batch
-    for module in model.modules():
+    groups: list[Any] = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for group in groups:
         # FSDP fails to put off the reduction of a group that never ran: a frozen tower and text alone.
-        if isinstance(module, FSDPModule) and any(p.requires_grad for p in module.parameters()):
-            module.set_requires_gradient_sync(reduces, recurse=False)
+        if any(parameter.requires_grad for parameter in group.parameters()):
+            group.set_requires_gradient_sync(reduces, recurse=False)
     model.set_requires_all_reduce(is_last)
     model.set_reshard_after_backward(is_last or config.reshard_after_forward)
 

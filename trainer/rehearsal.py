@@ -32,13 +32,18 @@ PROBED = 64
 
 
 def bytes_of_a_save(
-    model: nn.Module, trained: Mapping[str, Tensor], save_dtype: torch.dtype, config: Config
+    model: nn.Module,
+    trained: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    save_dtype: torch.dtype,
+    config: Config,
 ) -> int:
-    """Room for a checkpoint: the saved model, and float32 parameters and two moments of all that trains."""
-    num_trained = sum(parameter.numel() for parameter in trained.values())
-    num_saved = num_trained if config.use_lora else sum(parameter.numel() for parameter in model.parameters())
+    """Room for a checkpoint: the saved model, and the state that it is resumed from (`resumable`)."""
+    saved = trained.values() if config.use_lora else model.parameters()
     has_checkpoints = config.save_strategy != "no" or config.save_minutes is not None
-    return save_dtype.itemsize * num_saved + 3 * 4 * num_trained * has_checkpoints
+    return save_dtype.itemsize * sum(parameter.numel() for parameter in saved) + has_checkpoints * sum(
+        tensor.numel() * tensor.dtype.itemsize for tensor in state.values()
+    )
 
 
 def prepare_output_dir(

@@ -198,10 +198,14 @@ def _compare(folder: Path, run: Mapping[str, Any], anyway: bool) -> None:
     try:
         old = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         harmless, harmful = changes(old, run)
+        kept, wanted = (config.get("optim_state", "float32") for config in (old["config"], run["config"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         harmless, harmful = [], [f"{folder / 'run.json'} cannot be read: {error}"]
+        kept = wanted = None
     for change in harmless:
         log(f"since {folder}: {change}")
+    if kept != wanted:
+        raise ValueError(f"{folder} holds AdamW's moments in another form: go on with --optim_state {kept}")
     if harmful and not anyway:
         raise ValueError(
             "\n".join(

@@ -1,0 +1,129 @@
+"""AdamW whose two moments are kept in bfloat16 or in 8 bits; parameters and all arithmetic stay in float32.
+
+Input: parameters with gradients. Output: the update that torch's AdamW makes, of moments that were rounded
+after the step before. Only a part of a parameter has its moments in float32 at a time:
+
+    moments               float32     bfloat16     8bit
+    bytes a parameter     8           4            2.03
+
+8bit is block-wise dynamic quantisation (Dettmers et al., arXiv 2110.02861) by torchao: 256 neighbours of a
+row share a float32 scale, and a number is one of 256 codes, dense near zero. Parameters whose rows are not a
+multiple of 256 long, norms and biases among them, keep float32 moments. As no block crosses a row, codes and
+scales are sharded like the parameter, and checkpoints hold them as they are, for any number of ranks.
+
+bfloat16 rounds to nearest, with 8 bits: a second moment that decays by less than 1 / 256 a step would never
+become smaller again, which is why `adam_beta2` must not be above 0.996 (`Config.problems`).
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
+
+KINDS = ("float32", "bfloat16", "8bit")
+BLOCK = 256
+AT_A_TIME = 16384 * BLOCK
+"""Numbers of a parameter whose moments are in float32 at a time: quantising takes some 40 bytes for each."""
+
+
+def zero_moments(parameter: nn.Parameter, kind: str) -> dict[str, Tensor]:
+    """The state of a parameter before its first step, sharded as it is: `exp_avg`, `exp_avg_sq`, and with
+    8 bits `exp_avg_scale` and `exp_avg_sq_scale`, [rows, columns / 256]."""
+    weight, moments = parameter.detach(), {}
+    in_blocks = kind == "8bit" and weight.ndim == 2 and weight.shape[1] % BLOCK == 0
+    dtype = torch.uint8 if in_blocks else torch.bfloat16 if kind == "bfloat16" else torch.float32
+    for name in ("exp_avg", "exp_avg_sq"):
+        moments[name] = torch.zeros_like(weight, dtype=dtype)
+        if in_blocks:
+            scales = weight[:, ::BLOCK]
+            moments[f"{name}_scale"] = torch.zeros_like(scales, memory_format=torch.contiguous_format)
+    return moments
+
+
+class SmallMomentsAdamW(torch.optim.AdamW):
+    """torch's AdamW for a state of `zero_moments`."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        """One update; a parameter without a gradient is left alone."""
+        assert closure is None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group)
+
+    def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        weights, gradients = _parts(parameter.detach()), _parts(parameter.grad)
+        names = [name for name in state if name != "step"]
+        for weight, gradient, *kept in zip(
+            weights, gradients, *(_parts(state[name], "_scale" in name) for name in names), strict=True
+        ):
+            if weight.numel() == 0:  # the last rank's part of a parameter with few rows
+                continue
+            stored = dict(zip(names, kept, strict=True))
+            moments = [_read(stored, name) for name in ("exp_avg", "exp_avg_sq")]
+            adamw(
+                [weight],
+                [gradient],
+                [moments[0]],
+                [moments[1]],
+                [],
+                [state["step"].clone()],
+                foreach=False,
+                fused=group["fused"],
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+            for name, moment in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
+                _write(stored, name, moment)
+        state["step"] += 1
+
+
+def _parts(tensor: Any, scales: bool = False) -> tuple[Tensor, ...]:
+    """This rank's numbers, AT_A_TIME of them at a time, or the scales of so many."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.view(-1).split(AT_A_TIME // BLOCK if scales else AT_A_TIME)
+
+
+def _read(stored: dict[str, Tensor], name: str) -> Tensor:
+    """A moment in float32: the stored numbers themselves if they are."""
+    if stored[name].dtype != torch.uint8:
+        return stored[name].float()
+    codes, scales = stored[name], stored[f"{name}_scale"]
+    return _quantisation().dequant_with_qmap(codes, _code_map(name, codes.device), scales)
+
+
+def _write(stored: dict[str, Tensor], name: str, moment: Tensor) -> None:
+    if stored[name].dtype == torch.uint8:
+        scaled, scales = _quantisation().scale_tensor(moment, BLOCK)
+        codes = _quantisation().quantize_8bit_with_qmap(scaled, _code_map(name, moment.device))
+        stored[name].copy_(codes)
+        stored[f"{name}_scale"].copy_(scales)
+    elif moment is not stored[name]:
+        stored[name].copy_(moment)
+
+
+@functools.cache
+def _quantisation() -> Any:
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of kernels that it lacks and we don't use
+    from torchao.optim import quant_utils
+
+    return quant_utils
+
+
+@functools.cache
+def _code_map(name: str, device: torch.device) -> Tensor:
+    """Code → number from -1 (the second moment: from 0) to 1, float32 [256]."""
+    signed = name == "exp_avg"
+    return torch.tensor(_quantisation().create_dynamic_map(signed), dtype=torch.float32, device=device)
