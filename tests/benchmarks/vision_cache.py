@@ -1,17 +1,18 @@
 """Seconds a step without kept features, while they are being made, and when all are read.
 
     python -m tests.benchmarks.vision_cache                       # square and high-resolution, 3 rounds
-    python -m tests.benchmarks.vision_cache --workloads square --rounds 5
+    python -m tests.benchmarks.vision_cache --workloads square --rounds 5 --lora
 
 Small models in which the frozen vision tower has about the share of a step's work that it has in a published
-one, each sample with a photograph-like JPEG. The runs are those of `trainer.main`, LoRA and full, one after
-the other in every round, so that the machine's other load meets all alike. Output: medians over the rounds of
-each run's median step, their ratios, and the tower's share of a step's multiplications as they are counted
-for packing, in this model and in the published one.
+one, each sample with a JPEG of 1200 × 900 pixels. The runs are of `trainer.main`, one after the other in
+every round. Output: medians over the rounds of each run's median step, and of the processor's time in a whole
+run, workers included, which other load on the machine hardly changes; their ratios; and the tower's share of
+a step's work as it is counted for packing, here and in the published model.
 """
 
 import argparse
 import json
+import resource
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -38,9 +39,9 @@ WORKLOADS: dict[str, dict[str, Any]] = {
             **LANGUAGE,
             "hidden_size": 256,
             "intermediate_size": 1024,
-            "num_hidden_layers": 6,
+            "num_hidden_layers": 3,
             "img_size": 490,
-            "vision_config": {**VISION, "image_size": 490, "num_hidden_layers": 4},
+            "vision_config": {**VISION, "image_size": 490, "num_hidden_layers": 2},
         },
         "flags": ["--max_length", "1400"],
         "published": {
@@ -58,10 +59,10 @@ WORKLOADS: dict[str, dict[str, Any]] = {
             **LANGUAGE,
             "hidden_size": 256,
             "intermediate_size": 896,
-            "num_hidden_layers": 8,
+            "num_hidden_layers": 4,
             "high_resolution": True,
             "img_size": 336,
-            "vision_config": {**VISION, "image_size": 336, "num_hidden_layers": 2},
+            "vision_config": {**VISION, "image_size": 336, "num_hidden_layers": 1},
         },
         "flags": ["--max_length", "900", "--hd_num", "3"],
         "published": {
@@ -102,10 +103,16 @@ def tower_share(config: Any) -> float:
 
 
 def measure(folder: Path, name: str, arguments: list[str], more: list[str]) -> dict[str, float]:
-    """The median step of a run, and how long it waited for data."""
+    """The median step of a run, how long it waited for data, and the processor's time of the whole run."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     run_ranks(1, train, [*arguments, "--output_dir", f"{folder}/{name}", *more], timeout=600)
     lines = read_metrics(folder / name)[FIRST_MEASURED - 1 :]
-    return {key: statistics.median(line[f"seconds_{key}"] for line in lines) for key in ("step", "data_wait")}
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return {
+        "step": statistics.median(line["seconds_step"] for line in lines),
+        "data_wait": statistics.median(line["seconds_data_wait"] for line in lines),
+        "processor": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+    }
 
 
 def compare(folder: Path, workload: dict[str, Any], rounds: int, more: list[str]) -> None:
@@ -113,7 +120,7 @@ def compare(folder: Path, workload: dict[str, Any], rounds: int, more: list[str]
     tiny_model(folder / "model", **workload["model"])
     arguments = f"""
         --model_name_or_path {folder}/model --data_path {write_data(folder / "data")} --bf16 False
-        --per_device_train_batch_size 2 --max_steps {STEPS} --save_strategy no --rehearse False
+        --per_device_train_batch_size 1 --max_steps {STEPS} --save_strategy no --rehearse False
         --dataloader_num_workers 1
     """.split()
     arguments += [*workload["flags"], *more]
@@ -123,12 +130,16 @@ def compare(folder: Path, workload: dict[str, Any], rounds: int, more: list[str]
     for number in range(rounds):
         found["without"].append(measure(folder, f"without-{number}", arguments, []))
         found["reading"].append(measure(folder, f"reading-{number}", arguments, keep))
-    medians = {name: statistics.median(run["step"] for run in runs) for name, runs in found.items()}
-    for name, runs in found.items():
-        wait = statistics.median(run["data_wait"] for run in runs)
+    print(f"    {'':<10}{'s a step':>10}{'of it data':>12}{'ratio':>8}{'processor s':>13}{'ratio':>8}")
+    medians = {
+        name: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        for name, runs in found.items()
+    }
+    for name, row in medians.items():
+        ratios = {key: row[key] / medians["without"][key] for key in ("step", "processor")}
         print(
-            f"    {name:<10}{medians[name]:8.3f} s a step, {wait:.3f} of it waiting for data; "
-            f"{medians[name] / medians['without']:.3f} × without",
+            f"    {name:<10}{row['step']:>10.3f}{row['data_wait']:>12.3f}{ratios['step']:>8.3f}"
+            f"{row['processor']:>13.1f}{ratios['processor']:>8.3f}",
             flush=True,
         )
     published = InternLMXcomposer2Config(**{**workload["model"], **workload["published"]})
@@ -140,12 +151,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--lora", action="store_true", help="adapters instead of a full training")
     arguments = parser.parse_args(argv)
     for name in arguments.workloads:
-        for kind, more in {"full": [], "LoRA": ["--use_lora", "True", "--lora_r", "16"]}.items():
-            print(f"{name}, {kind}", flush=True)
-            with tempfile.TemporaryDirectory() as folder:
-                compare(Path(folder), WORKLOADS[name], arguments.rounds, more)
+        print(f"{name}, {'LoRA' if arguments.lora else 'full'}", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            more = ["--use_lora", "True", "--lora_r", "16"] if arguments.lora else []
+            compare(Path(folder), WORKLOADS[name], arguments.rounds, more)
 
 
 if __name__ == "__main__":
