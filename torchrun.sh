@@ -5,6 +5,9 @@
 #   MODEL=… DATA=… GPUS_PER_NODE=8 NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 ./torchrun.sh lora
 #   ./torchrun.sh demo [OUT]
 #
+# A run on one machine takes a free port of its own, so several can run at once; MASTER_PORT (by default 6001
+# with more machines) names one.
+#
 # Exit status: the trainer's own (0, 2, 75, …), where torchrun itself says 1 for every failure.
 set -euo pipefail
 
@@ -22,14 +25,19 @@ case $mode in
 esac
 
 ranks=${GPUS_PER_NODE:-$(python -c 'import torch; print(max(1, torch.accelerator.device_count()))')}
+if [ "${NNODES:-1}" = 1 ] && [ -z "${MASTER_PORT:-}" ]; then
+  meeting=(--standalone)
+else
+  meeting=(--nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}")
+  meeting+=(--master_addr "${MASTER_ADDR:-localhost}" --master_port "${MASTER_PORT:-6001}")
+fi
 XCOMPOSER_STATUS_FILE=$(mktemp)
 export XCOMPOSER_STATUS_FILE
 trap 'rm -f "$XCOMPOSER_STATUS_FILE"' EXIT
 set -m # a process group of its own, so that a signal to this script reaches the trainer once, through us
 # torchrun passes the listed signals on, and lets the step and its save finish for ten minutes.
 torchrun --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 600 \
-    --nproc_per_node "$ranks" --nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}" \
-    --master_addr "${MASTER_ADDR:-localhost}" --master_port "${MASTER_PORT:-6001}" -m trainer.main \
+    --nproc_per_node "$ranks" "${meeting[@]}" -m trainer.main \
     ${MODEL:+--model_name_or_path "$MODEL"} ${DATA:+--data_path "$DATA"} "${extra[@]}" "$@" &
 run=$!
 for signal in INT TERM USR1; do

@@ -5,10 +5,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from data.demo import in_chinese, write_demo_data
 from data.mixture import read_mixture
 from tests.tiny import ROOT
+from trainer.demo import num_ranks
 
 pytest.importorskip("easy_vqa", reason="the demo's pictures: pip install -e '.[demo]'")
 
@@ -49,6 +51,12 @@ def test_a_folder_that_is_no_demo_is_not_emptied(tmp_path):
     assert result.returncode == 2
     assert "holds something else than a demo" in result.stderr
     assert (tmp_path / "thesis.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize(("accelerators", "ranks"), [(0, 2), (1, 1), (2, 2), (8, 2)])
+def test_a_single_accelerator_takes_a_single_rank(monkeypatch, accelerators, ranks):
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: accelerators)
+    assert num_ranks() == ranks
 
 
 @pytest.mark.slow

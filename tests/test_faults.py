@@ -206,6 +206,20 @@ def test_the_launcher_passes_a_signal_on_and_ends_with_the_trainers_status(world
     assert (output_dir / f"checkpoint-{last}" / "complete.json").exists()
 
 
+def test_two_launchers_on_one_machine_do_not_meet(world, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GPUS_PER_NODE": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment.pop("MASTER_PORT", None)
+    jobs = []
+    for number in range(2):
+        with (tmp_path / f"log{number}").open("w") as log:
+            argv = ["./torchrun.sh", "full", *flags(world, tmp_path / f"run{number}")]
+            jobs.append(subprocess.Popen(argv, cwd=ROOT, env=environment, stdout=log, stderr=log))
+    statuses = [job.wait(120) for job in jobs]
+    assert statuses == [0, 0], (tmp_path / "log0").read_text() + (tmp_path / "log1").read_text()
+    assert_same_model(tmp_path / "run0", tmp_path / "run1")
+
+
 def test_a_stop_is_not_undone_by_restarts(world, tmp_path):
     patch = """
     if (step, rank) == (3, 1):

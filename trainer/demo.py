@@ -29,12 +29,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from data.demo import EASY_VQA_FILES, kind_of, write_demo_data
 from data.errors import DataError
 from trainer.demo_base import make_base
 from trainer.distributed import BAD_INPUT, FAILED
 
-RANKS = 2
 TRAIN = """
     --bf16 False --gradient_checkpointing False --plora_dropout 0 --max_length 256
     --packing False --vision_micro_batch none
@@ -49,8 +50,14 @@ KINDS = {"colour": "12 %", "shape": "33 %", "yesno": "50 %"}
 Answers = list[dict[str, Any]]
 
 
-def run(module: str, *arguments: object, ranks: int = RANKS) -> None:
-    """Run a module of this project on several ranks, as torchrun does; raises if it fails."""
+def num_ranks() -> int:
+    """Two; one where the machine has a single accelerator."""
+    return min(2, torch.accelerator.device_count() or 2)
+
+
+def run(module: str, *arguments: object) -> None:
+    """Run a module of this project on `num_ranks`, as torchrun does; raises if it fails."""
+    ranks = num_ranks()
     words = [str(word) for word in arguments]
     print(f"\n$ torchrun --nproc_per_node {ranks} -m {module} {shlex.join(words)}", flush=True)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
@@ -125,10 +132,11 @@ def demo(out: Path, epochs: float, num_images: int | None, high_resolution: bool
     ]
     make_base(base, texts, seed=0, high_resolution=high_resolution)
 
-    train = ["--num_train_epochs", epochs, *TRAIN.split(), *tiles]
+    # One rank takes two micro-batches a step: the batches are the same.
+    flags = [*TRAIN.split(), "--gradient_accumulation_steps", 2 // num_ranks(), *tiles]
     run(
         "trainer.main", "--model_name_or_path", base, "--data_path", data / "data.txt", "--output_dir", model,
-        *FULL.split(), *train,
+        "--num_train_epochs", epochs, *FULL.split(), *flags,
     )  # fmt: skip
     answers = ask(model, data / "test.json", tiles)
     seconds_base = time.perf_counter() - started
@@ -136,7 +144,7 @@ def demo(out: Path, epochs: float, num_images: int | None, high_resolution: bool
     before = ask(model, data / "chinese_test.json", tiles)
     run(
         "trainer.main", "--model_name_or_path", model, "--data_path", data / "chinese.txt",
-        "--output_dir", adapter, *LORA.split(), *TRAIN.split(), *tiles,
+        "--output_dir", adapter, *LORA.split(), *flags,
     )  # fmt: skip
     after = ask(adapter, data / "chinese_test.json", tiles)
 
