@@ -100,16 +100,26 @@ class SampleReader:
                 image.close()
 
     def read_prompt(self, source_number: int, index: int) -> tuple[Sample, Encoded, list[torch.Tensor]]:
-        """The sample and what its answer is generated after; it may hold the answer or not."""
+        """The sample and what its answer is generated after; it may hold the answer or not.
+
+        A question is never cut: DataError where it does not fit into max_length, with smaller images if
+        `fit_images`.
+        """
         source = self.sources[source_number]
         sample = source.sample(index, needs_answer=False)
         opened = []
         try:
-            prompt = self.encoder.encode_prompt(
-                sample,
-                lambda number: self.image_processor.num_tokens(*self._size(source, sample, opened, number)),
-            )
-            return sample, prompt, [self._pixels(image, self.image_processor) for image in opened]
+            parts = self.encoder.prompt_parts(sample)
+
+            def join(processor: ImageProcessor) -> Encoded:
+                size = partial(self._size, source, sample, opened)
+                return self.encoder.join(parts, lambda number: processor.num_tokens(*size(number)))
+
+            smaller = self.image_processor.smaller() if self.fit_images and sample.images else ()
+            for processor in (self.image_processor, *smaller):
+                if not (prompt := join(processor)).is_cut:
+                    return sample, prompt, [self._pixels(image, processor) for image in opened]
+            raise DataError(f"the question is longer than max_length={self.encoder.max_length}; raise it")
         except DataError as error:
             raise DataError(f"{source.where(index, sample.id)} {error}") from error
         finally:

@@ -90,18 +90,12 @@ class SampleEncoder:
         """Args: num_image_tokens: the slots of the sample's i-th image, asked for only as far as needed."""
         return self.join(self.parts(sample), num_image_tokens)
 
-    def encode_prompt(self, sample: Sample, num_image_tokens: Callable[[int], int]) -> Encoded:
-        """What an answer is generated after: the turns before the last answer, and an assistant's header.
-
-        DataError if it does not fit into max_length whole.
-        """
+    def prompt_parts(self, sample: Sample) -> list[Part]:
+        """What an answer is generated after: the turns before the last answer, and an assistant's header."""
         turns = sample.turns[:-1] if sample.turns[-1][0] == "assistant" else sample.turns
         parts = list(self.parts(replace(sample, turns=turns)))
         parts[-1] = [*self._newline, self._start, *self._headers["assistant"]], False  # in place of </s>
-        prompt = self.join(parts, num_image_tokens)
-        if prompt.is_cut:
-            raise DataError(f"the question is longer than max_length={self.max_length}; raise it")
-        return prompt
+        return parts
 
     def join(self, parts: Iterable[Part], num_image_tokens: Callable[[int], int]) -> Encoded:
         """`encode` of what `parts` gave: once tokenised, a sample can be tried with smaller images."""

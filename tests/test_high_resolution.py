@@ -291,6 +291,20 @@ def test_what_does_not_fit_even_with_one_tile_goes_the_chosen_way(model, tmp_pat
     assert fitting.read(0, 0)[0].num_supervised == 0
 
 
+def test_a_question_that_is_too_long_takes_its_images_smaller_and_is_never_cut(model, tmp_path):
+    data = write_data(tmp_path, SIZES)
+    with pytest.raises(DataError, match=r"\(id 'square'\) the question is longer than max_length=60"):
+        reader_of(model, data, max_length=60).read_prompt(0, 1)
+    reader = reader_of(model, data, max_length=60, fit_images=True)
+    _, prompt, (image,) = reader.read_prompt(0, 1)
+    assert len(prompt.input_ids) <= 60
+    assert prompt.num_image_slots == build_model(load_config(model)).vit.num_tokens(*image.shape[1:])
+    _, whole, _ = reader_of(model, data, max_length=1000, hd_num=4).read_prompt(0, 1)
+    assert len(whole.input_ids) == len(prompt.input_ids), "the largest that fits has 2 × 2 tiles"
+    with pytest.raises(DataError, match=r"\(id 'two'\) the question is longer than max_length=40"):
+        reader_of(model, data, max_length=40, fit_images=True).read_prompt(0, 2)
+
+
 EXTREME = {"line": [(5000, 1)], "post": [(1, 5000)], "dot": [(1, 1)], "all": [(5000, 1), (1, 1), (1, 5000)]}
 
 
@@ -356,6 +370,12 @@ def test_the_trained_model_answers_about_images_of_any_size(world, run, capsys):
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["id"] for row in rows] == [*SIZES, *EXTREME]
     assert all(isinstance(row["prediction"], str) for row in rows)
+    flags += ["--fit_images", "True", "--max_length", 80, "--hd_num", 16]
+    answers = []
+    for tiles in ("none", 1):
+        run_ranks(1, generate.main, [str(flag) for flag in [*flags, "--vision_micro_batch", tiles]])
+        answers.append(out.read_text())
+    assert answers[0] == answers[1]
 
 
 def test_merging_and_modernising_give_models_of_the_same_answers(world):

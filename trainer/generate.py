@@ -49,7 +49,8 @@ from trainer.distributed import (
 )
 from trainer.flags import ConfigError, parse_flags
 from trainer.lora import adapted_model
-from trainer.models import load_config, load_image_processor, load_tokenizer
+from trainer.models import load_config, load_image_processor, load_tokenizer, parts_of
+from trainer.parallelize import bound_tiles
 
 
 @dataclass
@@ -86,6 +87,11 @@ class Questions:
     """Of drawing."""
     hd_num: int | None = None
     """High-resolution models: the most tiles an image is cut into."""
+    fit_images: bool = False
+    """High-resolution models: take the images of a question over max_length at a smaller hd_num, the largest
+    that fits."""
+    vision_micro_batch: int | None = 16
+    """Images or tiles that a block of the vision tower computes at a time; none: all at once."""
     images_as_viewed: bool = False
     """Turn images as their EXIF data says, and lay transparent ones on white."""
     bf16: bool = True
@@ -104,8 +110,8 @@ class Questions:
             found.append(f"--data_path {self.data_path}: must be a .json or .jsonl file of samples")
         if self.image and self.question is None:
             found.append("--image goes with --question; samples of --data_path name their own")
-        for name in ("batch_size", "max_new_tokens", "max_length"):
-            if getattr(self, name) < 1:
+        for name in ("batch_size", "max_new_tokens", "max_length", "vision_micro_batch"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 found.append(f"--{name} {getattr(self, name)}: must be at least 1")
         if self.temperature <= 0 or not 0 < self.top_p <= 1:
             found.append("--temperature must be above 0, and --top_p above 0 and at most 1")
@@ -114,9 +120,12 @@ class Questions:
         return found
 
 
-def load_model(folder: Path, base: Path | None, dtype: torch.dtype) -> tuple[PreTrainedModel, Path]:
+def load_model(
+    folder: Path, base: Path | None, dtype: torch.dtype, vision_micro_batch: int | None = None
+) -> tuple[PreTrainedModel, Path]:
     """(the model in `folder`, or an adapter on its base; the folder that holds configuration and tokenizer).
 
+    vision_micro_batch: images or tiles that a block of the vision tower computes at a time; None: all.
     ValueError in a sentence where either cannot be used.
     """
     transformers.logging.disable_progress_bar()
@@ -130,6 +139,8 @@ def load_model(folder: Path, base: Path | None, dtype: torch.dtype) -> tuple[Pre
             )
         adapted_model(folder, model_folder)  # refuses another base
     model = AutoModelForCausalLM.from_pretrained(model_folder, config=load_config(model_folder), dtype=dtype)
+    if vision_micro_batch is not None:
+        bound_tiles(model, parts_of(model.config), vision_micro_batch)
     if model_folder != folder:
         with warnings.catch_warnings(action="ignore"):  # transformers' own, of names that peft still uses
             model = PeftModel.from_pretrained(model, str(folder))
@@ -214,10 +225,16 @@ def ask(questions: Questions, ranks: Ranks, folder: Path) -> int:
             )
         base = Path(questions.base_model) if questions.base_model else None
         dtype = torch.bfloat16 if questions.bf16 else torch.float32
-        model, model_folder = load_model(Path(questions.model_name_or_path), base, dtype)
+        chosen, tiles = Path(questions.model_name_or_path), questions.vision_micro_batch
+        model, model_folder = load_model(chosen, base, dtype, tiles)
         processor = load_image_processor(load_config(model_folder), questions.hd_num)
+        if questions.fit_images and processor.hd_num is None:
+            raise DataError(
+                "--fit_images: this model resizes every image to the same square; remove the flag"
+            )
         encoder = SampleEncoder(load_tokenizer(model_folder), questions.max_length)
-        reader = SampleReader(sources, encoder, processor, questions.images_as_viewed)
+        as_viewed, fits = questions.images_as_viewed, questions.fit_images
+        reader = SampleReader(sources, encoder, processor, as_viewed, fit_images=fits)
     except (ValueError, OSError) as error:
         problems += str(error).splitlines()
     if agree_on_problems(problems):

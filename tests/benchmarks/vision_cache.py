@@ -5,17 +5,18 @@
 
 Small models in which the frozen vision tower has about the share of a step's work that it has in a published
 one, each sample with a JPEG of 1200 × 900 pixels. The runs are of `trainer.main`, one after the other in
-every round. Output: medians over the rounds of each run's median step, and of the processor's time in a whole
-run, workers included, which other load on the machine hardly changes; their ratios; and the tower's share of
-a step's work as it is counted for packing, here and in the published model.
+every round. Output: medians over the rounds of each run's median step, in wall-clock time and in the training
+process's time on the processor, which other load on the machine hardly changes; their ratios; and the tower's
+share of a step's work as it is counted for packing, here and in the published model.
 """
 
 import argparse
 import json
-import resource
 import statistics
 import tempfile
+import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from PIL import Image
 from data.packing import CostModel
 from tests.tiny import read_metrics, run_ranks, tiny_model
 from trainer.main import main as train
+from trainer.metrics import MetricsFile
 from trainer.models import cost_sizes, load_config
 from trainer.models.xcomposer2.configuration_xcomposer2 import InternLMXcomposer2Config
 
@@ -102,16 +104,28 @@ def tower_share(config: Any) -> float:
     return image_slot / (1 + image_slot)
 
 
+def timed_train(argv: list[str]) -> int:
+    """The run; its lines of metrics say how long this process has been on a processor."""
+    write = MetricsFile.write
+
+    def timed_write(self: MetricsFile, **values: Any) -> None:
+        write(self, processor_seconds=time.process_time(), **values)
+
+    MetricsFile.write = timed_write
+    return train(argv)
+
+
 def measure(folder: Path, name: str, arguments: list[str], more: list[str]) -> dict[str, float]:
-    """The median step of a run, how long it waited for data, and the processor's time of the whole run."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    run_ranks(1, train, [*arguments, "--output_dir", f"{folder}/{name}", *more], timeout=600)
-    lines = read_metrics(folder / name)[FIRST_MEASURED - 1 :]
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    """The median step of a run: seconds, of them waiting for data, and on the processor."""
+    run_ranks(1, timed_train, [*arguments, "--output_dir", f"{folder}/{name}", *more], timeout=600)
+    lines = read_metrics(folder / name)[FIRST_MEASURED - 2 :]
+    processor = [
+        after["processor_seconds"] - before["processor_seconds"] for before, after in pairwise(lines)
+    ]
     return {
-        "step": statistics.median(line["seconds_step"] for line in lines),
-        "data_wait": statistics.median(line["seconds_data_wait"] for line in lines),
-        "processor": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+        "step": statistics.median(line["seconds_step"] for line in lines[1:]),
+        "data_wait": statistics.median(line["seconds_data_wait"] for line in lines[1:]),
+        "processor": statistics.median(processor),
     }
 
 
@@ -139,7 +153,7 @@ def compare(folder: Path, workload: dict[str, Any], rounds: int, more: list[str]
         ratios = {key: row[key] / medians["without"][key] for key in ("step", "processor")}
         print(
             f"    {name:<10}{row['step']:>10.3f}{row['data_wait']:>12.3f}{ratios['step']:>8.3f}"
-            f"{row['processor']:>13.1f}{ratios['processor']:>8.3f}",
+            f"{row['processor']:>13.3f}{ratios['processor']:>8.3f}",
             flush=True,
         )
     published = InternLMXcomposer2Config(**{**workload["model"], **workload["published"]})
