@@ -13,7 +13,7 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.test_equality import assert_same_training, train
@@ -148,6 +148,22 @@ def gradients_of_a_tied_output_layer(folder):
 
 def test_a_tied_output_layer_gets_the_gradients_of_both_its_uses(world):
     run_ranks(2, gradients_of_a_tied_output_layer, world / "model")
+
+
+def embeddings_between_forward_and_backward(folder):
+    model, _ = sharded(folder, reshard_after_forward=False)
+    weight = model.get_input_embeddings().weight
+    local, gathered = [], model.get_input_embeddings()
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda *_: local.append(isinstance(gathered.weight, DTensor)))
+        layer.register_full_backward_hook(lambda *_: local.append(isinstance(gathered.weight, DTensor)))
+    model(**inputs()).loss.sum().backward()
+    assert local == [True] * 4
+    assert weight.grad is not None
+
+
+def test_the_token_embeddings_are_gathered_for_their_lookup_alone(world):
+    run_ranks(2, embeddings_between_forward_and_backward, world / "model")
 
 
 def gradients_on_two_nodes(folder):

@@ -30,6 +30,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from transformers import PreTrainedModel
 
 from trainer.config import Config
 from trainer.models import Parts
@@ -114,7 +115,7 @@ def gather_ahead(blocks: Sequence[Any]) -> None:
 
 
 def parallelize(
-    model: nn.Module,
+    model: PreTrainedModel,
     mesh: DeviceMesh,
     parts: Parts,
     *,
@@ -127,7 +128,8 @@ def parallelize(
     forward_prefetch: bool = False,
     cpu_offload: bool = False,
 ) -> Any:
-    """Shard `model` over `mesh`, a group for every vision and language block and one for all the rest.
+    """Shard `model` over `mesh`: a group for every vision and language block, one for the token embeddings,
+    and one for all the rest.
 
     mesh: one dimension, or (replicate, shard).
 
@@ -183,11 +185,19 @@ def parallelize(
         )
     for block in language_blocks:
         fully_shard(block, mp_policy=inner, reshard_after_forward=reshard_after_forward, **place)
+    modules: list[Any] = [*vision_blocks, *language_blocks]
+    embeddings: Any = model.get_input_embeddings()
+    output: Any = model.get_output_embeddings()
+    is_tied = output.weight is embeddings.weight
+    if shard_frozen and type(embeddings) is nn.Embedding and not is_tied:
+        # Its gradient needs no weight, so it is gathered once and held for a moment.
+        modules.append(fully_shard(embeddings, mp_policy=inner, reshard_after_forward=True, **place))
+        modules[-1].set_unshard_in_backward(False)
     sharded: Any = fully_shard(model, mp_policy=policy, ignored_params=whole, **place)
+    modules.append(sharded)
     if forward_prefetch:
         gather_ahead(language_blocks)
         gather_ahead(vision_blocks)
-    modules: list[Any] = [*vision_blocks, *language_blocks, sharded]
     for module in modules:
         # A plain sum is exact for any number of ranks; an average would have to be undone in the loss.
         module.set_gradient_divide_factor(1.0)
