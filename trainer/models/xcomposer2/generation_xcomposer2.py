@@ -54,7 +54,7 @@ class XComposer2GenerationMixin(GenerationMixin):
         """Without a mask every position is real: image slots may hold the id of padding."""
         return torch.ones(inputs_tensor.shape[:2], dtype=torch.int64, device=inputs_tensor.device)
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         input_ids: Tensor,
         is_first_iteration: bool | None = False,
