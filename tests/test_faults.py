@@ -236,12 +236,12 @@ def test_a_stop_is_not_undone_by_restarts(world, tmp_path):
 def test_a_rank_that_raises_ends_the_job_soon_and_its_traceback_is_shown_once(world, tmp_path):
     patch = """
     if (step, rank) == (3, 1):
-        print("now", time.time(), flush=True)
+        print("raised at", time.time(), flush=True)
         raise RuntimeError("the boiler burst")"""
     process = torchrun(tmp_path, patch, [], flags(world, tmp_path / "run"))
     output, _ = process.communicate(timeout=120)
     ended = time.time()
-    raised = float(output.partition("now ")[2].split()[0])
+    raised = float(output.partition("raised at ")[2].split()[0])
     assert process.returncode == 1
     assert ended - raised < 15
     assert output.count("RuntimeError: the boiler burst") == 1, output

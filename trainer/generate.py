@@ -50,7 +50,7 @@ from trainer.distributed import (
 from trainer.flags import ConfigError, parse_flags
 from trainer.lora import adapted_model
 from trainer.models import load_config, load_image_processor, load_tokenizer, parts_of
-from trainer.parallelize import bound_tiles
+from trainer.parallelize import split_tiles
 
 
 @dataclass
@@ -139,11 +139,16 @@ def load_model(
             )
         adapted_model(folder, model_folder)  # refuses another base
     model = AutoModelForCausalLM.from_pretrained(model_folder, config=load_config(model_folder), dtype=dtype)
-    if vision_micro_batch is not None:
-        bound_tiles(model, parts_of(model.config), vision_micro_batch)
+    parts = parts_of(model.config)
+    blocks = model.get_submodule(parts.vision_blocks).children()
+    in_tiles = {type(module) for module in (model.get_submodule(parts.vision_embeddings), *blocks)}
     if model_folder != folder:
         with warnings.catch_warnings(action="ignore"):  # transformers' own, of names that peft still uses
             model = PeftModel.from_pretrained(model, str(folder))
+    if vision_micro_batch is not None:
+        # Only now: an adapter that holds the trained tower brings a copy of its modules.
+        for module in [module for module in model.modules() if type(module) in in_tiles]:
+            split_tiles(module, vision_micro_batch)
     return cast(PreTrainedModel, model).eval(), model_folder
 
 

@@ -75,13 +75,6 @@ def split_tiles(module: nn.Module, tiles: int) -> None:
     module.forward = forward_in_parts
 
 
-def bound_tiles(model: nn.Module, parts: Parts, tiles: int) -> None:
-    """Let the patch embedding and each vision block compute at most `tiles` images or tiles at a time."""
-    blocks = model.get_submodule(parts.vision_blocks).children()
-    for module in (model.get_submodule(parts.vision_embeddings), *blocks):
-        split_tiles(module, tiles)
-
-
 def allocate(model: nn.Module, device: torch.device, cpu_offload: bool) -> None:
     """Give a sharded model its memory, unset: parameters on `device` or on the host, buffers on `device`."""
     model.to_empty(device="cpu" if cpu_offload else device)
@@ -163,7 +156,8 @@ def parallelize(
         for block in blocks if mode else ():
             checkpoint_activations(block, selective=mode == "selective")
     if vision_micro_batch is not None:
-        bound_tiles(model, parts, vision_micro_batch)
+        for module in (model.get_submodule(parts.vision_embeddings), *vision_blocks):
+            split_tiles(module, vision_micro_batch)
 
     compute_dtype, reduce_dtype = (torch.bfloat16, torch.float32) if bf16 else (None, None)
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype)
