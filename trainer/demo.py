@@ -38,7 +38,7 @@ from trainer.distributed import BAD_INPUT, FAILED
 
 TRAIN = """
     --bf16 False --gradient_checkpointing False --plora_dropout 0 --max_length 256
-    --packing False --vision_micro_batch none
+    --packing False --vision_micro_batch none --reshard_after_forward False
     --per_device_train_batch_size 16 --warmup_ratio 0.03 --logging_steps 20 --save_strategy no
     --dataloader_num_workers 1
 """
