@@ -17,8 +17,11 @@ GLOBAL_BATCH = 4
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
+    return reference_world(tmp_path_factory.mktemp("equality"))
+
+
+def reference_world(folder):
     """A tiny model, tiny data, and the run that the others must equal: one rank, one micro-batch."""
-    folder = tmp_path_factory.mktemp("equality")
     tiny_model(folder / "model")
     tiny_data(folder / "data")
     train(folder, "reference", ranks=1)

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from data import check, preview
@@ -26,7 +25,7 @@ from tests.model_cases import golden
 from tests.tiny import read_metrics, run_ranks, tiny_model, word_tokenizer
 from trainer import export, generate
 from trainer.demo_base import make_base
-from trainer.distributed import start
+from trainer.distributed import device_mesh, start
 from trainer.generate import load_model
 from trainer.main import main
 from trainer.models import build_model, load_config, load_image_processor, load_tokenizer, parts_of
@@ -80,7 +79,7 @@ def gradients(
     runs: file to write → tiles at a time, and whether activations are checkpointed.
     """
     ranks = start()
-    mesh = init_device_mesh("cpu", (ranks.world,), mesh_dim_names=("data",))
+    mesh = device_mesh(ranks)
     for out, (bound, checkpointing) in runs.items():
         config = load_config(folder)
         config.plora_dropout = 0.0

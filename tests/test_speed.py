@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.test_equality import assert_same_training, train
+from tests.test_equality import assert_same_training, reference_world, train
 from tests.test_resume import STOPPED, main_stopped_after
-from tests.tiny import run_ranks, tiny_data, tiny_model
+from tests.tiny import run_ranks
 from trainer.distributed import device_mesh, start
 from trainer.loss import chunked_token_losses, token_losses
 from trainer.models import build_model, load_config, parts_of
@@ -29,12 +29,7 @@ from trainer.weights import load_weights
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A tiny model, tiny data, and the plain run."""
-    folder = tmp_path_factory.mktemp("speed")
-    tiny_model(folder / "model")
-    tiny_data(folder / "data")
-    train(folder, "reference", ranks=1)
-    return folder
+    return reference_world(tmp_path_factory.mktemp("speed"))
 
 
 @pytest.mark.parametrize(

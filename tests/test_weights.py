@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.distributed.device_mesh import init_device_mesh
 
 from tests.benchmarks.load_memory import growths, make_checkpoint
 from tests.tiny import run_ranks, tiny_data, tiny_model
-from trainer.distributed import barrier, start
+from trainer.distributed import barrier, device_mesh, start
 from trainer.folders import MARKER, Jobs, move_into, remove_old_checkpoints
 from trainer.main import main
 from trainer.models import build_model, load_config, load_tokenizer, parts_of
@@ -28,7 +27,7 @@ def copy_through_shards(source: Path, target: Path, max_file_bytes: int) -> int:
     parts = parts_of(config)
     with torch.device("meta"):
         model = build_model(config)
-    mesh = init_device_mesh("cpu", (ranks.world,), mesh_dim_names=("data",))
+    mesh = device_mesh(ranks)
     model = parallelize(model, mesh, parts, bf16=False, gradient_checkpointing=False)
     model.to_empty(device="cpu")
     loaded = load_weights(model, source, optional=parts.unused)

@@ -1,9 +1,8 @@
-"""One function that turns a model into its sharded form: compile → checkpointing → tiles → fully_shard.
+"""One function that turns a model into its sharded form: checkpointing → tiles → fully_shard.
 
-The order matters. What is compiled is a block's own `forward`, which checkpointing runs again in the backward
-pass; both replace `forward` only, so parameter names stay. A vision block runs that a few tiles at a time.
-`fully_shard` hooks the outside of all three, so the gather of a block's parameters is not done twice when a
-block is computed again, and happens once however many tiles a rank has.
+The order matters. Checkpointing wraps a block's `forward` only, so parameter names stay; a vision block runs
+that a few tiles at a time; `fully_shard` hooks the outside of both, so the gather of a block's parameters is
+not done twice when a block is computed again, and happens once however many tiles a rank has.
 
     model = parallelize(build_model(config), mesh, parts, ...)    # on the meta device: nothing allocated yet
     allocate(model, device, cpu_offload=False)                    # each rank its part

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.device_mesh import init_device_mesh
 
 from tests.tiny import run_ranks
-from trainer.distributed import start
+from trainer.distributed import device_mesh, start
 from trainer.models import build_model, load_config, parts_of
 from trainer.models.xcomposer2.configuration_xcomposer2 import InternLMXcomposer2Config
 from trainer.parallelize import parallelize
@@ -54,7 +53,7 @@ def load(folder: Path) -> int:
     config = load_config(folder)
     with torch.device("meta"):
         model = build_model(config)
-    mesh = init_device_mesh("cpu", (ranks.world,), mesh_dim_names=("data",))
+    mesh = device_mesh(ranks)
     before, peak, done = resident_bytes(), 0, threading.Event()
 
     def watch() -> None:

@@ -23,12 +23,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from torch.distributed.device_mesh import init_device_mesh
 
 from tests.benchmarks.load_memory import make_checkpoint
 from tests.tiny import run_ranks, word_tokenizer
 from trainer.checkpoint import Checkpoints, resumable
-from trainer.distributed import all_max, start
+from trainer.distributed import all_max, device_mesh, start
 from trainer.folders import Jobs
 from trainer.loss import chunked_token_losses
 from trainer.models import build_model, load_config, load_tokenizer, parts_of
@@ -61,7 +60,7 @@ def ours(model_folder: Path, output_dir: Path, asynchronous: bool) -> int:
     parts = parts_of(config)
     with torch.device("meta"):
         model = build_model(config)
-    mesh = init_device_mesh("cpu", (ranks.world,))
+    mesh = device_mesh(ranks)
     model = parallelize(model, mesh, parts, bf16=False, gradient_checkpointing=False)
     model.to_empty(device="cpu")
     load_weights(model, model_folder)

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.device_mesh import init_device_mesh
 
 from tests.tiny import run_ranks
-from trainer.distributed import start
+from trainer.distributed import device_mesh, start
 from trainer.models import build_model, parts_of
 from trainer.models.xcomposer2.configuration_xcomposer2 import InternLMXcomposer2Config
 from trainer.parallelize import parallelize
@@ -58,7 +57,7 @@ def grow(tiles: int, bound: int | None, trains: bool) -> int:
         model = build_model(InternLMXcomposer2Config(**SIZES))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trains or not name.startswith("vit."))
-    mesh = init_device_mesh(ranks.device.type, (ranks.world,), mesh_dim_names=("data",))
+    mesh = device_mesh(ranks)
     model = parallelize(
         model,
         mesh,
