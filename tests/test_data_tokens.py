@@ -96,14 +96,8 @@ def test_ids_and_labels_are_the_originals_with_the_published_tokenizer(name, rea
 
 
 @pytest.fixture(scope="module")
-def real_tokenizer():
-    import os
-
-    path = Path(os.environ.get("XCOMPOSER2_TOKENIZER", "/nowhere"))
-    path = path / "tokenizer.model" if path.is_dir() else path
-    if not path.is_file():
-        pytest.skip("needs the published tokenizer.model: set XCOMPOSER2_TOKENIZER to it")
-    return tokenizer_from_sentencepiece(path)
+def real_tokenizer(published_tokenizer):
+    return tokenizer_from_sentencepiece(published_tokenizer)
 
 
 def conversation_of(ids):
