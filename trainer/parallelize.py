@@ -32,6 +32,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from transformers import PreTrainedModel
 
 from trainer.config import Config
+from trainer.gloo import GlooAllGather, GlooReduceScatter
 from trainer.models import Parts
 
 aten = torch.ops.aten
@@ -195,4 +196,7 @@ def parallelize(
         # A plain sum is exact for any number of ranks; an average would have to be undone in the loss.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+        if mesh.device_type == "cpu":
+            module.set_custom_all_gather(GlooAllGather())
+            module.set_custom_reduce_scatter(GlooReduceScatter())
     return sharded

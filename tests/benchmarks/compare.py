@@ -37,8 +37,15 @@ from tests.benchmarks.workloads import SIZES, WORKLOADS, Workload, make_data
 from tests.tiny import ROOT, read_metrics, tiny_model
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3}
-PROGRAMS = {"ours": "trainer.main", "trl": "datasets, trl.trainer.sft_trainer, tests.benchmarks.peers"}
+SELECTIVE = "ours_selective"
+"""Ours with `--gradient_checkpointing selective`, which HF Trainer and accelerate do not have."""
+PROGRAMS = {
+    "ours": "trainer.main",
+    SELECTIVE: "trainer.main",
+    "trl": "datasets, trl.trainer.sft_trainer, tests.benchmarks.peers",
+}
 """What a system imports; the others import peers.py alone."""
+OTHERS = (SELECTIVE, *peers.PEERS)
 
 Run = dict[str, Any]
 """A row of compare.json."""
@@ -49,14 +56,15 @@ class VoidError(Exception):
 
 
 def our_arguments(
-    options: argparse.Namespace, model: Path, data: Path, output: Path, workload: Workload
+    options: argparse.Namespace, system: str, model: Path, data: Path, output: Path, workload: Workload
 ) -> list[Any]:
     """trainer.main with what the peers are told too; its own defaults for the rest."""
+    checkpointing = "selective" if system == SELECTIVE else options.gradient_checkpointing
     flags = f"""
         --model_name_or_path {model} --data_path {data} --output_dir {output} --max_steps {options.steps}
         --per_device_train_batch_size {options.batch} --max_length {peers.MAX_LENGTH} --seed {peers.SEED}
         --learning_rate {peers.LEARNING_RATE} --lr_scheduler_type constant --plora_dropout 0
-        --bf16 {options.dtype == "bf16"} --gradient_checkpointing {options.gradient_checkpointing}
+        --bf16 {options.dtype == "bf16"} --gradient_checkpointing {checkpointing}
         --dataloader_num_workers {peers.NUM_WORKERS} --save_strategy no --rehearse False
     """
     flags += f"--fix_sampler {workload.fix_projector}"
@@ -90,8 +98,8 @@ def run(options: argparse.Namespace, system: str, model: Path, data: Path, workl
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as name:
         output = Path(name)
-        if system == "ours":
-            arguments = our_arguments(options, model, data, output, workload)
+        if system in ("ours", SELECTIVE):
+            arguments = our_arguments(options, system, model, data, output, workload)
         else:
             arguments = peer_arguments(options, system, model, data, output, workload)
         usage = watch(
@@ -270,7 +278,7 @@ def compare(options: argparse.Namespace, workload: Workload, folder: Path) -> di
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--workloads", default="realistic,equal,multi_image,lora,text")
-    parser.add_argument("--peers", default=",".join(peers.PEERS))
+    parser.add_argument("--peers", default=",".join(OTHERS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", choices=tuple(TOLERANCE), default="bf16")
     parser.add_argument("--steps", type=int, default=8)
@@ -282,7 +290,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("output/compare"))
     options = parser.parse_args()
     options.peers = [peer for peer in options.peers.split(",") if peer]
-    for chosen, known in ((options.workloads.split(","), WORKLOADS), (options.peers, peers.PEERS)):
+    for chosen, known in ((options.workloads.split(","), WORKLOADS), (options.peers, OTHERS)):
         if unknown := set(chosen) - set(known):
             parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
     if not 0 < options.warm_up < options.steps:

@@ -11,7 +11,6 @@ accelerate`; FULL_STATE_DICT is what it needs to write a folder that loads as a 
 
 import argparse
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -101,10 +100,9 @@ def ours(model_folder: Path, output_dir: Path, asynchronous: bool) -> int:
 
 
 def hf_trainer(model_folder: Path, output_dir: Path, state: str) -> int:
+    from accelerate import DistributedType, PartialState  # type: ignore[import-not-found]
     from transformers import Trainer, TrainingArguments
 
-    dist.init_process_group("gloo")
-    os.environ.update(ACCELERATE_USE_FSDP="true")
     model = build_model(load_config(model_folder))
     model.load_state_dict(load_file(model_folder / "model.safetensors"))
     blocks = {type(model.model.layers[0]).__name__}
@@ -117,16 +115,19 @@ def hf_trainer(model_folder: Path, output_dir: Path, state: str) -> int:
         save_steps=STEPS_BEFORE + 1,
         report_to="none",
         disable_tqdm=True,
-        fsdp="full_shard auto_wrap",
+        fsdp=True,
         fsdp_config={
-            "fsdp_version": 2,
+            "version": 2,
             "transformer_layer_cls_to_wrap": list(blocks),
             "state_dict_type": state,
         },
     )
+    # accelerate forgets about FSDP without a word where ranks have no accelerator.
+    PartialState().distributed_type = DistributedType.MULTI_GPU
     ids = torch.randint(3, 1000, (TOKENS,))
     samples = [{"input_ids": ids, "labels": ids}] * 64
     trainer = Trainer(model=model, args=arguments, train_dataset=samples)
+    assert trainer.accelerator.state.is_fsdp2, trainer.accelerator.state
     save, stalls, steps = trainer._save_checkpoint, [], []
     train = trainer.training_step
 

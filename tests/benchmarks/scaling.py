@@ -7,7 +7,7 @@ Output: tables, scaling.json and scaling.png in --output. All fits are least squ
 
     length   one rank, one text of 512 to 8,192 tokens a step: seconds = a + b·T + c·T², megabytes = a + b·T
     images   one rank, one text of 256 tokens with 0 to 8 images of 144 slots: seconds and megabytes = a + b·n
-    ranks    1, 2 and 4 ranks with a text of 512 tokens each: bytes that a rank sends in its collectives
+    ranks    1, 2 and 4 ranks with a text of 512 tokens each: bytes that a rank sends
              = a·(W − 1)/W, megabytes = a + b/W; not time, as ranks may have to share cores
 
 Megabytes are a rank's peak beyond what the program's imports take; on a CPU the C library is told to give
@@ -101,7 +101,7 @@ def measure(model: Path, folder: Path, curve: str, point: int, bf16: bool) -> di
     if curve == "ranks":
         sent = json.loads((folder / "bytes.json").read_text())
         found["megabytes_sent"] = sent["bytes"][-1] / 1e6
-        found["collectives"] = sent["calls"][-1]
+        found["messages"] = sent["calls"][-1]
         del found["seconds"]
     return found
 

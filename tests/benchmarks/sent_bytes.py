@@ -1,16 +1,18 @@
-"""Our trainer, with the bytes counted that a rank sends in its collectives. One process a rank:
+"""Our trainer, with the bytes counted that a rank sends. One process a rank:
 
     torchrun --nproc_per_node 2 -m tests.benchmarks.sent_bytes bytes.json --model_name_or_path M …
 
 Output: {"bytes": [a step], "calls": [a step]} of rank 0, in bytes.json; the other flags are trainer.main's.
-A collective counts as a ring sends it: in an all-gather or reduce-scatter of n bytes over W ranks each sends
-n (W − 1) / W, in an all-reduce twice that. A step reaches from one optimizer step to the next.
+A message counts as it is, and a collective as a ring sends it: in an all-gather or reduce-scatter of n bytes
+over W ranks each sends n (W − 1) / W, in an all-reduce twice that. A step reaches from one optimizer step to
+the next.
 """
 
 import itertools
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +23,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trainer.distributed import leave
 from trainer.main import main
 
-PASSES = {
-    "_allgather_base_": 1,
-    "_reduce_scatter_base_": 1,
-    "allreduce_": 2,
-    "all_gather_into_tensor": 1,
-    "reduce_scatter_tensor": 1,
-    "all_reduce": 2,
+SENDS: dict[str, Callable[[int], float]] = {
+    "send": lambda ranks: 1.0,
+    "_allgather_base_": lambda ranks: (ranks - 1) / ranks,
+    "_reduce_scatter_base_": lambda ranks: (ranks - 1) / ranks,
+    "allreduce_": lambda ranks: 2 * (ranks - 1) / ranks,
+    "all_gather_into_tensor": lambda ranks: (ranks - 1) / ranks,
+    "reduce_scatter_tensor": lambda ranks: (ranks - 1) / ranks,
+    "all_reduce": lambda ranks: 2 * (ranks - 1) / ranks,
 }
-"""How often a ring sends the whole tensor, in W parts."""
+"""What share of the whole tensor a rank sends: in a message, and in the collectives as a ring sends them."""
 
 
 class CountSent(TorchDispatchMode):
-    """Adds up what every collective of this rank sends."""
+    """Adds up what this rank sends in messages and collectives."""
 
     def __init__(self, ranks: int) -> None:
         super().__init__()
@@ -42,10 +45,10 @@ class CountSent(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func._schema.name.split("::")[1]
-        if func.namespace in ("c10d", "_c10d_functional") and name in PASSES:
+        if func.namespace in ("c10d", "_c10d_functional") and name in SENDS:
             given = [args, result] if func.namespace == "_c10d_functional" else [args]
             whole = max(tensor.nbytes for tensor in _tensors(given))
-            self.bytes += PASSES[name] * whole * (self.ranks - 1) / self.ranks
+            self.bytes += SENDS[name](self.ranks) * whole
             self.calls += 1
         return result
 
