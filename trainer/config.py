@@ -148,6 +148,9 @@ class Config:
     reduce_every_micro_batch: bool = False
     """Sum gradients over the ranks in every micro-batch, not in a step's last one alone: then no rank holds
     the whole gradient in float32 while micro-batches accumulate."""
+    compile: bool = False
+    """Compile the blocks with torch.compile, once, for rows of any length; it takes a minute or more before
+    the first step. Where that fails, the run says so and goes on without."""
     cpu_offload: bool = False
     """Keep parameters, gradients and the optimizer in the host's memory, and step there; a block's parameters
     travel to the accelerator when it runs."""
@@ -326,6 +329,11 @@ class Config:
                 "--img_size and --hd_num exclude each other: the first is for square-image models, "
                 "the second for high-resolution ones"
             )
+        if self.compile and "selective" in (self.gradient_checkpointing, self.vision_checkpointing):
+            found.append(
+                "--compile excludes selective checkpointing, which does not see into compiled code: use "
+                "--gradient_checkpointing True or False"
+            )
         if self.fix_vit and self.vit_learning_rate is not None:
             found.append("--vit_learning_rate has no effect while --fix_vit is True: set --fix_vit False")
         if self.fix_sampler and self.sampler_learning_rate is not None:
@@ -379,6 +387,7 @@ REPLACED = {
     "batch_size": "use --per_device_train_batch_size; any batch size mixes images and text",
     "local_rank": "torchrun sets it in the environment; remove the flag",
     "evaluation_strategy": "evaluate a saved model after training; remove the flag",
+    "torch_compile": "use --compile",
     "tf32": "call torch.set_float32_matmul_precision in trainer/main.py",
     "optim": "AdamW is built in trainer/main.py: edit it there",
     "remove_unused_columns": "every field of a record is kept; remove the flag",

@@ -107,6 +107,7 @@ def train(config: Config, ranks: Ranks) -> int:
         reshard_after_forward=config.reshard_after_forward,
         forward_prefetch=config.forward_prefetch,
         cpu_offload=config.cpu_offload,
+        compile_on=device if config.compile else None,
     )
     allocate(model, device, config.cpu_offload)
     loaded = load_weights(model, base, optional=plan.parts.unused)
@@ -327,8 +328,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         log("\n".join(f"error: {problem}" for problem in str(error).splitlines()))
         return BAD_INPUT
-    # The watchdog of the step speaks first.
-    ranks = start(60 * config.hang_minutes + 60, host_collectives=config.cpu_offload)
+    ranks = start(60 * config.hang_minutes + 60, host_collectives=config.cpu_offload)  # after the watchdog
     try:
         status = train(config, ranks)
     except SaveError as error:  # the same on every rank

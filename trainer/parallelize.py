@@ -1,8 +1,9 @@
-"""One function that turns a model into its sharded form: checkpointing → tiles → fully_shard.
+"""One function that turns a model into its sharded form: compile → checkpointing → tiles → fully_shard.
 
-The order matters. Checkpointing wraps a block's `forward` only, so parameter names stay; a vision block runs
-that a few tiles at a time; `fully_shard` hooks the outside of both, so the gather of a block's parameters is
-not done twice when a block is computed again, and happens once however many tiles a rank has.
+The order matters. What is compiled is a block's `forward` alone. Checkpointing wraps that, so parameter names
+stay; a vision block runs it a few tiles at a time; `fully_shard` hooks the outside of all, so the gather of a
+block's parameters is not done twice when a block is computed again, and happens once however many tiles a
+rank has.
 
     model = parallelize(build_model(config), mesh, parts, ...)    # on the meta device: nothing allocated yet
     allocate(model, device, cpu_offload=False)                    # each rank its part
@@ -31,6 +32,7 @@ from torch.distributed.fsdp import (
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
+from trainer.compiled import compile_blocks
 from trainer.config import Config
 from trainer.gloo import GlooAllGather, GlooReduceScatter
 from trainer.models import Parts
@@ -120,6 +122,7 @@ def parallelize(
     reshard_after_forward: bool = True,
     forward_prefetch: bool = False,
     cpu_offload: bool = False,
+    compile_on: torch.device | None = None,
 ) -> Any:
     """Shard `model` over `mesh`: a group for every vision and language block, one for the token embeddings,
     and one for all the rest.
@@ -140,13 +143,16 @@ def parallelize(
     are never gathered. All that trains is one group: gathered once, its gradients reduced once.
 
     reshard_after_forward False keeps gathered parameters for the backward pass; forward_prefetch:
-    `gather_ahead`; cpu_offload: shards, gradients and optimizer stay in the host's memory.
+    `gather_ahead`; cpu_offload: shards, gradients and optimizer stay in the host's memory; compile_on: the
+    device that blocks are compiled for (trainer/compiled.py), or None.
 
     Returns the same object, which is now an `FSDPModule` as well as a model; no static type is both.
     """
     vision_blocks = list(model.get_submodule(parts.vision_blocks).children())
     language_blocks = list(model.get_submodule(parts.language_blocks).children())
     vision_trains = any(p.requires_grad for n, p in model.named_parameters() if n.startswith(parts.vision))
+    if compile_on is not None:
+        compile_blocks(model, parts, compile_on, torch.bfloat16 if bf16 else torch.float32)
     if vision_checkpointing is None:
         vision_checkpointing = gradient_checkpointing
     for blocks, mode in (

@@ -39,6 +39,7 @@ HARMLESS = {
     "reshard_after_forward",
     "forward_prefetch",
     "reduce_every_micro_batch",
+    "compile",
     "cpu_offload",
     "gradient_checkpointing",
     "vision_checkpointing",

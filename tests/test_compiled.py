@@ -1,0 +1,65 @@
+"""Compiled blocks: they train as plain ones do, make their code once, and where they fail plain ones run."""
+
+import functools
+
+import pytest
+import torch
+import torch._dynamo.utils
+import torch._inductor.config
+
+from tests.test_equality import assert_same_training, reference_world, train
+from trainer.main import main
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return reference_world(tmp_path_factory.mktemp("compiled"))
+
+
+def main_with_few_graphs(arguments):
+    """Every row is cut otherwise; the last to make new code may be the first with no image."""
+    torch._inductor.config.compile_threads = 1  # a pool of processes would outlive a forked rank
+    graphs, step = [], torch.optim.AdamW.step
+
+    def counted(self):
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        return step(self)
+
+    torch.optim.AdamW.step = counted
+    status = main(arguments)
+    assert graphs[0] >= 2, graphs
+    assert graphs[5] == graphs[-1] < 24, graphs
+    return status
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "accumulation", "flags"),
+    [(1, 1, "--packing True --max_length 120"), (2, 2, "--gradient_checkpointing True")],
+)
+def test_compiled_blocks_make_their_graphs_once_and_train_as_plain_ones_do(world, ranks, accumulation, flags):
+    flags = ["--compile", "True", *flags.split()]
+    train(world, f"compiled-{ranks}", ranks, accumulation, "data/data.txt", *flags, run=main_with_few_graphs)
+    assert_same_training(world, f"compiled-{ranks}")
+
+
+def main_without_a_compiler(said, arguments):
+    torch._inductor.config.cpp.cxx = ("/nowhere/c++",)
+    torch._inductor.config.force_disable_caches = True
+    import trainer.compiled
+
+    trainer.compiled.log = lambda message: said.open("a").write(message + "\n")
+    return main(arguments)
+
+
+def test_blocks_that_cannot_be_compiled_are_named_and_train_as_they_are(world):
+    said = world / "said"
+    run = functools.partial(main_without_a_compiler, said)
+    train(world, "plain", 2, 1, "data/data.txt", "--compile", "True", run=run)
+    vision, language = dict.fromkeys(said.read_text().splitlines())  # both ranks call log
+    assert vision.startswith(
+        "warning: vit.vision_tower.vision_model.encoder.layers cannot be compiled and run as"
+    )
+    assert language.startswith("warning: model.layers cannot be compiled and run as they are: "), language
+    assert "/nowhere/c++" in language
+    assert_same_training(world, "plain")
