@@ -71,6 +71,12 @@ class SampleReader:
     fit_images: bool = False
     """First try to make a long sample fit by lowering the hd_num of its images, as little as needed."""
 
+    def __post_init__(self) -> None:
+        if self.fit_images and self.image_processor.hd_num is None:
+            raise DataError(
+                "--fit_images: this model resizes every image to the same square; remove the flag"
+            )
+
     def read(
         self,
         source_number: int,

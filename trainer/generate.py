@@ -233,10 +233,6 @@ def ask(questions: Questions, ranks: Ranks, folder: Path) -> int:
         chosen, tiles = Path(questions.model_name_or_path), questions.vision_micro_batch
         model, model_folder = load_model(chosen, base, dtype, tiles)
         processor = load_image_processor(load_config(model_folder), questions.hd_num)
-        if questions.fit_images and processor.hd_num is None:
-            raise DataError(
-                "--fit_images: this model resizes every image to the same square; remove the flag"
-            )
         encoder = SampleEncoder(load_tokenizer(model_folder), questions.max_length)
         as_viewed, fits = questions.images_as_viewed, questions.fit_images
         reader = SampleReader(sources, encoder, processor, as_viewed, fit_images=fits)

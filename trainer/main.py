@@ -175,7 +175,7 @@ def train(config: Config, ranks: Ranks) -> int:
     window, epoch = torch.zeros(2, 4, len(sources), dtype=torch.float64)
     window += torch.tensor(begin.notes.get("window", 0.0), dtype=torch.float64)
     epoch += torch.tensor(begin.notes.get("epoch", 0.0), dtype=torch.float64)
-    skipped_steps, bad_steps = begin.notes.get("counts", [0, 0])[-2:]
+    skipped_steps, bad_steps = begin.notes.get("counts", [0, 0])
     for step in range(begin.step + 1, total_steps + 1):
         faulthandler.dump_traceback_later(60 * config.hang_minutes, exit=True)
         phases.start(step)

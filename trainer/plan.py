@@ -127,8 +127,6 @@ def _describe_model(config: Config, ranks: Ranks, sources: list[Source]) -> Plan
     tokenizer = load_tokenizer(base)
     encoder = SampleEncoder(tokenizer, config.max_length)
     image_processor = load_image_processor(model_config, config.hd_num)
-    if config.fit_images and image_processor.hd_num is None:
-        raise ValueError("--fit_images: this model resizes every image to the same square; remove the flag")
     parts = parts_of(model_config)
     with torch.device("meta"):
         model = build_model(model_config)
