@@ -20,6 +20,7 @@ trains is set as in our trainer: frozen vision tower, fused AdamW (HF Trainer's 
 import argparse
 import json
 import os
+import sys
 import time
 import zlib
 from collections.abc import Callable
@@ -299,6 +300,9 @@ def main() -> None:
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--gradient_checkpointing", action="store_true")
     train(parser.parse_args())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # now and then a thread that HF Trainer leaves behind aborts the interpreter's end
 
 
 if __name__ == "__main__":
