@@ -365,6 +365,8 @@ def end_workers_at_exit() -> None:
 
 
 def _end_workers() -> None:
+    # One that has not come to `start_worker` yet dies of the signal: torch's handler would raise that here.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():
         if process.daemon and process.pid is not None:
             os.kill(process.pid, END_WORKER)

@@ -416,6 +416,7 @@ def test_fitting_images_to_a_model_of_one_size_is_refused(world, tmp_path):
     flags = f"--model_name_or_path {tmp_path}/square --data_path {world}/data/data.json --fit_images True"
     (output,) = run_ranks(1, main, [*flags.split(), "--output_dir", f"{tmp_path}/out"], status=2)
     assert "--fit_images: this model resizes every image to the same square" in output
+    flags = f"{world}/data/data.json --model_name_or_path {tmp_path}/square --fit_images True"
     assert check.main([*flags.split(), "--out", f"{tmp_path}/report.json"]) == 2
     assert "--fit_images: this model" in (tmp_path / "report.json").read_text()
 

@@ -137,14 +137,14 @@ class Attention(nn.Module):
         y = self._attend(q, k, v, mask) if lengths is None else self._attend_packed(q, k, v, lengths)
         return self.wo(y.flatten(2), slots)
 
-    @torch.compiler.disable()  # type: ignore[untyped-decorator]
+    @torch.compiler.disable()
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation or "eager", eager_attention_forward
         )
         return attend(self, q, k, v, mask, scaling=self.head_dim**-0.5)[0]  # [B, T, H, E]
 
-    @torch.compiler.disable()  # type: ignore[untyped-decorator]
+    @torch.compiler.disable()  # code for every way to cut a row would be code for every row
     def _attend_packed(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
         """One sample of the row at a time: exactly what it gives alone, and no T × T mask."""
         samples = zip(*(x.split(lengths.tolist(), dim=2) for x in (q, k, v)), strict=True)
