@@ -23,14 +23,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trainer.distributed import leave
 from trainer.main import main
 
+
+def _ring(ranks: int) -> float:
+    return (ranks - 1) / ranks
+
+
+def _ring_twice(ranks: int) -> float:
+    return 2 * _ring(ranks)
+
+
 SENDS: dict[str, Callable[[int], float]] = {
     "send": lambda ranks: 1.0,
-    "_allgather_base_": lambda ranks: (ranks - 1) / ranks,
-    "_reduce_scatter_base_": lambda ranks: (ranks - 1) / ranks,
-    "allreduce_": lambda ranks: 2 * (ranks - 1) / ranks,
-    "all_gather_into_tensor": lambda ranks: (ranks - 1) / ranks,
-    "reduce_scatter_tensor": lambda ranks: (ranks - 1) / ranks,
-    "all_reduce": lambda ranks: 2 * (ranks - 1) / ranks,
+    "_allgather_base_": _ring,
+    "_reduce_scatter_base_": _ring,
+    "allreduce_": _ring_twice,
+    "all_gather_into_tensor": _ring,
+    "reduce_scatter_tensor": _ring,
+    "all_reduce": _ring_twice,
 }
 """What share of the whole tensor a rank sends: in a message, and in the collectives as a ring sends them."""
 
