@@ -10,7 +10,6 @@ A packed row tells its samples apart by the positions, which restart at 0. Witho
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,8 +28,7 @@ class MicroBatch:
     inputs: dict[str, Any]
     """The model's keyword arguments: input_ids and labels, [B, T] int64; im_mask, [B, T] bool; attention_mask
     and position_ids, [B, T] int64 or None; pixel_values, [N, 3, H, W], or a list of [3, H, W] where the sizes
-    differ, or None. With kept features also tower_outputs, of every image; pixel_values are then those of the
-    images whose output is not known."""
+    differ, or None."""
     source_of_target: torch.Tensor
     """[num_supervised] int64: the source of each supervised token, row by row where `labels != -100`."""
     lengths: list[int]
@@ -42,8 +40,6 @@ class MicroBatch:
     """(source, why) of samples left out because they are bad."""
     unsupervised: list[tuple[int, str]] = field(default_factory=list)
     """(source, what) of samples left out because max_length leaves no answer to train on."""
-    feature_files: list[Path] = field(default_factory=list)
-    """With kept features: where those of each of `pixel_values` belong."""
     shrunk: list[tuple[int, str]] = field(default_factory=list)
     """(source, what) of samples whose images were taken smaller to fit into max_length."""
 

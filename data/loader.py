@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.util import Finalize
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -31,7 +31,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from data.batch import MicroBatch, collate
 from data.errors import DataError
-from data.features import FeatureFolder
 from data.images import ImageProcessor, open_image, to_rgb, viewed_size
 from data.mixture import Source
 from data.packing import Packing, deal, idle_share
@@ -83,13 +82,11 @@ class SampleReader:
         index: int,
         *,
         decode: bool = True,
-        load: Callable[[Image.Image, ImageProcessor], Any] | None = None,
-    ) -> tuple[Encoded, list[Any]]:
+    ) -> tuple[Encoded, list[torch.Tensor]]:
         """Raises DataError with the record's place.
 
         Pictures behind the cut at max_length are not decoded, and none where no answer is left before it.
-        `decode=False` reads the pictures' headers alone and returns none. `load` makes of an opened picture
-        what is returned of it, by default its pixels [3, H, W].
+        `decode=False` reads the pictures' headers alone and returns none.
         """
         source = self.sources[source_number]
         sample = source.sample(index)
@@ -98,7 +95,7 @@ class SampleReader:
             parts = list(self.encoder.parts(sample))
             encoded, processor = self._fit(parts, partial(self._size, source, sample, opened))
             used = opened[: len(encoded.image_tokens)] if decode and encoded.num_supervised else []
-            return encoded, [(load or self._pixels)(image, processor) for image in used]
+            return encoded, [self._pixels(image, processor) for image in used]
         except DataError as error:
             raise DataError(f"{source.where(index, sample.id)} {error}") from error
         finally:
@@ -200,19 +197,17 @@ class StepLoader:
         num_workers: int = 0,
         on_bad_sample: Literal["error", "skip"] = "error",
         packing: Packing | None = None,
-        features: FeatureFolder | None = None,
     ):
         """Args:
         num_steps, first_step: the steps are first_step … num_steps − 1, counted from 0.
         packing: rows are packed and balanced by it; None means samples_per_micro_batch padded rows.
-        features: where a picture has kept features there, they are read instead of its pixels.
         """
         self._reader, self._sampler = reader, sampler
         self._rank, self._num_ranks = rank, num_ranks
         self._samples_per_micro_batch = samples_per_micro_batch
         self._steps = range(first_step, num_steps)
         self._num_workers, self._on_bad_sample = num_workers, on_bad_sample
-        self._packing, self._features = packing, features
+        self._packing = packing
         self._num_logged: Counter[str] = Counter()
 
     def plan(self, step: int) -> list[list[tuple[int, int]]]:
@@ -246,9 +241,7 @@ class StepLoader:
         if self._num_workers:
             end_workers_at_exit()
         batches = DataLoader(
-            _MicroBatches(
-                self._reader, self._on_bad_sample == "skip", self._packing is not None, self._features
-            ),
+            _MicroBatches(self._reader, self._on_bad_sample == "skip", self._packing is not None),
             batch_size=None,
             sampler=micro_batch_plans(),
             num_workers=self._num_workers,
@@ -294,25 +287,20 @@ class StepLoader:
 class _MicroBatches(Dataset[MicroBatch | _Failure]):
     """What a worker does: the "index" is a micro-batch's plan."""
 
-    def __init__(
-        self, reader: SampleReader, skip_bad: bool, packed: bool, features: FeatureFolder | None = None
-    ):
+    def __init__(self, reader: SampleReader, skip_bad: bool, packed: bool):
         self._reader, self._skip_bad, self._packed = reader, skip_bad, packed
         # Where any sample of the run has an image, every micro-batch of every rank runs the vision tower: its
-        # collectives must match, and gradients must not depend on how samples are dealt. With kept features
-        # the training processes agree on where the tower runs.
+        # collectives must match, and gradients must not depend on how samples are dealt.
         any_images = any(source.records.num_images for source in reader.sources)
-        self._dummy = [reader.image_processor.dummy()] if any_images and features is None else []
-        self._features = features if any_images else None
-        self._load = partial(features.load, as_viewed=reader.as_viewed) if features else None
+        self._dummy = [reader.image_processor.dummy()] if any_images else []
 
     def __getitem__(self, plan: list[tuple[int, int]]) -> MicroBatch | _Failure:
         samples: list[Encoded] = []
-        pictures: list[Any] = []
+        pictures: list[torch.Tensor] = []
         sample_ids, skipped, unsupervised, shrunk = [], [], [], []
         for source_number, index in plan:
             try:
-                sample, images = self._reader.read(source_number, index, load=self._load)
+                sample, images = self._reader.read(source_number, index)
             except DataError as error:
                 if not self._skip_bad:
                     return _Failure(str(error))
@@ -331,12 +319,8 @@ class _MicroBatches(Dataset[MicroBatch | _Failure]):
             pictures += images
             sample_ids.append((source_number, index))
         encoder = self._reader.encoder
-        new = [picture for picture in pictures if picture.pixels is not None] if self._features else []
-        pixels = [picture.pixels for picture in new] if self._features else pictures or self._dummy
+        pixels = pictures or self._dummy
         batch = collate(samples, pixels, sample_ids, encoder.pad_id, packed=self._packed)
-        if self._features:
-            batch.inputs["tower_outputs"] = [picture.output for picture in pictures]
-            batch.feature_files = [picture.file for picture in new]
         if self._packed and batch.num_tokens > encoder.max_length:
             return _Failure(
                 f"a packed row has {batch.num_tokens} tokens, over max_length={encoder.max_length}: images"

@@ -83,8 +83,8 @@ def slow_main(arguments):
             ctx.ballast = torch.ones(64 << 20, dtype=torch.uint8) + 0
             return gradient
 
-    arrange, save = VisionEncoder.arrange, Checkpoints.save
-    VisionEncoder.arrange = lambda self, *args: Slow.apply(arrange(self, *args))
+    forward, save = VisionEncoder.forward, Checkpoints.save
+    VisionEncoder.forward = lambda self, *args: Slow.apply(forward(self, *args))
 
     def slow_save(self, *args):
         time.sleep(2 * SLEEP)

@@ -164,11 +164,6 @@ class Config:
     vision_micro_batch: int | None = 16
     """Images or tiles that a block of the vision tower computes at a time; it bounds memory and changes no
     number. none: all of a micro-batch at once."""
-    cache_vision_features: str | None = None
-    """Folder in which the features of a frozen vision tower are kept: each image is decoded and computed
-    once, in all epochs of all jobs that name the folder."""
-    cache_vision_gigabytes: float = 100.0
-    """Most that the folder may hold; what is there stays, and no more is added."""
     loss_chunk_tokens: int = 1024
     """Rows of logits that exist at a time."""
 
@@ -248,9 +243,8 @@ class Config:
             found.append(f"--data_path {self.data_path}: there is no such file")
         if self.image_root is not None and not Path(self.image_root).is_dir():
             found.append(f"--image_root {self.image_root}: there is no such folder")
-        for name in ("output_dir", "cache_vision_features"):
-            if (folder := getattr(self, name)) is not None and Path(folder).is_file():
-                found.append(f"--{name} {folder}: this is a file; name a folder")
+        if Path(self.output_dir).is_file():
+            found.append(f"--output_dir {self.output_dir}: this is a file; name a folder")
         for name, choices in {
             "on_bad_sample": ("error", "skip"),
             "on_long_sample": ("truncate", "skip", "error"),
@@ -302,13 +296,7 @@ class Config:
         ):
             if not low <= getattr(self, name) < high:
                 found.append(f"--{name} {getattr(self, name)}: must be from {low} to below {high:g}")
-        for name in (
-            "adam_epsilon",
-            "loraplus_lr_ratio",
-            "hang_minutes",
-            "save_minutes",
-            "cache_vision_gigabytes",
-        ):
+        for name in ("adam_epsilon", "loraplus_lr_ratio", "hang_minutes", "save_minutes"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 found.append(f"--{name} {getattr(self, name)}: must be above 0")
         if self.hd_num is not None and self.hd_num < 1 and self.hd_num != -1:
@@ -338,13 +326,6 @@ class Config:
             found.append("--vit_learning_rate has no effect while --fix_vit is True: set --fix_vit False")
         if self.fix_sampler and self.sampler_learning_rate is not None:
             found.append("--sampler_learning_rate has no effect while --fix_sampler is True")
-        if self.cache_vision_features is None:
-            if self.cache_vision_gigabytes != Config.cache_vision_gigabytes:
-                found.append("--cache_vision_gigabytes has no effect without --cache_vision_features")
-        elif not self.fix_vit:
-            found.append(
-                "--cache_vision_features needs --fix_vit True: features of a tower that trains change"
-            )
         if not self.use_lora:
             needs_lora = [field.name for field in fields(self) if "lora" in field.name]
             needs_lora = [name for name in needs_lora if name not in ("use_lora", "plora_dropout")]

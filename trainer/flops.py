@@ -16,7 +16,7 @@ activation checkpointing, or by a fused attention kernel on its way back. A laye
 
 so a frozen tower costs its forward pass alone, and the base under adapters no gradients of weights. Attention
 is between all tokens of a sample (n² pairs, also those behind the causal mask, as PaLM counts them) and never
-between samples, packed or not. Padding, dummies and kept features are no work. PLoRA's products are at
+between samples, packed or not. Padding and dummies are no work. PLoRA's products are at
 image slots only, the output layer's at supervised positions only. What DoRA adds for its norms is left out.
 
 The published 7B with a frozen tower, a sample of 1,500 tokens, 1,225 of them one image's, 200 supervised:

@@ -63,7 +63,6 @@ from trainer.replay import write_capsule
 from trainer.resume import choose_start, describe_run
 from trainer.signals import StopRequest, wait_for_the_end
 from trainer.trained import refuse_idle
-from trainer.vision_cache import VisionCache
 from trainer.weights import load_weights, save_model_folder, weights_dtype
 
 
@@ -140,7 +139,6 @@ def train(config: Config, ranks: Ranks) -> int:
             save_model_folder(model, *described, plan.parts, folder, save_dtype, loaded.carried, jobs)
 
     # --- the loop ----------------------------------------------------------------------------------------
-    cache = VisionCache(model, plan, config, ranks)
     loader = StepLoader(
         plan.reader,
         plan.sampler,
@@ -152,7 +150,6 @@ def train(config: Config, ranks: Ranks) -> int:
         num_workers=config.dataloader_num_workers,
         on_bad_sample="skip" if config.on_bad_sample == "skip" else "error",
         packing=plan.packing,
-        features=cache.features,
     )
     checkpoints = Checkpoints(
         output_dir, run, config.save_total_limit, config.async_save, config.save_minutes
@@ -190,14 +187,12 @@ def train(config: Config, ranks: Ranks) -> int:
         counts = all_sum(torch.tensor(rows, dtype=torch.float64, device=device).sum(0))
         num_supervised = counts[0].clamp(min=1.0)
         sums = torch.zeros(4, len(sources), dtype=torch.float64, device=device)
-        cache.agree(micro_batches)
 
         for i, micro_batch in enumerate(micro_batches):
             set_communication(model, config, is_last=i == len(micro_batches) - 1)
             phases("host_to_device")
             micro_batch = micro_batch.to(device)
-            losses = (outputs := model(**micro_batch.inputs)).loss  # [supervised tokens], float32
-            cache.keep(micro_batch, outputs.tower_outputs)
+            losses = model(**micro_batch.inputs).loss  # [supervised tokens], float32
             if config.loss_average == "micro_batch":
                 divisor = max(1, micro_batch.num_supervised) * len(micro_batches) * ranks.world
             else:
@@ -266,7 +261,6 @@ def train(config: Config, ranks: Ranks) -> int:
                 seconds_saving=phases.host_seconds["saving"] / window_steps,
                 planned_idle_share=loader.idle_share(step - 1),
                 memory_peak_bytes=memory,
-                **cache.counts(),
                 loss_by_source={source.name: total / count for source, count, total in by_source if count},
             )
             bar.set_postfix_str(
@@ -314,7 +308,6 @@ def train(config: Config, ranks: Ranks) -> int:
     faulthandler.cancel_dump_traceback_later()
     checkpoints.save_final_model(total_steps, write_model)
     stop.honoured()
-    cache.finish()
     log(f"the trained {'adapter' if adapters else 'model'} is in {output_dir}")
     if adapters and config.verify_adapter and micro_batches:
         log(verify_adapter(model, adapters, output_dir, plan.model_config, micro_batches[0], device))

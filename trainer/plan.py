@@ -132,11 +132,6 @@ def _describe_model(config: Config, ranks: Ranks, sources: list[Source]) -> Plan
         model = build_model(model_config)
         adapters = add_adapters(model, parts, config) if config.use_lora else None
     training = trained_names(model, parts, config)
-    if config.cache_vision_features and (moving := sorted(n for n in training if n.startswith(parts.vision))):
-        raise ValueError(
-            f"--cache_vision_features needs a frozen vision tower, and {len(moving)} parameters of it train, "
-            f"first {moving[0]}"
-        )
     global_batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * ranks.world
     sampler = StepSampler(sources, config.seed, global_batch)
     total_steps = math.ceil(config.num_train_epochs * sampler.steps_per_epoch)

@@ -44,8 +44,6 @@ HARMLESS = {
     "gradient_checkpointing",
     "vision_checkpointing",
     "vision_micro_batch",
-    "cache_vision_features",
-    "cache_vision_gigabytes",
     "attn_implementation",
     "loss_chunk_tokens",
     "logging_steps",

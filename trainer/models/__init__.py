@@ -34,7 +34,6 @@ __all__ = [
     "load_image_processor",
     "load_tokenizer",
     "parts_of",
-    "tower_settings",
 ]
 
 
@@ -100,14 +99,6 @@ def example_block_inputs(
     language = (row, RotaryEmbedding(config)(positions), None, torch.tensor([5, 7]), slots)
     patches = (config.image_size // config.patch_size) ** 2 + 1
     return language, (torch.zeros(2, patches, vision.hidden_size, device=device, dtype=dtype), None)
-
-
-def tower_settings(config: PreTrainedConfig) -> str:
-    """Whatever the vision tower's output depends on beside the shapes and values of its weights."""
-    assert isinstance(config, InternLMXcomposer2Config)
-    vision = config.vision_config
-    names = ("num_attention_heads", "hidden_act", "layer_norm_eps", "attention_dropout")
-    return repr([getattr(vision, name) for name in names])
 
 
 def load_config(folder: str | Path, img_size: int | None = None) -> PreTrainedConfig:

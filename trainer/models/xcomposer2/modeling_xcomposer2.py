@@ -13,7 +13,6 @@ Parameter names are the original's. Paper: arXiv 2401.16420.
 """
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,7 +34,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_xcomposer2 import InternLMXcomposer2Config
 from .generation_xcomposer2 import XComposer2GenerationMixin
-from .vision_xcomposer2 import TowerOutput, VisionEncoder, resize_positions
+from .vision_xcomposer2 import VisionEncoder, resize_positions
 
 
 class PLoRADown(nn.Linear):
@@ -251,14 +250,6 @@ def supervised_cross_entropy(
     return total / (max(len(targets), 1) if num_items_in_batch is None else num_items_in_batch)
 
 
-@dataclass
-class XComposer2Output(CausalLMOutputWithPast):
-    """What a forward returns."""
-
-    tower_outputs: list[TowerOutput] | None = None
-    """Of the images that the vision tower ran on for a call with `tower_outputs`."""
-
-
 class InternLMXComposer2ForCausalLM(XComposer2GenerationMixin, PreTrainedModel):
     """The whole model; see the module's docstring."""
 
@@ -338,7 +329,6 @@ class InternLMXComposer2ForCausalLM(XComposer2GenerationMixin, PreTrainedModel):
         inputs_embeds: Tensor | None = None,
         im_mask: Tensor | None = None,
         pixel_values: Tensor | list[Tensor] | None = None,
-        tower_outputs: list[TowerOutput | None] | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
         use_cache: bool | None = None,
@@ -346,7 +336,7 @@ class InternLMXComposer2ForCausalLM(XComposer2GenerationMixin, PreTrainedModel):
         return_logits: bool = False,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-    ) -> XComposer2Output:
+    ) -> CausalLMOutputWithPast:
         """Logits, float32; with `labels`, the loss, and logits only if `return_logits`.
 
         input_ids [B, T] or inputs_embeds [B, T, D].
@@ -357,9 +347,6 @@ class InternLMXComposer2ForCausalLM(XComposer2GenerationMixin, PreTrainedModel):
             taken to hold the features already.
         pixel_values: [images, 3, S, S], or a list of [3, H, W]. With no True in im_mask the images are a
             rank's part in collectives that other ranks' images need: they add zeros to the gradients.
-        tower_outputs: for every image what the vision tower makes of it, where that is known, or None: then
-            it is the next of pixel_values, and the output's `tower_outputs` has it. If all are known, the
-            tower does not run, or it runs on a rank's part in collectives as above.
         labels [B, T], not shifted, -100 where not supervised; a packed sample's first one must be -100.
         loss: `loss_function(hidden [M, D], targets [M], lm_head, num_items_in_batch)` of the M supervised
             positions, row by row.
@@ -376,11 +363,7 @@ class InternLMXComposer2ForCausalLM(XComposer2GenerationMixin, PreTrainedModel):
             slots = im_mask.flatten().nonzero()[:, 0]
         elif torch.is_grad_enabled():
             slots = torch.empty(0, dtype=torch.int64, device=x.device)
-        new_outputs = None
-        if tower_outputs is not None:
-            features, new_outputs = self.vit(pixel_values, tower_outputs, *self._separators())
-            x = self._fill(x, slots, self.vision_proj(features))
-        elif pixel_values is not None:
+        if pixel_values is not None:
             x = self._fill(x, slots, self.image_features(pixel_values))
         elif inputs_embeds is None and slots is not None and len(slots):
             raise ValueError(f"im_mask has {len(slots)} image slots, but there are no pixel_values")
@@ -399,17 +382,13 @@ class InternLMXComposer2ForCausalLM(XComposer2GenerationMixin, PreTrainedModel):
             )
         if labels is None or return_logits:
             logits = self.output(slice_logits_to_keep(hidden, logits_to_keep)).float()
-        return XComposer2Output(
-            loss=loss,
-            logits=logits,
-            cache=outputs.cache,
-            hidden_states=outputs.hidden_states,
-            tower_outputs=new_outputs,
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, cache=outputs.cache, hidden_states=outputs.hidden_states
         )
 
     def image_features(self, pixel_values: Tensor | list[Tensor]) -> Tensor:
         """Images → [slots, D], in the order of the images."""
-        return self.vision_proj(self.vit(pixel_values, None, *self._separators())[0])
+        return self.vision_proj(self.vit(pixel_values, *self._separators()))
 
     def _separators(self) -> tuple[Tensor, ...]:
         return (self.plora_sub_GN, self.plora_glb_GN) if self.config.high_resolution else ()

@@ -21,9 +21,6 @@ from transformers import CLIPVisionModel
 
 from .configuration_xcomposer2 import InternLMXcomposer2Config
 
-TowerOutput = tuple[Tensor, int]
-"""What the tower makes of one image: [1 + h·w, grid², C], or [1, grid², C] of a square, and h, or 1."""
-
 
 class VisionTower(nn.Module):
     """A container: the original's parameters are named vit.vision_tower.vision_model.*"""
@@ -53,24 +50,15 @@ class VisionEncoder(nn.Module):
 
     def forward(
         self,
-        images: Tensor | Sequence[Tensor] | None,
-        known: Sequence[TowerOutput | None] | None = None,
+        images: Tensor | Sequence[Tensor],
         sub_gn: Tensor | None = None,
         glb_gn: Tensor | None = None,
-    ) -> tuple[Tensor, list[TowerOutput]]:
-        """The features of all images, and what the tower made of those in `images`.
+    ) -> Tensor:
+        """The features of all images, in their order.
 
-        images: [N, 3, H, W] or N of [3, H, W], any floating dtype. known: what the tower made of every image
-        before, or None: then it is the next of `images`; absent, `images` are all. sub_gn and glb_gn, both
-        4 C wide, for high resolution. ValueError for an image that is not of the model's size.
+        images: [N, 3, H, W] or N of [3, H, W], any floating dtype. sub_gn and glb_gn, both 4 C wide, for high
+        resolution. ValueError for an image that is not of the model's size.
         """
-        new = [] if images is None else self.tower_outputs(images)
-        coming = iter(new)
-        every = new if known is None else [next(coming) if output is None else output for output in known]
-        return self.arrange(every, sub_gn, glb_gn), new
-
-    def tower_outputs(self, images: Tensor | Sequence[Tensor]) -> list[TowerOutput]:
-        """What the tower makes of each image: of the model's parts, this depends on the tower alone."""
         for image in images:
             if not self._fits(image.shape):
                 raise ValueError(
@@ -80,26 +68,15 @@ class VisionEncoder(nn.Module):
                 )
         if not self.high_resolution:
             pixels = images if isinstance(images, Tensor) else torch.stack(list(images))
-            return [(patches, 1) for patches in self._patches(pixels).split(1)]
+            return self._patches(pixels).flatten(0, 1)
+        assert sub_gn is not None
+        assert glb_gn is not None
         views = [self._views(image) for image in images]
         patches = self._patches(torch.cat(views)).split([len(view) for view in views])
         rows = [image.shape[1] // self.image_size for image in images]
-        return list(zip(patches, rows, strict=True))
-
-    def arrange(
-        self, outputs: Sequence[TowerOutput], sub_gn: Tensor | None = None, glb_gn: Tensor | None = None
-    ) -> Tensor:
-        """The tower's outputs of some images → their features; no images have none, [0, C or 4 C]."""
-        if not self.high_resolution:
-            if not outputs:
-                weight = self.vision_tower.vision_model.pre_layrnorm.weight
-                return weight.new_empty(0, weight.shape[0])
-            return torch.cat([patches.flatten(0, 1) for patches, _ in outputs])
-        assert sub_gn is not None
-        assert glb_gn is not None
-        # Even where no image is: nothing of them is used, but both get their gradients, of zeros.
-        none = (sub_gn.view(1, -1)[:0], glb_gn.view(1, -1)[:0])
-        return torch.cat([*none, *(self._arrange(*output, sub_gn, glb_gn) for output in outputs)])
+        return torch.cat(
+            [self._arrange(*picture, sub_gn, glb_gn) for picture in zip(patches, rows, strict=True)]
+        )
 
     def _fits(self, shape: torch.Size) -> bool:
         tile = self.image_size
