@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.errors import DataError
-from data.images import load_image
+from data.images import open_image, process
 from data.ledger import table
 from data.lengths import Chunk, chunks_of, in_parallel, measure_lengths
 from data.loader import SampleReader
@@ -62,7 +62,8 @@ def inspect_records(reader: SampleReader, chunk: Chunk) -> Findings:
         paths = [source.image_root / path for path in sample.images]
         for path in paths:
             try:
-                load_image(path, reader.as_viewed)
+                with open_image(path) as image:
+                    process(image, reader.image_processor.rgb)
             except DataError as error:
                 found.errors.append(f"{source.where(index, sample.id)} {error}")
         if reader.fit_images or reader.on_long_sample == "error":

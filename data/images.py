@@ -1,27 +1,22 @@
-"""Image files → RGB pictures, or one sentence about why not.
+"""Image files → pictures that a model's processor can take, or one sentence about why not.
 
     image = open_image("photo.jpg")   # the header alone is read and checked
-    viewed_size(image)                # (4032, 3024)
-    to_rgb(image)                     # decoded, mode RGB
+    size_of(image, processor)         # (4032, 3024)
+    process(image, processor)         # decoded: float32 [3, H, W]
 
-Pixels are what `Image.open(path).convert("RGB")` gives, as in the original training code: a phone picture
-lies as its sensor lay, and a transparent picture shows the colours under its alpha. `as_viewed=True` gives
-what a person sees instead: rotated by the EXIF tag, transparency on white. An animation gives its first
-frame. 16-bit grey is scaled to 8 bits (`convert` would clip nearly all of it to white). Files over
-MAX_PIXELS, broken or cut files and formats outside FORMATS are refused; nothing is decoded before the header
-is found good.
+What becomes of the pixels is the processor's matter (`ImageProcessor`). Files over MAX_PIXELS, broken or cut
+files and formats outside FORMATS are refused; nothing is decoded before the header is found good.
 """
 
 import stat
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from data.errors import DataError
 
@@ -34,15 +29,24 @@ FORMATS = tuple(
 """What this Pillow can read of what people train on. Of its other formats some start programs (EPS)."""
 MAX_PIXELS = 100_000_000
 """300 MB decoded. A header may claim any size; the file need not be large."""
-EXIF_ORIENTATION = 0x0112
-SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+
+T = TypeVar("T")
 
 
 class ImageProcessor(Protocol):
-    """What the data path needs of a model's image processor."""
+    """What the data path needs of a model's image processor. Its `repr` names all that the pixels depend
+    on."""
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        """[3, H, W] float32 of an RGB image."""
+        """[3, H, W] float32 of an image of any mode; ValueError for one that has no meaning as RGB."""
+        ...
+
+    def rgb(self, image: Image.Image) -> Image.Image:
+        """What the first step of that makes of the image: its RGB picture, before resizing."""
+        ...
+
+    def size(self, image: Image.Image) -> tuple[int, int]:
+        """(width, height) of `rgb(image)`, from the header alone."""
         ...
 
     def num_tokens(self, width: int, height: int) -> int:
@@ -64,7 +68,7 @@ class ImageProcessor(Protocol):
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Reads the header; the pixels stay on disk until `to_rgb`. DataError if there is nothing to read."""
+    """Reads the header; the pixels stay on disk until `process`. DataError if there is nothing to read."""
     try:
         # A folder cannot be read, and a pipe or a device may never end.
         if not stat.S_ISREG(Path(path).stat().st_mode):
@@ -82,49 +86,27 @@ def open_image(path: str | Path) -> Image.Image:
     return image
 
 
-def to_rgb(image: Image.Image, as_viewed: bool = False) -> Image.Image:
-    """Decodes an opened image. DataError if its data is cut or broken, or has no meaning as RGB."""
+def process(image: Image.Image, function: Callable[[Image.Image], T]) -> T:
+    """`function(image)` of an opened image, which decodes it: a processor, or a part of one.
+
+    DataError if the image's data is cut or broken, or has no meaning as RGB.
+    """
     path = getattr(image, "filename", "") or "the image"
     try:
         with _quiet():
             image.load()
-            if as_viewed:
-                image = ImageOps.exif_transpose(image)
-            if image.mode in SIXTEEN_BIT_MODES:
-                image = _to_8_bits(image)
-            if as_viewed and image.has_transparency_data:
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image.convert("RGBA"))
-            if image.mode == "F":
-                raise ValueError("its pixels are floating-point numbers of unknown range; save it as 8 bits")
-            return image.convert("RGB")
-    except Exception as error:  # as above
+            return function(image)
+    except Exception as error:  # decoders raise what they like on broken data
         raise DataError(f"{path} cannot be decoded: {_reason(error)}") from error
 
 
-def load_image(path: str | Path, as_viewed: bool = False) -> Image.Image:
-    """`open_image` and `to_rgb` in one; the file is closed."""
-    with open_image(path) as image:
-        return to_rgb(image, as_viewed)
-
-
-def viewed_size(image: Image.Image, as_viewed: bool = False) -> tuple[int, int]:
-    """(width, height) that `to_rgb` will give, from the header alone."""
+def size_of(image: Image.Image, processor: ImageProcessor) -> tuple[int, int]:
+    """(width, height) of an opened image as the processor will see it, from the header alone."""
     try:
         with _quiet():
-            turned = as_viewed and image.getexif().get(EXIF_ORIENTATION) in (5, 6, 7, 8)
+            return processor.size(image)
     except Exception as error:  # as above
         raise DataError(f"{getattr(image, 'filename', '')} has broken EXIF data: {_reason(error)}") from error
-    return (image.height, image.width) if turned else image.size
-
-
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    levels = np.asarray(image)
-    if levels.min() < 0 or levels.max() > 65535:
-        raise ValueError(f"its pixels run from {levels.min()} to {levels.max()}, more than 16 bits")
-    # Mode "I" may hold 8-bit levels in 32 bits; the 16-bit modes are what they say.
-    shift = 0 if image.mode == "I" and levels.max() <= 255 else 8
-    return Image.fromarray((levels >> shift).astype(np.uint8))
 
 
 @contextmanager

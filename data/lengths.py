@@ -5,9 +5,9 @@
 
 Text is tokenised and image sizes come from the files' headers, so lengths are exactly what the loader will
 make. A record that cannot be used is BAD; `bad_samples` says why. The cache lies beside the JSON file, its
-name made of all that lengths depend on: the file, the tokenizer, the image processor, max_length and what
-becomes of longer samples, the image root. The sizes of image files are not among it: when they change,
-remove `*.lengths`.
+name made of all that lengths depend on: the file, the conversation format and tokenizer, the image processor,
+max_length and what becomes of longer samples, the image root. The sizes of image files are not among it: when
+they change, remove `*.lengths`.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from data.sampler import StepSampler
 
 CHUNK_RECORDS = 256
 """Records that a worker measures at a time."""
-VERSION = 2
+VERSION = 3
 """Raise it when samples are encoded differently."""
 BAD, UNMEASURED = -1, -2
 
@@ -160,9 +160,9 @@ def _cache_paths(reader: SampleReader, number: int) -> list[Path]:
         VERSION,
         source.records.fingerprint,
         str(source.image_root.resolve()),
-        reader.encoder.fingerprint,
+        reader.encoder.conversation.fingerprint,
+        reader.encoder.max_length,
         repr(reader.image_processor),
-        reader.as_viewed,
         reader.on_long_sample,
         reader.fit_images,
     )

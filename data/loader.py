@@ -1,6 +1,6 @@
 """Worker processes that turn the plan of each optimizer step into this rank's micro-batches.
 
-    reader = SampleReader(sources, SampleEncoder(tokenizer, max_length=4096), image_processor)
+    reader = SampleReader(sources, SampleEncoder(conversation, max_length=4096), image_processor)
     loader = StepLoader(reader, StepSampler(sources, seed=0, global_batch=64), rank=0, num_ranks=2,
                         samples_per_micro_batch=4, first_step=120, num_steps=1000, num_workers=4)
     for micro_batches in loader:         # step 120, 121, …: a list of MicroBatch, equally long on every rank
@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data.batch import MicroBatch, collate
 from data.errors import DataError
-from data.images import ImageProcessor, open_image, to_rgb, viewed_size
+from data.images import ImageProcessor, open_image, process, size_of
 from data.mixture import Source
 from data.packing import Packing, deal, idle_share
 from data.sample import Sample
@@ -64,7 +64,6 @@ class SampleReader:
     sources: Sequence[Source]
     encoder: SampleEncoder
     image_processor: ImageProcessor
-    as_viewed: bool = False
     on_long_sample: OnLongSample = "truncate"
     """Over max_length: lose the tail, be left out (no label is kept), or be a DataError."""
     fit_images: bool = False
@@ -92,10 +91,10 @@ class SampleReader:
         sample = source.sample(index)
         opened = []
         try:
-            parts = list(self.encoder.parts(sample))
+            parts = self.encoder.parts(sample)
             encoded, processor = self._fit(parts, partial(self._size, source, sample, opened))
             used = opened[: len(encoded.image_tokens)] if decode and encoded.num_supervised else []
-            return encoded, [self._pixels(image, processor) for image in used]
+            return encoded, [process(image, processor) for image in used]
         except DataError as error:
             raise DataError(f"{source.where(index, sample.id)} {error}") from error
         finally:
@@ -121,7 +120,7 @@ class SampleReader:
             smaller = self.image_processor.smaller() if self.fit_images and sample.images else ()
             for processor in (self.image_processor, *smaller):
                 if not (prompt := join(processor)).is_cut:
-                    return sample, prompt, [self._pixels(image, processor) for image in opened]
+                    return sample, prompt, [process(image, processor) for image in opened]
             raise DataError(f"the question is longer than max_length={self.encoder.max_length}; raise it")
         except DataError as error:
             raise DataError(f"{source.where(index, sample.id)} {error}") from error
@@ -129,16 +128,13 @@ class SampleReader:
             for image in opened:
                 image.close()
 
-    def _pixels(self, image: Image.Image, processor: ImageProcessor) -> torch.Tensor:
-        return processor(to_rgb(image, self.as_viewed))
-
     def _size(
         self, source: Source, sample: Sample, opened: list[Image.Image], number: int
     ) -> tuple[int, int]:
         """(width, height) of one of the sample's images, from its header; `opened` then holds it."""
         while len(opened) <= number:
             opened.append(open_image(source.image_root / sample.images[len(opened)]))
-        return viewed_size(opened[number], self.as_viewed)
+        return size_of(opened[number], self.image_processor)
 
     def _fit(
         self, parts: Sequence[Part], size: Callable[[int], tuple[int, int]]
@@ -152,13 +148,13 @@ class SampleReader:
             return self.encoder.join(parts, lambda number: processor.num_tokens(*size(number)))
 
         def num_tokens(processor: ImageProcessor) -> int:
-            text = sum(len(ids) for ids, _ in parts if ids is not None)
-            num_images = sum(ids is None for ids, _ in parts)
+            text = sum(len(part.ids) for part in parts if part.ids is not None)
+            num_images = sum(part.ids is None for part in parts)
             return text + sum(processor.num_tokens(*size(number)) for number in range(num_images))
 
         processor, max_length = self.image_processor, self.encoder.max_length
         encoded = join(processor)
-        has_images = any(ids is None for ids, _ in parts)
+        has_images = any(part.ids is None for part in parts)
         if self.fit_images and encoded.is_cut and has_images and (smaller := processor.smaller()):
             # What does not fit even with one tile an image goes on with that.
             processor = next((p for p in smaller if num_tokens(p) <= max_length), smaller[-1])
@@ -351,6 +347,6 @@ def end_workers_at_exit() -> None:
 def _end_workers() -> None:
     # One that has not come to `start_worker` yet dies of the signal: torch's handler would raise that here.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for process in multiprocessing.active_children():
-        if process.daemon and process.pid is not None:
-            os.kill(process.pid, END_WORKER)
+    for worker in multiprocessing.active_children():
+        if worker.daemon and worker.pid is not None:
+            os.kill(worker.pid, END_WORKER)

@@ -40,6 +40,13 @@ class Source:
         """A record's place in words: "pets/train.json: record 7 (id 'cat-7')"."""
         return f"{self.records.path}: record {index}" + ("" if record_id is None else f" (id {record_id!r})")
 
+    def record_id(self, index: int) -> str | None:
+        """The record's id; None if it has none or cannot be read."""
+        try:
+            return str(self.records[index]["id"])
+        except (DataError, TypeError, KeyError):
+            return None
+
     def sample(self, index: int, needs_answer: bool = True) -> Sample:
         """The record as a sample. DataError, with its place, if it cannot be used."""
         record_id = None

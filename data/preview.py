@@ -25,7 +25,7 @@ from data.loader import SampleReader, StepLoader
 from data.packing import Packing
 from data.processors import add_arguments, boolean, open_data
 from data.sampler import StepSampler
-from data.tokens import IGNORED, TURN_END, TURN_START
+from data.tokens import IGNORED
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
@@ -111,7 +111,13 @@ def _row(reader: SampleReader, batch: MicroBatch, number: int) -> str:
         place = html.escape(source.where(index, source.sample(index).id))
         numbers = f"{len(ids):,} tokens, {sum(slots):,} image slots, {encoded.num_supervised:,} trained"
         images = "".join(_picture(next(pictures), reader.image_processor) for _ in encoded.image_tokens)
-        tokens = "".join(_tokens(reader.encoder.tokenizer, ids, labels, slots, encoded.image_tokens))
+        sizes = iter(encoded.image_tokens)
+        roles = [
+            part.role
+            for part in reader.encoder.parts(source.sample(index))
+            for _ in range(next(sizes, 0) if part.ids is None else len(part.ids))
+        ]
+        tokens = "".join(_tokens(reader.encoder.tokenizer, ids, labels, slots, roles, encoded.image_tokens))
         samples.append(
             f'<article data-source="{html.escape(source.name)}"><h3>{html.escape(source.name)} '
             f"<small>{place}: {numbers}</small></h3>{images}<p>{tokens}</p></article>"
@@ -120,13 +126,15 @@ def _row(reader: SampleReader, batch: MicroBatch, number: int) -> str:
 
 
 def _tokens(
-    tokenizer: Any, ids: list[int], labels: list[int], slots: list[bool], image_tokens: list[int]
+    tokenizer: Any,
+    ids: list[int],
+    labels: list[int],
+    slots: list[bool],
+    roles: list[str],
+    image_tokens: list[int],
 ) -> Iterator[str]:
-    """A marked-up token at a time, an image's slots as one; roles as the ids tell them."""
-    start, *others = tokenizer.convert_tokens_to_ids(
-        [TURN_START, TURN_END, tokenizer.bos_token, tokenizer.eos_token]
-    )
-    sizes, header, role, at = iter(image_tokens), None, "control", 0
+    """A marked-up token at a time, an image's slots as one."""
+    sizes, at = iter(image_tokens), 0
     while at < len(ids):
         if slots[at]:
             size = next(sizes)
@@ -134,19 +142,7 @@ def _tokens(
             at += size
             continue
         token = tokenizer.convert_ids_to_tokens(ids[at]).replace("▁", " ").replace("<0x0A>", "\n")
-        style = role
-        style = "control"
-        if ids[at] == start:
-            header = ""
-        elif header is not None:  # "assistant\n" names the role of what follows
-            header += token
-            if "\n" in token:
-                role, header = header.strip(), None
-        elif ids[at] in others:
-            role = "control"
-        else:
-            style = role
-        style += " trained" if labels[at] != IGNORED else ""
+        style = roles[at] + (" trained" if labels[at] != IGNORED else "")
         text = html.escape(token).replace("\n", "⏎\n")
         yield f'<i class="{style}" title="{ids[at]}">{text}</i>'
         at += 1

@@ -2,9 +2,9 @@
 
     reader = open_data(parser.parse_args(["data.txt", "--model_name_or_path", "DIR"]), skip_bad=True)
 
-`data/` knows no model. Tokenizer and image processor come from a module that is named by a flag, and is
-`trainer.models` unless told otherwise: its `load_config(folder, img_size)`, `load_tokenizer(folder)` and
-`load_image_processor(config, hd_num)` are called.
+`data/` knows no model. The conversation format and the image processor come from a module that is named by a
+flag, `trainer.models` by default: its `load_config(folder, img_size, hd_num, images_as_viewed)`,
+`load_conversation(folder)` and `load_image_processor(config)` are called.
 """
 
 import argparse
@@ -35,11 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--fit_images", type=boolean, default=False, help="lower hd_num for samples over max_length")
     flag("--img_size", type=int, help="side of the square that images are resized to")
     flag("--hd_num", type=int, help="high-resolution models: the most tiles an image is cut into")
-    flag("--as_viewed", type=boolean, default=False, help="EXIF rotation, and transparency on white")
+    flag("--images_as_viewed", type=boolean, help="EXIF rotation, and transparency on white")
     flag("--per_device_train_batch_size", type=int, default=1)
     flag("--gradient_accumulation_steps", type=int, default=1)
     flag("--num_ranks", type=int, default=1, help="processes that the training will have")
-    flag("--seed", type=int, default=0)
+    flag("--seed", type=int, default=42)
     flag("--num_workers", type=int, help="processes; one a core by default")
     flag("--processors", default="trainer.models", help="module that loads tokenizer and image processor")
 
@@ -48,16 +48,16 @@ def open_data(arguments: argparse.Namespace, *, skip_bad: bool) -> SampleReader:
     """Everything that the flags name, loaded; DataError with all that is wrong with the files."""
     module = importlib.import_module(arguments.processors)
     try:
-        config = module.load_config(arguments.model_name_or_path, arguments.img_size)
-        tokenizer = module.load_tokenizer(arguments.model_name_or_path)
-        image_processor = module.load_image_processor(config, arguments.hd_num)
+        folder, viewed = arguments.model_name_or_path, arguments.images_as_viewed
+        config = module.load_config(folder, arguments.img_size, arguments.hd_num, viewed)
+        conversation = module.load_conversation(folder)
+        image_processor = module.load_image_processor(config)
     except (ValueError, OSError) as error:
         raise DataError(*str(error).splitlines()) from error
     return SampleReader(
         read_mixture(arguments.data_path, arguments.given_num, arguments.image_root, skip_bad=skip_bad),
-        SampleEncoder(tokenizer, arguments.max_length),
+        SampleEncoder(conversation, arguments.max_length),
         image_processor,
-        arguments.as_viewed,
         arguments.on_long_sample,
         arguments.fit_images,
     )

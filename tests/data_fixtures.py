@@ -5,6 +5,7 @@ NumberTokenizer()(["11 12"])["input_ids"] == [[11, 12]]
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,11 @@ from typing import Any, cast
 
 import torch
 from PIL import Image
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from data.mixture import Source, read_mixture
 from data.tokens import SampleEncoder
+from trainer.models.xcomposer2.conversation_xcomposer2 import CHAT_TEMPLATE, Conversation
 
 START, END, BOS, EOS, NEWLINE = 92543, 92542, 1, 2, 364
 HEADERS = {"user\n": [1008, NEWLINE], "assistant\n": [525, 11353, NEWLINE], "system\n": [77, NEWLINE]}
@@ -30,6 +33,7 @@ class NumberTokenizer:
     backend_tokenizer = SimpleNamespace(to_str=lambda: "numbers")
     bos_token, eos_token, unk_token, unk_token_id, pad_token_id = "<s>", "</s>", "<unk>", 0, EOS
     all_special_tokens = tuple(CONTROL_IDS)
+    chat_template = CHAT_TEMPLATE
 
     def convert_tokens_to_ids(self, tokens):
         if isinstance(tokens, str):
@@ -37,8 +41,25 @@ class NumberTokenizer:
         return [CONTROL_IDS.get(token, 0) for token in tokens]
 
     def __call__(self, texts: list[str], *, split_special_tokens: bool = False, **_: Any):
-        assert split_special_tokens, "user text must not be able to bring in control tokens"
-        return {"input_ids": [self._encode(text) for text in texts]}
+        if split_special_tokens:
+            return {"input_ids": [self._encode(text) for text in texts]}
+        control = "|".join(map(re.escape, CONTROL_IDS))
+        ids = []
+        for text in texts:
+            stretches = [stretch for stretch in re.split(f"({control})", text) if stretch]
+            encoded = [[CONTROL_IDS[s]] if s in CONTROL_IDS else self._encode(s) for s in stretches]
+            ids.append([token for stretch in encoded for token in stretch])
+        return {"input_ids": ids}
+
+    def apply_chat_template(self, messages, *, chat_template: str, add_generation_prompt: bool, **_: Any):
+        variables = {"bos_token": self.bos_token, "eos_token": self.eos_token}
+        (text,), _ = render_jinja_template(
+            [messages],
+            chat_template=chat_template,
+            add_generation_prompt=add_generation_prompt,
+            **variables,
+        )
+        return text
 
     def _encode(self, text: str) -> list[int]:
         if text in HEADERS:
@@ -55,9 +76,14 @@ class SquareProcessor:
     slots: int = 4
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        assert image.mode == "RGB"
-        pixel = image.resize((1, 1)).getpixel((0, 0))
+        pixel = self.rgb(image).resize((1, 1)).getpixel((0, 0))
         return torch.tensor(cast(tuple, pixel)).float().div(255).view(3, 1, 1).expand(3, 2, 2).clone()
+
+    def rgb(self, image: Image.Image) -> Image.Image:
+        return image.convert("RGB")
+
+    def size(self, image: Image.Image) -> tuple[int, int]:
+        return image.size
 
     def num_tokens(self, width: int, height: int) -> int:
         return self.slots
@@ -77,7 +103,7 @@ class SizedProcessor(SquareProcessor):
 
 
 def encoder(max_length: int = 1000) -> SampleEncoder:
-    return SampleEncoder(NumberTokenizer(), max_length)
+    return SampleEncoder(Conversation(NumberTokenizer()), max_length)
 
 
 def turns(*texts: str) -> list[dict[str, str]]:

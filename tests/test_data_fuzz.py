@@ -14,7 +14,8 @@ from PIL import Image
 from data.errors import DataError
 from data.loader import SampleReader
 from data.mixture import read_mixture
-from tests.data_fixtures import SquareProcessor, encoder, record
+from tests.data_fixtures import encoder, record
+from trainer.models.xcomposer2.image_processing_xcomposer2 import SquareImageProcessor
 
 SECONDS_PER_CASE = 10
 """A case takes milliseconds; this is a hang."""
@@ -116,7 +117,8 @@ def run_case(folder: Path, whole: dict[str, bytes], seed: int) -> str:
     except DataError as error:
         refusals = [(str(folder), line) for line in str(error).split("\n")]
     else:
-        reader = SampleReader(sources, encoder(), SquareProcessor(), as_viewed=choose.random() < 0.5)
+        processor = SquareImageProcessor(14, 7, as_viewed=choose.random() < 0.5)
+        reader = SampleReader(sources, encoder(), processor)
         for number, source in enumerate(sources):
             for index in range(len(source.records)):
                 try:

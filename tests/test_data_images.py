@@ -10,7 +10,8 @@ from PIL import Image
 
 import data.images as images_module
 from data.errors import DataError
-from data.images import load_image, open_image, viewed_size
+from data.images import open_image, process, size_of
+from trainer.models.xcomposer2.image_processing_xcomposer2 import SquareImageProcessor
 
 RED, BLUE = (250, 5, 5), (5, 5, 250)
 
@@ -18,7 +19,13 @@ RED, BLUE = (250, 5, 5), (5, 5, 250)
 def image_size(path, as_viewed=False):
     """What the lengths are computed from: the header."""
     with open_image(path) as image:
-        return viewed_size(image, as_viewed)
+        return size_of(image, SquareImageProcessor(2, 1, as_viewed=as_viewed))
+
+
+def load_image(path, as_viewed=False):
+    """What the model's processor resizes."""
+    with open_image(path) as image:
+        return process(image, SquareImageProcessor(2, 1, as_viewed=as_viewed).rgb)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from data.tokens import SampleEncoder
 from tests.data_fixtures import EOS, SizedProcessor, SquareProcessor, encoder, record, write_json
 from tests.model_cases import golden
 from tests.tiny import tiny_data, word_tokenizer
-from trainer.models.processors import load_tokenizer
+from trainer.models.processors import load_conversation
 from trainer.models.xcomposer2.image_processing_xcomposer2 import HDImageProcessor, SquareImageProcessor
 
 
@@ -241,7 +241,7 @@ def model_reader(folder, family):
     data = tiny_data(folder / "data")
     word_tokenizer(folder)
     processor = SquareImageProcessor(70, 14) if family == "xcomposer2" else HDImageProcessor(56, 14, 4, 1.5)
-    return SampleReader(read_mixture(data), SampleEncoder(load_tokenizer(folder), 256), processor)
+    return SampleReader(read_mixture(data), SampleEncoder(load_conversation(folder), 256), processor)
 
 
 def losses_and_gradients(model, batches):

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from data.batch import collate
-from data.errors import DataError
 from data.sample import parse_sample
 from data.tokens import IGNORED, SampleEncoder
 from tests.data_fixtures import (
@@ -20,6 +19,7 @@ from tests.data_fixtures import (
     record,
     turns,
 )
+from trainer.models.xcomposer2.conversation_xcomposer2 import Conversation
 from trainer.models.xcomposer2.tokenization_xcomposer2 import tokenizer_from_sentencepiece
 
 GOLDEN = Path(__file__).parent / "golden" / "text"
@@ -65,7 +65,7 @@ class GoldenTokenizer(NumberTokenizer):
 
 
 def encode(sample_record, tokenizer=None, max_length=1000, slots=4):
-    encode_with = SampleEncoder(tokenizer or NumberTokenizer(), max_length)
+    encode_with = SampleEncoder(Conversation(tokenizer or NumberTokenizer()), max_length)
     return encode_with.encode(parse_sample(sample_record), lambda _: slots)
 
 
@@ -198,15 +198,15 @@ def test_a_tokenizer_that_lets_control_tokens_through_is_refused():
         def _encode(self, text):
             return [END] if text == "[UNUSED_TOKEN_145]" else super()._encode(text)
 
-    with pytest.raises(DataError, match="reads the text '\\[UNUSED_TOKEN_145\\]' as a control token"):
-        SampleEncoder(Careless(), 10)
+    with pytest.raises(ValueError, match="reads the text '\\[UNUSED_TOKEN_145\\]' as a control token"):
+        Conversation(Careless())
 
 
 def test_a_tokenizer_without_the_control_tokens_is_refused():
     tokenizer = NumberTokenizer()
     tokenizer.convert_tokens_to_ids = lambda tokens: 0  # pyright: ignore
-    with pytest.raises(DataError, match="has no"):
-        SampleEncoder(tokenizer, 10)
+    with pytest.raises(ValueError, match="has no"):
+        Conversation(tokenizer)
 
 
 def test_a_single_image_without_placeholder_goes_first():

@@ -10,7 +10,7 @@ from data.mixture import read_mixture
 from data.tokens import SampleEncoder
 from tests.tiny import run_ranks, tiny_data, tiny_model
 from trainer.generate import is_correct, load_model, main
-from trainer.models import load_image_processor, load_tokenizer
+from trainer.models import load_conversation, load_image_processor
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_an_answer_is_what_the_model_gives_alone(folder, tmp_path):
     run_ranks(1, main, flags(folder, "--batch_size", 8, "--output", tmp_path / "all.jsonl"))
     model, model_folder = load_model(folder / "model", None, torch.float32)
     sources = read_mixture(folder / "data" / "mixed.json", skip_bad=True)
-    encoder = SampleEncoder(load_tokenizer(model_folder), 256)
+    encoder = SampleEncoder(load_conversation(model_folder), 256)
     reader = SampleReader(sources, encoder, load_image_processor(model.config))
     for index, row in list(enumerate(predictions(tmp_path / "all.jsonl")))[::5]:
         _, prompt, pixels = reader.read_prompt(0, index)

@@ -28,7 +28,7 @@ from trainer.demo_base import make_base
 from trainer.distributed import device_mesh, start
 from trainer.generate import load_model
 from trainer.main import main
-from trainer.models import build_model, load_config, load_image_processor, load_tokenizer, parts_of
+from trainer.models import build_model, load_config, load_conversation, load_image_processor, parts_of
 from trainer.parallelize import parallelize
 from trainer.weights import load_weights
 
@@ -180,11 +180,10 @@ SIZES = {
 
 
 def reader_of(folder: Path, data: Path, max_length: int, hd_num: int = 16, **options) -> SampleReader:
-    config = load_config(folder)
     return SampleReader(
         read_mixture(data, show_progress=False),
-        SampleEncoder(load_tokenizer(folder), max_length),
-        load_image_processor(config, hd_num),
+        SampleEncoder(load_conversation(folder), max_length),
+        load_image_processor(load_config(folder, hd_num=hd_num)),
         **options,
     )
 

@@ -99,7 +99,7 @@ def test_padding_is_white_and_centred():
     assert column.tolist() == [255] * 22 + [0] * 11 + [255] * 23
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I", "I;16", "F"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I", "I;16"])
 def test_every_mode_becomes_three_channels(mode):
     image = Image.new(mode, (30, 20))
     for processor in (SquareImageProcessor(28, 14), HDImageProcessor(28, 14, 4, 1.5)):
@@ -108,7 +108,7 @@ def test_every_mode_becomes_three_channels(mode):
         assert pixels.isfinite().all()
 
 
-def test_alpha_is_dropped_not_blended_and_16_bit_grey_saturates():
+def test_alpha_is_dropped_not_blended_and_16_bit_grey_is_scaled():
     processor = SquareImageProcessor(2, 1)
 
     def first_pixel(image: Image.Image) -> list[int]:
@@ -116,23 +116,30 @@ def test_alpha_is_dropped_not_blended_and_16_bit_grey_saturates():
         return (values * 255).round().int().tolist()
 
     assert first_pixel(Image.new("RGBA", (4, 4), (10, 20, 30, 0))) == [10, 20, 30]
-    assert first_pixel(Image.fromarray(np.full((4, 4), 40_000, np.uint16))) == [255, 255, 255]
+    assert first_pixel(Image.fromarray(np.full((4, 4), 40_000, np.uint16))) == [40_000 >> 8] * 3
 
 
-def config_of(image_size: int, high_resolution: bool) -> SimpleNamespace:
-    return SimpleNamespace(high_resolution=high_resolution, image_size=image_size, patch_size=14)
+def config_of(image_size: int, high_resolution: bool, hd_num: int | None = None, as_viewed=False):
+    return SimpleNamespace(
+        high_resolution=high_resolution,
+        image_size=image_size,
+        patch_size=14,
+        hd_num=hd_num,
+        images_as_viewed=as_viewed,
+    )
 
 
 def test_the_configuration_chooses_the_variant_and_its_default_hd_num():
     assert image_processor_for(config_of(490, False)) == SquareImageProcessor(490, 14)
-    assert image_processor_for(config_of(490, False), hd_num=-1) == SquareImageProcessor(490, 14)
+    viewed = SquareImageProcessor(490, 14, as_viewed=True)
+    assert image_processor_for(config_of(490, False, as_viewed=True)) == viewed
     assert image_processor_for(config_of(336, True)) == HDImageProcessor(336, 14, 16, None)
-    assert image_processor_for(config_of(560, True), hd_num=-1) == HDImageProcessor(560, 14, 18, 1.5)
-    assert image_processor_for(config_of(560, True), hd_num=24) == HDImageProcessor(560, 14, 24, 1.5)
+    assert image_processor_for(config_of(560, True)) == HDImageProcessor(560, 14, 18, 1.5)
+    assert image_processor_for(config_of(560, True, 24)) == HDImageProcessor(560, 14, 24, 1.5)
     with pytest.raises(ValueError, match="hd_num is 0"):
-        image_processor_for(config_of(560, True), hd_num=0)
+        image_processor_for(config_of(560, True, 0))
     with pytest.raises(ValueError, match="square images of 490 pixels"):
-        image_processor_for(config_of(490, False), hd_num=16)
+        image_processor_for(config_of(490, False, 16))
 
 
 @pytest.mark.parametrize("config", [config_of(70, False), config_of(56, True)])

@@ -299,7 +299,7 @@ def test_a_saved_folder_loads_in_a_clean_process_without_this_code_or_sentencepi
         "ids": expected,
         "plain": [tiny.encode(text, split_special_tokens=True) for text in texts],
         "decoded": [tiny.decode(ids, skip_special_tokens=True) for ids in expected],
-        "prompt": "<s>[UNUSED_TOKEN_146]user\nthe thing[UNUSED_TOKEN_145]\n",
+        "prompt": "<s>[UNUSED_TOKEN_146]user\nthe thing[UNUSED_TOKEN_145]</s>",
         "pad": [2, "right"],
         "trainer": False,
     }

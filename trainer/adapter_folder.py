@@ -37,7 +37,7 @@ from data.batch import MicroBatch
 from data.errors import DataError
 from trainer.distributed import is_main, log
 from trainer.folders import Jobs
-from trainer.models import Parts, build_model, parts_of
+from trainer.models import Parts, build_model, parts_of, preprocessing_of
 from trainer.trained import is_adapter
 from trainer.weights import load_weights, tensor_files
 
@@ -92,6 +92,15 @@ def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, list[int]]]:
             "convert the adapter with peft to plain LoRA first"
         )
     return peft_config, shapes
+
+
+def adapter_preprocessing(folder: Path) -> dict[str, Any]:
+    """How the adapter in `folder` was trained to see images and conversations; empty if the folder does not
+    say.
+
+    DataError as of `read_adapter`.
+    """
+    return (read_adapter(folder)[0].auto_mapping or {}).get("preprocessing", {})
 
 
 def parameters_in(model: nn.Module, folder: Path, base: Path) -> set[str]:
@@ -165,6 +174,7 @@ def save_adapter(
         base_class = {
             "base_model_class": adapters.base_class.__name__,
             "parent_library": adapters.base_class.__module__,
+            "preprocessing": preprocessing_of(model_config),
         }
         written.save_pretrained(str(folder), auto_mapping_dict=base_class)
         tokenizer.save_pretrained(folder)

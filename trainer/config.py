@@ -31,7 +31,8 @@ class Config:
     img_size: int | None = None
     """Side of the square that images are resized to, in pixels; the checkpoint's own by default."""
     hd_num: int | None = None
-    """High-resolution models: the most tiles an image is cut into; -1 or absent: the model's own default."""
+    """High-resolution models: the most tiles an image is cut into; -1 or absent: as the model was trained.
+    Stored with the trained model."""
     attn_implementation: str = "sdpa"
     """Attention kernel, by transformers' name: sdpa, eager, flash_attention_2, …"""
     plora_dropout: float = 0.05
@@ -44,8 +45,10 @@ class Config:
     """Numbers in data.txt are thousands of samples an epoch; False: ratios of each file."""
     image_root: str | None = None
     """Folder that image paths are relative to; each JSON file's own folder by default."""
-    images_as_viewed: bool = False
-    """Turn images as their EXIF data says, and lay transparent ones on white; the original does neither."""
+    images_as_viewed: bool | None = None
+    """Turn images as their EXIF data says, and lay transparent ones on white. By default as the model to
+    start from was trained; published models were trained without. The choice is stored with the trained
+    model."""
     max_length: int = 4096
     """Most tokens of a sample, image slots included; an image is never cut."""
     on_long_sample: str = "truncate"

@@ -16,10 +16,10 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import CLIPVisionConfig, PreTrainedTokenizerFast
 
-from data.tokens import ROLE_NAMES, TURN_END, TURN_START
 from trainer.models.xcomposer2.configuration_xcomposer2 import InternLMXcomposer2Config
+from trainer.models.xcomposer2.conversation_xcomposer2 import CHAT_TEMPLATE, ROLES, TURN_END, TURN_START
 from trainer.models.xcomposer2.modeling_xcomposer2 import InternLMXComposer2ForCausalLM
-from trainer.models.xcomposer2.tokenization_xcomposer2 import CHAT_TEMPLATE, SPACE
+from trainer.models.xcomposer2.tokenization_xcomposer2 import SPACE
 
 MAX_PIECES = 600
 
@@ -71,7 +71,7 @@ def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     pieces.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     )
-    headers = [f"{role}\n" for role in ROLE_NAMES]
+    headers = [f"{role}\n" for role in ROLES]
     pieces.train_from_iterator(
         [*texts, *headers * MAX_PIECES],  # often enough to become pieces
         trainers.BpeTrainer(

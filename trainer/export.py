@@ -39,7 +39,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.errors import DataError
-from trainer.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, file_key, read_adapter
+from trainer.adapter_folder import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    adapter_preprocessing,
+    file_key,
+    read_adapter,
+)
 from trainer.folders import MARKER, begin, put_in_place, sync_to_disk, write_json
 from trainer.lora import adapted_model
 from trainer.models import load_config, load_tokenizer, parts_of
@@ -117,7 +123,8 @@ def merge(adapter: Path, out: Path, base: Path | None = None, dtype: torch.dtype
     base = base or Path(peft_config.base_model_name_or_path or "")
     if not base.is_dir():
         raise DataError(f"{adapter}: its base {base} is no folder here; say where it is with --base")
-    config, tokenizer = load_config(base), load_tokenizer(base)
+    config = load_config(base, adapter_preprocessing=adapter_preprocessing(adapter))
+    tokenizer = load_tokenizer(base)
     model, held = adapted_model(adapter, base)
     base_files = tensor_files(base)
     layers = {

@@ -8,16 +8,17 @@ Input: a model's folder, or an adapter's (its base is the one that it names); sa
 without the last answer. Output: `--output`, a JSON object a line in the order of the samples,
 
     {"id": "pets-7", "question": "Breed?", "answer": "a tabby", "prediction": "A tabby", "correct": true}
+    {"id": "pets-8", "error": "img/8.jpg does not exist; …"}                        # --on_bad_sample skip
 
 and the share of correct ones where an answer is there: equal but for case, outer space and a final full stop.
-A single question's answer goes to the standard output.
+Until all are there the lines are in `<output>.partial`, written after every batch; the same command goes on
+from it. A single question's answer goes to the standard output.
 """
 
 import json
-import sys
-import tempfile
+import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -31,10 +32,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from data.errors import DataError
 from data.loader import SampleReader
-from data.mixture import read_mixture
+from data.mixture import Source, read_mixture
+from data.records import Records
 from data.sample import PLACEHOLDER
 from data.tokens import Encoded, SampleEncoder
-from trainer.adapter_folder import CONFIG_FILE, read_adapter
+from trainer.adapter_folder import CONFIG_FILE, adapter_preprocessing, read_adapter
 from trainer.distributed import (
     BAD_INPUT,
     FAILED,
@@ -46,10 +48,11 @@ from trainer.distributed import (
     log,
     rank_zero_first,
     start,
+    step_seed,
 )
 from trainer.flags import ConfigError, parse_flags
 from trainer.lora import adapted_model
-from trainer.models import load_config, load_image_processor, load_tokenizer, parts_of
+from trainer.models import load_config, load_conversation, load_image_processor, parts_of
 from trainer.parallelize import split_tiles
 
 
@@ -70,7 +73,10 @@ class Questions:
     image: tuple[str, ...] = ()
     """The image of that question, or several."""
     output: str = "predictions.jsonl"
-    """Where the predictions of data_path go."""
+    """File for the predictions of data_path."""
+    on_bad_sample: str = "error"
+    """A sample that cannot be read or is too long: `error` ends the run, `skip` writes what is wrong with it
+    in place of its prediction."""
     batch_size: int = 8
     """Questions answered at once by a rank."""
     max_new_tokens: int = 256
@@ -78,22 +84,23 @@ class Questions:
     max_length: int = 4096
     """Tokens a question may have, image slots included."""
     do_sample: bool = False
-    """Draw each token, instead of taking the likeliest."""
+    """Sample each token, instead of taking the likeliest."""
     temperature: float = 1.0
-    """Of drawing: below 1 is more certain."""
+    """Temperature for sampling: below 1 favours likely tokens."""
     top_p: float = 1.0
-    """Draw among the likeliest tokens that hold this share of the probability."""
+    """Sample among the likeliest tokens that hold this share of the probability."""
     seed: int = 42
-    """Of drawing."""
+    """Seed for sampling."""
     hd_num: int | None = None
-    """High-resolution models: the most tiles an image is cut into."""
+    """High-resolution models: the most tiles an image is cut into; as the model was trained by default."""
     fit_images: bool = False
     """High-resolution models: take the images of a question over max_length at a smaller hd_num, the largest
     that fits."""
     vision_micro_batch: int | None = 16
     """Images or tiles that a block of the vision tower computes at a time; none: all at once."""
-    images_as_viewed: bool = False
-    """Turn images as their EXIF data says, and lay transparent ones on white."""
+    images_as_viewed: bool | None = None
+    """Turn images as their EXIF data says, and lay transparent ones on white; as the model was trained by
+    default."""
     bf16: bool = True
     """Compute in bfloat16; False: float32."""
 
@@ -110,6 +117,8 @@ class Questions:
             found.append(f"--data_path {self.data_path}: must be a .json or .jsonl file of samples")
         if self.image and self.question is None:
             found.append("--image goes with --question; samples of --data_path name their own")
+        if self.on_bad_sample not in ("error", "skip"):
+            found.append(f"--on_bad_sample {self.on_bad_sample}: choose one of error, skip")
         for name in ("batch_size", "max_new_tokens", "max_length", "vision_micro_batch"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 found.append(f"--{name} {getattr(self, name)}: must be at least 1")
@@ -121,24 +130,38 @@ class Questions:
 
 
 def load_model(
-    folder: Path, base: Path | None, dtype: torch.dtype, vision_micro_batch: int | None = None
+    folder: Path,
+    base: Path | None,
+    dtype: torch.dtype,
+    vision_micro_batch: int | None = None,
+    hd_num: int | None = None,
+    images_as_viewed: bool | None = None,
 ) -> tuple[PreTrainedModel, Path]:
     """(the model in `folder`, or an adapter on its base; the folder that holds configuration and tokenizer).
 
     vision_micro_batch: images or tiles that a block of the vision tower computes at a time; None: all.
+    hd_num, images_as_viewed: in place of what the model was trained with, in the model's configuration.
     ValueError in a sentence where either cannot be used.
     """
     transformers.logging.disable_progress_bar()
-    model_folder = folder
+    model_folder, preprocessing = folder, None
     if (folder / CONFIG_FILE).is_file():
         peft_config, _ = read_adapter(folder)
+        preprocessing = adapter_preprocessing(folder)
         model_folder = base or Path(peft_config.base_model_name_or_path or "")
         if not (model_folder / "config.json").is_file():
             raise DataError(
                 f"{folder}: its base {model_folder} is no model's folder; name it by --base_model"
             )
         adapted_model(folder, model_folder)  # refuses another base
-    model = AutoModelForCausalLM.from_pretrained(model_folder, config=load_config(model_folder), dtype=dtype)
+    config = load_config(
+        model_folder,
+        hd_num=hd_num,
+        images_as_viewed=images_as_viewed,
+        adapter_preprocessing=preprocessing,
+    )
+    load_image_processor(config)  # refuses an hd_num before the weights are read
+    model = AutoModelForCausalLM.from_pretrained(model_folder, config=config, dtype=dtype)
     parts = parts_of(model.config)
     blocks = model.get_submodule(parts.vision_blocks).children()
     in_tiles = {type(module) for module in (model.get_submodule(parts.vision_embeddings), *blocks)}
@@ -184,81 +207,195 @@ def is_correct(prediction: str, expected: str) -> bool:
     return ours == theirs
 
 
-def predict(questions: Questions, reader: SampleReader, model: PreTrainedModel, ranks: Ranks) -> list[dict]:
-    """This rank's share of the predictions: records rank, rank + world, … of the one source."""
-    (source,) = reader.sources
-    mine = range(ranks.rank, len(source.records), ranks.world)
+class OneQuestion(Source):
+    """A source of the one question of the command line."""
+
+    def where(self, index: int, record_id: str | None = None) -> str:
+        return "the question"
+
+
+def one_question(questions: Questions) -> Source:
+    """`--question` and `--image` as a source of one record."""
+    text = questions.question or ""
+    if PLACEHOLDER not in text:
+        text = PLACEHOLDER * len(questions.image) + text
+    record = {"image": list(questions.image), "conversations": [{"from": "user", "value": text}]}
+    return OneQuestion("question", cast(Records, [record]), 1, Path(questions.image_root or ""))
+
+
+def answer_some(
+    questions: Questions, reader: SampleReader, model: PreTrainedModel, indices: Sequence[int]
+) -> list[dict[str, Any]]:
+    """A row of the output for each of these records; `error` is in the rows of those that cannot be read."""
     options: dict[str, Any] = {"max_new_tokens": questions.max_new_tokens, "do_sample": questions.do_sample}
     if questions.do_sample:
         options |= {"temperature": questions.temperature, "top_p": questions.top_p}
-    found: list[dict] = []
-    bar = tqdm(total=len(mine), unit="question", disable=ranks.rank != 0 or len(mine) < 2)
-    for first in range(0, len(mine), questions.batch_size):
-        read = [reader.read_prompt(0, index) for index in mine[first : first + questions.batch_size]]
-        pixels = [image for _, _, images in read for image in images]
-        predictions = answer(model, reader.encoder, [prompt for _, prompt, _ in read], pixels, **options)
-        for (sample, _, _), prediction in zip(read, predictions, strict=True):
-            *_, (role, text) = sample.turns
-            has_answer = role == "assistant"
-            question = sample.turns[-2 if has_answer else -1][1] if len(sample.turns) > has_answer else ""
-            row = {"id": sample.id, "question": question.replace(PLACEHOLDER, "").strip()}
-            if has_answer:
-                row["answer"] = text
-            row["prediction"] = prediction
-            found.append(row | ({"correct": is_correct(prediction, text)} if has_answer else {}))
-        bar.update(len(read))
+    rows: list[dict[str, Any]] = []
+    prompts: list[Encoded] = []
+    pixels: list[torch.Tensor] = []
+    asked: list[dict[str, Any]] = []
+    for index in indices:
+        try:
+            sample, prompt, images = reader.read_prompt(0, index)
+        except DataError as error:
+            rows.append({"id": reader.sources[0].record_id(index), "error": str(error)})
+            continue
+        *_, (role, text) = sample.turns
+        has_answer = role == "assistant"
+        question = sample.turns[-2 if has_answer else -1][1] if len(sample.turns) > has_answer else ""
+        rows.append({"id": sample.id, "question": question.replace(PLACEHOLDER, "").strip()})
+        if has_answer:
+            rows[-1]["answer"] = text
+        asked.append(rows[-1])
+        prompts.append(prompt)
+        pixels += images
+    predictions = answer(model, reader.encoder, prompts, pixels, **options) if prompts else []
+    for row, prediction in zip(asked, predictions, strict=True):
+        row["prediction"] = prediction
+        if "answer" in row:
+            row["correct"] = is_correct(prediction, row["answer"])
+    return rows
+
+
+class PartialOutput:
+    """The rows that are written so far, in `<output>.partial`, and the move to `<output>` at the end.
+
+    The first line names the model, the questions and the options, so that a later run goes on only with its
+    own.
+    """
+
+    def __init__(self, questions: Questions, records: Records) -> None:
+        """DataError if the file cannot be written, or holds the answers of another run."""
+        self.path = Path(questions.output)
+        self.partial = self.path.with_name(f"{self.path.name}.partial")
+        answered_by = {k: v for k, v in vars(questions).items() if k not in ("output", "batch_size")}
+        described = json.dumps({"run": answered_by, "questions": records.fingerprint}) + "\n"
+        self.rows: list[dict[str, Any]] = []
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lines = self.partial.read_bytes().splitlines(keepends=True) if self.partial.exists() else []
+            lines = [line for line in lines if line.endswith(b"\n")]  # the last one may be cut off
+            if lines and lines[0] != described.encode():
+                raise DataError(
+                    f"--output: {self.partial} holds the answers of another run, with another model, other "
+                    "questions or other flags; remove it, or name another --output"
+                )
+            self.rows = [json.loads(line) for line in lines[1:]]
+            self.file = self.partial.open("wb")
+            self.file.writelines(lines or [described.encode()])
+            self.file.flush()
+        except OSError as error:
+            raise DataError(f"--output {self.path} cannot be written: {error.strerror}") from error
+
+    def add(self, rows: Sequence[dict[str, Any]]) -> None:
+        self.rows += rows
+        self.file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        self.file.flush()
+
+    def finish(self) -> None:
+        """Put the rows in place, without the first line."""
+        self.file.close()
+        rest = self.partial.read_bytes().partition(b"\n")[2]
+        self.partial.write_bytes(rest)
+        os.replace(self.partial, self.path)
+
+
+def answer_all(
+    questions: Questions, reader: SampleReader, model: PreTrainedModel, ranks: Ranks, first: int
+) -> Iterator[list[dict[str, Any]]]:
+    """The rows from record `first` on, in order, a batch of every rank at a time; every rank calls it.
+
+    DataError, on all ranks, at a record that cannot be read, unless such are skipped; the rows before it
+    come.
+    """
+    total, size = len(reader.sources[0].records), questions.batch_size
+    bar = tqdm(total=total, initial=first, unit="question", disable=ranks.rank != 0 or total < 2)
+    for begin in range(first, total, size * ranks.world):
+        indices = range(begin, min(begin + size * ranks.world, total))
+        shares: list[list[dict[str, Any]]] = [[]] * ranks.world
+        torch.manual_seed(step_seed(questions.seed, begin, ranks.rank))
+        mine = answer_some(questions, reader, model, indices[ranks.rank :: ranks.world])
+        if ranks.world > 1:
+            dist.all_gather_object(shares, mine)
+        else:
+            shares = [mine]
+        rows = [shares[number % ranks.world][number // ranks.world] for number in range(len(indices))]
+        bad = [number for number, row in enumerate(rows) if "error" in row]
+        if bad and questions.on_bad_sample == "error":
+            yield rows[: bad[0]]
+            bar.close()
+            raise DataError(rows[bad[0]]["error"])
+        yield rows
+        bar.update(len(rows))
     bar.close()
-    return found
 
 
-def ask(questions: Questions, ranks: Ranks, folder: Path) -> int:
-    """Answer everything; `folder` is a place for a file. Returns the exit status."""
-    problems, sources, model, reader = [], [], None, None
-    data_path = Path(questions.data_path or folder / "question.json")
-    if questions.question is not None:
-        text = questions.question
-        if PLACEHOLDER not in text:
-            text = PLACEHOLDER * len(questions.image) + text
-        images = [str(Path(path).resolve()) for path in questions.image]
-        sample = {"image": images, "conversations": [{"from": "user", "value": text}]}
-        data_path.write_text(json.dumps([sample]), encoding="utf-8")
+def ask(questions: Questions, ranks: Ranks) -> int:
+    """Answer everything; returns the exit status."""
+    problems: list[str] = []
+    output: PartialOutput | None = None
+    model, reader = None, None
     try:
-        with rank_zero_first():
-            # Questions need no answer, so a file's bad records show when they are read.
-            sources = read_mixture(
-                data_path, image_root=questions.image_root, skip_bad=True, show_progress=False
-            )
+        if questions.data_path is None:
+            sources = [one_question(questions)]
+        else:
+            with rank_zero_first():
+                # Questions need no answer, so a file's bad records show when they are read.
+                sources = read_mixture(
+                    questions.data_path, image_root=questions.image_root, skip_bad=True, show_progress=False
+                )
+            if is_main():
+                output = PartialOutput(questions, sources[0].records)
         base = Path(questions.base_model) if questions.base_model else None
-        dtype = torch.bfloat16 if questions.bf16 else torch.float32
-        chosen, tiles = Path(questions.model_name_or_path), questions.vision_micro_batch
-        model, model_folder = load_model(chosen, base, dtype, tiles)
-        processor = load_image_processor(load_config(model_folder), questions.hd_num)
-        encoder = SampleEncoder(load_tokenizer(model_folder), questions.max_length)
-        as_viewed, fits = questions.images_as_viewed, questions.fit_images
-        reader = SampleReader(sources, encoder, processor, as_viewed, fit_images=fits)
+        model, model_folder = load_model(
+            Path(questions.model_name_or_path),
+            base,
+            torch.bfloat16 if questions.bf16 else torch.float32,
+            questions.vision_micro_batch,
+            questions.hd_num,
+            questions.images_as_viewed,
+        )
+        conversation = load_conversation(model_folder)
+        if (trained_with := model.config.conversation_format) not in (None, conversation.format):
+            log(
+                f"warning: {questions.model_name_or_path} was trained with another conversation format "
+                f"({trained_with}) than this code has ({conversation.format}); its answers may suffer"
+            )
+        encoder = SampleEncoder(conversation, questions.max_length)
+        processor = load_image_processor(model.config)
+        reader = SampleReader(sources, encoder, processor, fit_images=questions.fit_images)
     except (ValueError, OSError) as error:
         problems += str(error).splitlines()
     if agree_on_problems(problems):
         return BAD_INPUT
     assert model is not None
     assert reader is not None
-    torch.manual_seed(questions.seed + ranks.rank)
     model = cast(Any, model).to(ranks.device)
-    shares: list[list[dict]] = [predict(questions, reader, model, ranks)] * ranks.world
+    done = [len(output.rows) if output else 0]
     if ranks.world > 1:
-        dist.all_gather_object(shares, shares[0])
-    total = sum(map(len, shares))
-    rows = [shares[index % ranks.world][index // ranks.world] for index in range(total)]
-    if not is_main():
-        return 0
-    if questions.question is not None:
-        print(rows[0]["prediction"])
-        return 0
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    Path(questions.output).write_text("".join(lines), encoding="utf-8")
-    answered = [row["correct"] for row in rows if "correct" in row]
-    share = f", {sum(answered) / len(answered):.1%} of {len(answered):,} correct" if answered else ""
-    log(f"{total:,} predictions in {questions.output}{share}")
+        dist.broadcast_object_list(done)
+    if done[0]:
+        log(f"going on behind {done[0]:,} answers in {questions.output}.partial")
+    try:
+        for rows in answer_all(questions, reader, model, ranks, done[0]):
+            if output:
+                output.add(rows)
+            elif is_main() and rows:
+                print(rows[0]["prediction"])
+    except DataError as error:
+        hint = (
+            f"; the answers before it are in {questions.output}.partial, and the same command goes on from "
+            "them; --on_bad_sample skip leaves such samples out"
+        )
+        log(f"\nerror: {error}{hint if questions.data_path else ''}")
+        return FAILED
+    if output:
+        output.finish()
+        answered = [row["correct"] for row in output.rows if "correct" in row]
+        skipped = sum("error" in row for row in output.rows)
+        share = f", {sum(answered) / len(answered):.1%} of {len(answered):,} correct" if answered else ""
+        left_out = f", {skipped:,} samples left out" if skipped else ""
+        log(f"{len(output.rows) - skipped:,} predictions in {questions.output}{share}{left_out}")
     return 0
 
 
@@ -271,12 +408,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             log(f"error: {problem}")
         return BAD_INPUT
     ranks = start()
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            status = ask(questions, ranks, Path(folder))
-    except DataError as error:
-        print(f"\nerror: rank {ranks.rank}: {error}", file=sys.stderr, flush=True)
-        return FAILED
+    status = ask(questions, ranks)
     finish()
     return status
 

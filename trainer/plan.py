@@ -25,7 +25,7 @@ from data.mixture import Source, read_mixture
 from data.packing import CostModel, Packing
 from data.sampler import StepSampler
 from data.tokens import SampleEncoder
-from trainer.adapter_folder import loads_by_itself
+from trainer.adapter_folder import adapter_preprocessing, loads_by_itself
 from trainer.config import Config
 from trainer.distributed import Ranks, agree_on_problems, log, rank_zero_first
 from trainer.lora import Adapters, add_adapters
@@ -35,8 +35,8 @@ from trainer.models import (
     build_model,
     cost_sizes,
     load_config,
+    load_conversation,
     load_image_processor,
-    load_tokenizer,
     parts_of,
 )
 from trainer.trained import trained_names
@@ -121,12 +121,13 @@ def _machine_problems(config: Config, ranks: Ranks) -> list[str]:
 def _describe_model(config: Config, ranks: Ranks, sources: list[Source]) -> Plan:
     base = Path(config.model_name_or_path)
     tensor_files(base)
-    model_config = load_config(base, config.img_size)
+    kept = adapter_preprocessing(Path(config.lora_weight_path)) if config.lora_weight_path else None
+    model_config = load_config(base, config.img_size, config.hd_num, config.images_as_viewed, kept)
     model_config.plora_dropout = config.plora_dropout
     model_config._attn_implementation = config.attn_implementation
-    tokenizer = load_tokenizer(base)
-    encoder = SampleEncoder(tokenizer, config.max_length)
-    image_processor = load_image_processor(model_config, config.hd_num)
+    conversation = load_conversation(base)
+    model_config.conversation_format = conversation.format
+    image_processor = load_image_processor(model_config)
     parts = parts_of(model_config)
     with torch.device("meta"):
         model = build_model(model_config)
@@ -138,7 +139,7 @@ def _describe_model(config: Config, ranks: Ranks, sources: list[Source]) -> Plan
     if config.max_steps > 0:
         total_steps = config.max_steps
     return Plan(
-        tokenizer=tokenizer,
+        tokenizer=conversation.tokenizer,
         model_config=model_config,
         model=model,
         parts=parts,
@@ -146,9 +147,8 @@ def _describe_model(config: Config, ranks: Ranks, sources: list[Source]) -> Plan
         training=training,
         reader=SampleReader(
             sources,
-            encoder,
+            SampleEncoder(conversation, config.max_length),
             image_processor,
-            as_viewed=config.images_as_viewed,
             on_long_sample=cast(OnLongSample, config.on_long_sample),
             fit_images=config.fit_images,
         ),

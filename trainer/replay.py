@@ -37,11 +37,12 @@ from data.batch import MicroBatch
 from data.loader import OnLongSample, SampleReader
 from data.mixture import Source, read_mixture
 from data.tokens import SampleEncoder
+from trainer.adapter_folder import adapter_preprocessing
 from trainer.config import Config
 from trainer.distributed import is_main, step_seed
 from trainer.folders import numbered, write_json
 from trainer.loss import chunked_token_losses
-from trainer.models import load_config, load_image_processor, load_tokenizer
+from trainer.models import load_config, load_conversation, load_image_processor
 from trainer.rehearsal import read_batch
 
 MAX_NAMED = 20
@@ -154,12 +155,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     sources = read_mixture(
         config.data_path, config.given_num, config.image_root, skip_bad=config.on_bad_sample == "skip"
     )
-    processor = load_image_processor(load_config(base, config.img_size), config.hd_num)
+    kept = adapter_preprocessing(Path(config.lora_weight_path)) if config.lora_weight_path else None
+    model_config = load_config(base, config.img_size, config.hd_num, config.images_as_viewed, kept)
     reader = SampleReader(
         sources,
-        SampleEncoder(load_tokenizer(base), config.max_length),
-        processor,
-        config.images_as_viewed,
+        SampleEncoder(load_conversation(base), config.max_length),
+        load_image_processor(model_config),
         cast(OnLongSample, config.on_long_sample),
         config.fit_images,
     )

@@ -108,6 +108,8 @@ def describe_run(config: Config, plan: Plan, ranks: Ranks) -> dict[str, Any]:
             }
             for source in plan.sources
         ],
+        "conversation_format": plan.model_config.conversation_format,
+        "image_processor": repr(plan.reader.image_processor),
         "base_model": _fingerprint_of_weights(Path(config.model_name_or_path)),
         "ranks": ranks.world,
         "device": ranks.device.type,
@@ -236,6 +238,12 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], 
         harmful.append(_batch_sentence(old["global_batch"], new))
     if old["base_model"] != new["base_model"]:
         harmful.append("the base model's weights are others: frozen parts would be those of another model")
+    for name, what in (
+        ("conversation_format", "the conversation format"),
+        ("image_processor", "how images become tensors"),
+    ):
+        if name in old and old[name] != new[name]:
+            harmful.append(f"{what} has changed: {old[name]} then, {new[name]} now")
     harmful += _data_changes(old["data_plan"], new["data_plan"])
     if old["ranks"] != new["ranks"]:
         harmless.append(

@@ -42,7 +42,7 @@ from data.loader import SampleReader
 from data.mixture import read_mixture
 from data.sampler import StepSampler
 from data.tokens import SampleEncoder
-from trainer.models import load_config, load_image_processor, load_tokenizer, parts_of
+from trainer.models import load_config, load_conversation, load_image_processor, parts_of
 
 PEERS = ("hf_ddp", "hf_fsdp2", "hf_ddp_our_loss", "hf_fsdp2_our_loss", "trl")
 SEED, MAX_LENGTH, LORA_RANK, LEARNING_RATE, NUM_WORKERS = 42, 2048, 16, 1e-4, 1
@@ -51,7 +51,7 @@ SEED, MAX_LENGTH, LORA_RANK, LEARNING_RATE, NUM_WORKERS = 42, 2048, 16, 1e-4, 1
 def open_data(model: str | Path, data: str | Path) -> SampleReader:
     """The samples of a .json file, as our trainer reads them."""
     config = load_config(model)
-    encoder = SampleEncoder(load_tokenizer(model), MAX_LENGTH)
+    encoder = SampleEncoder(load_conversation(model), MAX_LENGTH)
     return SampleReader(read_mixture(data, True, None), encoder, load_image_processor(config))
 
 

@@ -11,6 +11,7 @@ The trainer needs of a family only what this file exposes:
     parts_of(config).language_blocks                      # "model.layers"
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from trainer.models.processors import load_image_processor, load_tokenizer
+from trainer.models.processors import load_conversation, load_image_processor, load_tokenizer
 from trainer.models.xcomposer2.configuration_xcomposer2 import PLORA_LAYERS, InternLMXcomposer2Config
 from trainer.models.xcomposer2.modeling_xcomposer2 import (
     InternLMXComposer2ForCausalLM,
@@ -31,9 +32,11 @@ __all__ = [
     "cost_sizes",
     "example_block_inputs",
     "load_config",
+    "load_conversation",
     "load_image_processor",
     "load_tokenizer",
     "parts_of",
+    "preprocessing_of",
 ]
 
 
@@ -101,9 +104,23 @@ def example_block_inputs(
     return language, (torch.zeros(2, patches, vision.hidden_size, device=device, dtype=dtype), None)
 
 
-def load_config(folder: str | Path, img_size: int | None = None) -> PreTrainedConfig:
-    """The configuration of the model in `folder`; `img_size` asks for another input size than the folder's.
+def preprocessing_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """How images and conversations become the model's input: an adapter's folder keeps this of a config."""
+    assert isinstance(config, InternLMXcomposer2Config)
+    return config.preprocessing
 
+
+def load_config(
+    folder: str | Path,
+    img_size: int | None = None,
+    hd_num: int | None = None,
+    images_as_viewed: bool | None = None,
+    adapter_preprocessing: Mapping[str, Any] | None = None,
+) -> PreTrainedConfig:
+    """The configuration of the model in `folder`, with changes to how images become its input.
+
+    img_size, hd_num, images_as_viewed: in place of the folder's own; None, or -1 for hd_num, keeps that.
+    adapter_preprocessing: `preprocessing_of` an adapter on this model, which comes before the folder's own.
     ValueError if the folder holds no configuration, or that of another model.
     """
     folder = Path(folder)
@@ -116,6 +133,10 @@ def load_config(folder: str | Path, img_size: int | None = None) -> PreTrainedCo
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if img_size is not None:
             config.img_size = img_size
+        flags = {"hd_num": None if hd_num == -1 else hd_num, "images_as_viewed": images_as_viewed}
+        given = {name: value for name, value in flags.items() if value is not None}
+        for name, value in {**(adapter_preprocessing or {}), **given}.items():
+            setattr(config, name, value)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
     return config

@@ -1,34 +1,47 @@
-"""From a model folder to its tokenizer, from a configuration to its image processor.
+"""From a model folder to its tokenizer and conversation format, from a configuration to its image processor.
 
-    tokenizer = load_tokenizer("internlm-xcomposer2-vl-7b")      # from tokenizer.json, else tokenizer.model
-    image_processor = load_image_processor(config, hd_num=None)  # vl-7b: a picture → float32 [3, 490, 490]
+    tokenizer = load_tokenizer("internlm-xcomposer2-vl-7b")        # from tokenizer.json, else tokenizer.model
+    conversation = load_conversation("internlm-xcomposer2-vl-7b")  # turns → ids
+    image_processor = load_image_processor(config)                 # vl-7b: a picture → float32 [3, 490, 490]
 
-Neither runs code of the folder: tokenizer.json counts, whatever class tokenizer_config.json names.
+None of them runs code of the folder: tokenizer.json counts, whatever class tokenizer_config.json names.
 """
 
 from pathlib import Path
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
+from trainer.models.xcomposer2.conversation_xcomposer2 import CHAT_TEMPLATE, Conversation
 from trainer.models.xcomposer2.image_processing_xcomposer2 import ImageProcessor, image_processor_for
 from trainer.models.xcomposer2.tokenization_xcomposer2 import tokenizer_from_sentencepiece
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a model folder; ValueError in a sentence when it has none or a broken one."""
+    """The tokenizer of a model folder; ValueError in a sentence when it has none or a broken one.
+
+    Its chat template is this project's, whatever the folder brings: saved, it says what the training did.
+    """
     folder = Path(folder)
     if (folder / "tokenizer.json").is_file():
         try:
-            return PreTrainedTokenizerFast.from_pretrained(folder)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         except Exception as error:  # `tokenizers` raises no narrower class for a file that it cannot parse
             raise ValueError(f"the tokenizer files of {folder} cannot be read: {error}") from error
-    if (folder / "tokenizer.model").is_file():
-        return tokenizer_from_sentencepiece(folder / "tokenizer.model")
-    raise ValueError(
-        f"{folder} holds neither tokenizer.json nor tokenizer.model; copy the file from the published model"
-    )
+    elif (folder / "tokenizer.model").is_file():
+        tokenizer = tokenizer_from_sentencepiece(folder / "tokenizer.model")
+    else:
+        raise ValueError(
+            f"{folder} holds neither tokenizer.json nor tokenizer.model; copy it from the published model"
+        )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
 
 
-def load_image_processor(config: PreTrainedConfig, hd_num: int | None = None) -> ImageProcessor:
+def load_conversation(folder: str | Path) -> Conversation:
+    """The conversation format with the tokenizer of a model folder; ValueError as of `load_tokenizer`."""
+    return Conversation(load_tokenizer(folder))
+
+
+def load_image_processor(config: PreTrainedConfig) -> ImageProcessor:
     """The image processor of a model of this configuration; see `image_processor_for`."""
-    return image_processor_for(config, hd_num)
+    return image_processor_for(config)

@@ -50,6 +50,10 @@ class InternLMXcomposer2Config(PreTrainedConfig):
     plora_dropout: applied in training to the input of Plora_A.
     end_token_id: `[UNUSED_TOKEN_145]`, which ends a turn.
     high_resolution: 4KHD and 2.5, where an image is a global view and a grid of tiles.
+    hd_num: the most tiles that an image is cut into; None: 16 for 4KHD, 18 for 2.5, as in their fine-tuning.
+    images_as_viewed: images are turned by their EXIF data, and transparent ones lie on white.
+    conversation_format: a hash of the format that the model was trained with (`Conversation.format`), if
+    known.
     """
 
     model_type = "internlmxcomposer2"
@@ -81,6 +85,9 @@ class InternLMXcomposer2Config(PreTrainedConfig):
     plora_dropout: float = 0.05
     end_token_id: int | None = None
     high_resolution: bool = False
+    hd_num: int | None = None
+    images_as_viewed: bool = False
+    conversation_format: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.vision_config, dict):
@@ -146,6 +153,12 @@ class InternLMXcomposer2Config(PreTrainedConfig):
             )
         self.vision_config.image_size = pixels
         self._check_image_size()
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """How images and conversations became the model's input in training; adapters keep it too."""
+        names = ("hd_num", "images_as_viewed", "conversation_format")
+        return {name: getattr(self, name) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
         return super().to_dict() | ({} if self.img_size is None else {"img_size": self.img_size})

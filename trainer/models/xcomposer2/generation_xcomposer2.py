@@ -10,6 +10,7 @@ The first prompt, with the control tokens as ids and the slots of a 490-pixel mo
 `generate` takes what `forward` takes; rows of unequal length are padded on the left.
 """
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -20,10 +21,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
 
+from .conversation_xcomposer2 import IMAGE, TURN_END, Conversation
 from .image_processing_xcomposer2 import image_processor_for
-
-IMAGE = "<ImageHere>"
-TURN_START, TURN_END = "[UNUSED_TOKEN_146]", "[UNUSED_TOKEN_145]"
 
 ImageLike = str | Path | Image.Image
 
@@ -124,7 +123,11 @@ class XComposer2GenerationMixin(GenerationMixin):
             images = []
         else:
             images = [image] if isinstance(image, (str, Path, Image.Image)) else list(image)
-        process = image_processor_for(self.config, hd_num)
+        config = copy.copy(self.config)
+        for name, value in (self._adapter_preprocessing() | {"hd_num": hd_num}).items():
+            if value is not None:
+                setattr(config, name, value)
+        process = image_processor_for(config)
         pixels = [process(_open(item)).to(self.device) for item in images]
         turns = [("system", meta_instruction)] if meta_instruction else []
         for asked, answered in history:
@@ -132,6 +135,7 @@ class XComposer2GenerationMixin(GenerationMixin):
         turns.append(("user", query))
         slots = [self.vit.num_tokens(*item.shape[1:]) for item in pixels]
         ids, is_slot = prompt_ids(tokenizer, turns, slots)
+        end = tokenizer.convert_tokens_to_ids(TURN_END)
         output = self.generate(
             input_ids=torch.tensor([ids], device=self.device),
             attention_mask=torch.ones(1, len(ids), dtype=torch.int64, device=self.device),
@@ -139,10 +143,21 @@ class XComposer2GenerationMixin(GenerationMixin):
             pixel_values=pixels or None,
             max_new_tokens=max_new_tokens,
             do_sample=do_sample,
-            **{"eos_token_id": [tokenizer.eos_token_id, _token_id(tokenizer, TURN_END)], **generation},
+            **{"eos_token_id": [tokenizer.eos_token_id, end], **generation},
         )
         answer = cast(str, tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))
         return answer, [*history, (query, answer)]
+
+    def _adapter_preprocessing(self: Any) -> dict[str, Any]:
+        """What the active adapter was trained with, where peft has put one on the model; else nothing."""
+        if not (adapters := getattr(self, "peft_config", None)):
+            return {}
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        layer = next(module for module in self.modules() if isinstance(module, BaseTunerLayer))
+        if layer.disable_adapters or not layer.active_adapters:
+            return {}
+        return (adapters[layer.active_adapters[0]].auto_mapping or {}).get("preprocessing", {})
 
 
 def prompt_ids(
@@ -150,50 +165,20 @@ def prompt_ids(
 ) -> tuple[list[int], list[bool]]:
     """(role, text) turns → the ids up to where the assistant speaks, and which of them are image slots.
 
-    slots: how many each image fills, in the order of `<ImageHere>` in the texts. Each piece of text between
-    two placeholders is tokenized by itself, as in training.
+    slots: how many each image fills, in the order of `<ImageHere>` in the texts.
     """
     placeholders = sum(text.count(IMAGE) for _, text in turns)
     first = len(slots) == 1 and placeholders == 0
     if placeholders != len(slots) and not first:
         raise ValueError(f"{placeholders} {IMAGE} for {len(slots)} images: write one for each image")
-    bos = _token_id(tokenizer, str(tokenizer.bos_token))
-    filler = _token_id(tokenizer, str(tokenizer.pad_token))
-    start, end = _token_id(tokenizer, TURN_START), _token_id(tokenizer, TURN_END)
-    waiting = list(slots)
+    conversation, waiting = Conversation(tokenizer), iter(slots)
     ids: list[int] = []
     is_slot: list[bool] = []
-
-    def add(more: list[int], slot: bool = False) -> None:
-        ids.extend(more)
-        is_slot.extend([slot] * len(more))
-
-    def add_text(text: str) -> None:
-        ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-        add(cast(list[int], ids))
-
-    if first:
-        add([filler] * waiting.pop(0), slot=True)
-    add([bos])
-    for role, text in turns:
-        add([start])
-        for i, piece in enumerate(f"{role}\n{text}".split(IMAGE)):
-            if i:
-                add([filler] * waiting.pop(0), slot=True)
-            if piece:
-                add_text(piece)
-        add([end])
-        add_text("\n")
-    add([start])
-    add_text("assistant\n")
+    for piece in conversation.pieces(turns, image_first=first, prompt=True):
+        new = [conversation.pad_id] * next(waiting) if piece.ids is None else piece.ids
+        ids += new
+        is_slot += [piece.ids is None] * len(new)
     return ids, is_slot
-
-
-def _token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
-    token_id = tokenizer.convert_tokens_to_ids(token)
-    if not isinstance(token_id, int) or token_id == tokenizer.unk_token_id:
-        raise ValueError(f"the tokenizer does not know {token}: it is not that of InternLM-XComposer2")
-    return token_id
 
 
 def _open(image: ImageLike) -> Image.Image:

@@ -18,8 +18,11 @@ white, centred. The tower also sees the whole picture in one tile. 2×2 patches 
     >>> (2 * 2 + 1) * 20 * 20 + 1 + (2 + 1) * 20  # (tiles + global) · m² + 1 + (rows + global) · m
     2061
 
-Any mode becomes RGB by `convert("RGB")`, as in the original: a transparent pixel shows the colour under it,
-16-bit grey saturates at 255, unscaled. Orientation tags and limits on the size are the caller's.
+Any mode becomes RGB by `convert("RGB")`, as in the original: a phone picture lies as its sensor lay, and a
+transparent pixel shows the colour under it. `as_viewed=True` gives what a person sees: turned by the EXIF
+tag, transparency on white. An animation gives its first frame. 16-bit grey is scaled to 8 bits, where
+`convert` would clip nearly all of it to white. Training, `trainer.generate` and a saved model's `chat()` all
+use this file.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -39,8 +42,52 @@ TILE_4KHD = 336
 """4KHD is told from 2.5 by its tile: 336 pixels, where 2.5 has 560."""
 
 
+EXIF_ORIENTATION = 0x0112
+SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+
+
+def to_rgb(image: Image.Image, as_viewed: bool = False) -> Image.Image:
+    """An image of any mode in RGB; ValueError if its pixels have no meaning as that."""
+    if as_viewed:
+        image = ImageOps.exif_transpose(image)
+    if image.mode in SIXTEEN_BIT_MODES:
+        image = _to_8_bits(image)
+    if as_viewed and image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers of unknown range; save it as 8 bits")
+    return image.convert("RGB")
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    levels = np.asarray(image)
+    if levels.min() < 0 or levels.max() > 65535:
+        raise ValueError(f"its pixels run from {levels.min()} to {levels.max()}, more than 16 bits")
+    # Mode "I" may hold 8-bit levels in 32 bits; the 16-bit modes are what they say.
+    shift = 0 if image.mode == "I" and levels.max() <= 255 else 8
+    return Image.fromarray((levels >> shift).astype(np.uint8))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Views:
+    """What both kinds of processor have."""
+
+    as_viewed: bool = False
+    """Turn images by their EXIF tag and lay transparent ones on white; the original does neither."""
+
+    def rgb(self, image: Image.Image) -> Image.Image:
+        """The RGB picture of an image of any mode, before resizing; ValueError as of `to_rgb`."""
+        return to_rgb(image, self.as_viewed)
+
+    def size(self, image: Image.Image) -> tuple[int, int]:
+        """(width, height) of `rgb(image)`, from the header alone."""
+        turned = self.as_viewed and image.getexif().get(EXIF_ORIENTATION) in (5, 6, 7, 8)
+        return (image.height, image.width) if turned else image.size
+
+
 @dataclass(frozen=True)
-class SquareImageProcessor:
+class SquareImageProcessor(_Views):
     """Squashes every picture to img_size × img_size pixels."""
 
     img_size: int
@@ -52,7 +99,7 @@ class SquareImageProcessor:
 
     def resize(self, image: Image.Image) -> Image.Image:
         """The RGB picture that the model sees."""
-        return image.convert("RGB").resize((self.img_size, self.img_size), Image.Resampling.BICUBIC)
+        return self.rgb(image).resize((self.img_size, self.img_size), Image.Resampling.BICUBIC)
 
     def num_tokens(self, width: int, height: int) -> int:
         """Image tokens of a picture of that many pixels: one number for all pictures."""
@@ -72,7 +119,7 @@ class SquareImageProcessor:
 
 
 @dataclass(frozen=True)
-class HDImageProcessor:
+class HDImageProcessor(_Views):
     """Resizes a picture to the largest tiling of its own shape that `hd_num` and `max_upscale` allow."""
 
     tile: int
@@ -93,7 +140,7 @@ class HDImageProcessor:
 
     def resize(self, image: Image.Image) -> Image.Image:
         """The RGB picture that the model sees, padded to whole tiles."""
-        image = image.convert("RGB")
+        image = self.rgb(image)
         # The original resizes portraits on their side; Pillow rounds between its two passes, so that shows.
         portrait = image.width < image.height
         if portrait:
@@ -138,28 +185,28 @@ class HDImageProcessor:
 ImageProcessor = SquareImageProcessor | HDImageProcessor
 
 
-def image_processor_for(config: Any, hd_num: int | None = None) -> ImageProcessor:
+def image_processor_for(config: Any) -> ImageProcessor:
     """The processor that a model of this configuration was trained with.
 
-    config: its `high_resolution`, `image_size` (of the square or the tile) and `patch_size`.
-    hd_num: the most tiles of a high-resolution image; None, or -1 as in the original's scripts, stands for
-    what its fine-tuning uses: 16 for 4KHD, 18 for 2.5.
-    ValueError if hd_num is below 1, or given for a model that takes squares.
+    config: its `high_resolution`, `image_size` (of the square or the tile), `patch_size`, `images_as_viewed`,
+    and `hd_num`, the most tiles of a high-resolution image: None stands for what the original's fine-tuning
+    uses, 16 for 4KHD and 18 for 2.5. ValueError if hd_num is below 1, or given for a model that takes
+    squares.
     """
-    side, patch_size = config.image_size, config.patch_size
-    hd_num = None if hd_num == -1 else hd_num
+    side, patch_size, hd_num = config.image_size, config.patch_size, config.hd_num
     if not config.high_resolution:
         if hd_num is not None:
             raise ValueError(
                 f"hd_num is {hd_num}, but this model takes square images of {side} pixels: leave hd_num out"
             )
-        return SquareImageProcessor(side, patch_size)
+        return SquareImageProcessor(side, patch_size, as_viewed=config.images_as_viewed)
     is_4khd = side == TILE_4KHD
     return HDImageProcessor(
         tile=side,
         patch_size=patch_size,
         hd_num=(16 if is_4khd else 18) if hd_num is None else hd_num,
         max_upscale=None if is_4khd else 1.5,
+        as_viewed=config.images_as_viewed,
     )
 
 

@@ -34,30 +34,13 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
+from .conversation_xcomposer2 import CHAT_TEMPLATE
+
 # The kinds of piece and of model, numbered as in sentencepiece_model.proto.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 BPE_MODEL = 2
 
 SPACE = "▁"  # SentencePiece's visible space, U+2581
-
-# The content is stripped as in training; an image in a list of parts becomes the data's placeholder.
-CHAT_TEMPLATE = """\
-{{- bos_token }}
-{%- for message in messages %}
-    {%- if message.content is string %}
-        {%- set content = message.content %}
-    {%- else %}
-        {%- set parts = namespace(text='') %}
-        {%- for part in message.content %}
-            {%- set parts.text = parts.text + ('<ImageHere>' if part.type == 'image' else part.text) %}
-        {%- endfor %}
-        {%- set content = parts.text %}
-    {%- endif %}
-    {{- '[UNUSED_TOKEN_146]' + message.role + '\\n' + content | trim + '[UNUSED_TOKEN_145]\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '[UNUSED_TOKEN_146]assistant\\n' }}
-{%- endif %}"""
 
 
 @dataclass(frozen=True)
