@@ -1,6 +1,11 @@
 """Answers from the command line: the same from one rank and from two, in any batch, or a sentence why not."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -8,7 +13,7 @@ import torch
 from data.loader import SampleReader
 from data.mixture import read_mixture
 from data.tokens import SampleEncoder
-from tests.tiny import run_ranks, tiny_data, tiny_model
+from tests.tiny import ROOT, run_ranks, tiny_data, tiny_model
 from trainer.generate import is_correct, load_model, main
 from trainer.models import load_conversation, load_image_processor
 
@@ -113,3 +118,91 @@ def test_an_answer_counts_whatever_its_case_space_and_full_stop():
     assert is_correct(" Blue.", "blue")
     assert is_correct("是。", "是")
     assert not is_correct("light blue", "blue")
+
+
+# --- nothing is lost ---------------------------------------------------------------------------------------
+
+
+def with_a_missing_image(folder, path):
+    """The questions, of which the sixth names an image that is not there."""
+    records = json.loads((folder / "data" / "mixed.json").read_text())
+    records[5] = {**records[0], "id": "gone", "image": ["gone.png", "red40.png"]}
+    path.write_text(json.dumps(records))
+    return path
+
+
+def test_a_missing_image_costs_one_answer_when_asked_for(folder, tmp_path):
+    questions = with_a_missing_image(folder, tmp_path / "q.json")
+    more = ["--data_path", questions, "--image_root", folder / "data", "--batch_size", 2]
+    run_ranks(2, main, flags(folder, "--output", tmp_path / "all.jsonl"))
+    output, _ = run_ranks(
+        2, main, flags(folder, *more, "--on_bad_sample", "skip", "--output", tmp_path / "p.jsonl")
+    )
+    rows, whole = predictions(tmp_path / "p.jsonl"), predictions(tmp_path / "all.jsonl")
+    assert rows[5]["id"] == "gone"
+    assert "gone.png does not exist" in rows[5]["error"]
+    assert [row for row in rows if "error" not in row] == whole[:5] + whole[6:]
+    assert "1 samples left out" in output
+
+
+def test_answers_before_a_missing_image_are_kept_and_the_same_command_goes_on(folder, tmp_path):
+    questions = with_a_missing_image(folder, tmp_path / "q.json")
+    more = ["--data_path", questions, "--image_root", tmp_path / "images", "--batch_size", 2]
+    more += ["--output", tmp_path / "new" / "folder" / "p.jsonl"]
+    shutil.copytree(folder / "data", tmp_path / "images")
+    output, other = run_ranks(2, main, flags(folder, *more), status=1)
+    assert "record 5 (id 'gone')" in output
+    assert "goes on" in output
+    assert "Traceback" not in output + other
+    partial = tmp_path / "new" / "folder" / "p.jsonl.partial"
+    assert len(partial.read_text().splitlines()) == 1 + 5
+    shutil.copy(folder / "data" / "red40.png", tmp_path / "images" / "gone.png")
+    output, _ = run_ranks(2, main, flags(folder, *more), status=0)
+    assert "going on behind 5 answers" in output
+    assert not partial.exists()
+    straight = [*more[:-1], tmp_path / "straight.jsonl"]
+    run_ranks(1, main, flags(folder, *straight))
+    assert predictions(partial.with_suffix("")) == predictions(tmp_path / "straight.jsonl")
+
+
+def test_a_killed_run_keeps_its_answers_and_goes_on_to_the_same_ones(folder, tmp_path):
+    more = ["--do_sample", "True", "--batch_size", "1", "--output", str(tmp_path / "p.jsonl")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "trainer.generate", *flags(folder, *more)]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+    partial, until = tmp_path / "p.jsonl.partial", time.monotonic() + 90
+    while time.monotonic() < until and (not partial.exists() or partial.read_bytes().count(b"\n") < 4):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert partial.read_bytes().count(b"\n") >= 4
+    with partial.open("ab") as file:
+        file.write(b'{"id": "cut o')
+    (output,) = run_ranks(1, main, flags(folder, *more))
+    assert "going on behind" in output
+    run_ranks(1, main, flags(folder, *more[:-1], tmp_path / "straight.jsonl"))
+    assert predictions(tmp_path / "p.jsonl") == predictions(tmp_path / "straight.jsonl")
+
+
+def test_answers_of_other_questions_or_flags_are_not_mixed_in_or_overwritten(folder, tmp_path):
+    questions = with_a_missing_image(folder, tmp_path / "q.json")
+    more = ["--data_path", questions, "--image_root", folder / "data", "--output", tmp_path / "p.jsonl"]
+    run_ranks(1, main, flags(folder, *more, "--batch_size", 2), status=1)
+    before = (tmp_path / "p.jsonl.partial").read_bytes()
+    (output,) = run_ranks(1, main, flags(folder, *more, "--max_new_tokens", 7), status=2)
+    assert "p.jsonl.partial holds the answers of another run" in output
+    assert (tmp_path / "p.jsonl.partial").read_bytes() == before
+
+
+def test_a_place_that_cannot_be_written_is_named_before_the_model_is_read(folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    (output,) = run_ranks(1, main, flags(folder, "--output", tmp_path / "file" / "p.jsonl"), status=2)
+    assert "file/p.jsonl cannot be written" in output
+    assert "Traceback" not in output
+
+
+def test_a_single_question_is_called_the_question(folder, tmp_path):
+    words = f"--model_name_or_path {folder}/model --image {tmp_path}/none.png --bf16 False".split()
+    (output,) = run_ranks(1, main, [*words, "--question", "what?"], status=1)
+    assert f"error: the question {tmp_path}/none.png does not exist" in output
+    assert "record" not in output
