@@ -158,3 +158,23 @@ def test_a_bomb_of_an_image_is_refused(model, data, tmp_path):
     Image.new("1", (40_000, 40_000)).save(data / "red40.png")
     (output,) = run(2, model, data / "data.txt", tmp_path / "out")
     assert all("red40.png" in error and "1600000000 pixels" in error for error in errors_of(output))
+
+
+def test_text_alone_with_parts_that_only_images_reach_is_refused_with_all_else(model, data, tmp_path):
+    flags = ["--fix_vit", "False", "--attn_implementation", "flex_attention", "--image_root", str(tmp_path)]
+    (output,) = run(2, model, data / "text.json", tmp_path / "out", *flags)
+    flex, vision, projector = errors_of(output)
+    assert "flex_attention has no backward pass on a CPU" in flex
+    assert "the vision tower would get no gradient: freeze it with --fix_vit True" in vision
+    assert "the projector would get no gradient: freeze it with --fix_sampler True" in projector
+    run(0, model, data / "text.json", tmp_path / "out", "--fix_sampler", "True")
+
+
+@pytest.mark.parametrize("kernel", ["flash_attention_2", "kernels-community/flash-attn2"])
+def test_an_attention_kernel_that_is_not_installed_is_a_sentence(model, data, tmp_path, kernel):
+    (output,) = run(2, model, data / "data.txt", tmp_path / "out", "--attn_implementation", kernel)
+    (error,) = errors_of(output)
+    assert f"--attn_implementation {kernel}: " in error
+    assert "use --attn_implementation sdpa" in error
+    assert "Traceback" not in output
+    assert not (tmp_path / "out").exists()

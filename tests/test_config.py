@@ -85,3 +85,16 @@ def test_help_describes_every_flag():
     ).stdout
     for name in Config.__dataclass_fields__:
         assert f"--{name} " in shown
+
+
+def test_a_tracker_that_is_not_installed_is_named_before_anything_is_read(usable, monkeypatch):
+    assert parse([*usable, "--report_to", "tensorboard"]).report_to == "tensorboard"
+    monkeypatch.setattr("trainer.config.find_spec", lambda name: None)
+    (problem,) = problems_of([*usable, "--report_to", "tensorboard"])
+    assert problem == "--report_to tensorboard needs tensorboard: pip install -e '.[tensorboard]'"
+
+
+def test_dora_says_all_that_it_needs_at_once(usable):
+    problems = problems_of([*usable, "--use_dora", "True"])
+    assert any("no effect without --use_lora True" in problem for problem in problems)
+    assert any("needs --lora_dropout 0" in problem for problem in problems)

@@ -11,6 +11,7 @@ from data.demo import in_chinese, write_demo_data
 from data.mixture import read_mixture
 from tests.tiny import ROOT
 from trainer.demo import num_ranks
+from trainer.demo_base import make_tokenizer
 
 pytest.importorskip("easy_vqa", reason="the demo's pictures: pip install -e '.[demo]'")
 
@@ -42,6 +43,13 @@ def test_every_question_is_asked_alone_and_test_pictures_stay_unseen(tmp_path):
 )
 def test_questions_are_translated(question, chinese):
     assert in_chinese(question) == chinese
+
+
+def test_the_demos_tokenizer_reads_back_whatever_people_write():
+    tokenizer = make_tokenizer(["what colour is the shape?", "blue", "是什么颜色？"] * 3)
+    for text in ("A Blue & red one.", "猫和狗", "naïve 🙂", "<0x41>", "blue"):
+        ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
 def test_a_folder_that_is_no_demo_is_not_emptied(tmp_path):

@@ -278,6 +278,7 @@ def test_a_checkpoint_becomes_a_folder_of_its_model_alone(world, tmp_path, flags
         (["--merge", "{}/trained", "{}/new", "--base", "{}/data"], "{}/data: no config.json"),
         (["--checkpoint", "{}/model", "{}/new"], "{}/model: no complete.json, so this is not a complete"),
         (["--modernise", "{}/data", "{}/new"], "{}/data: no config.json; is this the folder of a model?"),
+        (["--modernise", "{}/model", "{}/new", "--adapter", "{}/nope"], "{}/nope: no adapter_config.json"),
     ],
 )
 def test_one_sentence_says_what_cannot_be_done(world, trained, capsys, arguments, expected):

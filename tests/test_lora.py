@@ -352,6 +352,8 @@ def test_one_sentence_says_what_is_wrong(world, flags, expected):
 def test_flags_that_contradict_the_adapter_are_refused(world, reference):
     (error,) = refuse(world, "--lora_weight_path", str(reference), "--lora_r", "8")
     assert f"--lora_r 8: the adapter of {reference} has 4; leave the flag out" in error
+    more = ("--lora_r", "8", "--use_dora", "True", "--lora_dropout", "0", "--lora_target_modules", "wqkv")
+    assert len(refuse(world, "--lora_weight_path", str(reference), *more)) == 3
 
 
 def test_an_adapter_for_another_base_is_refused(tmp_path, world, reference):

@@ -196,7 +196,7 @@ class Config:
     profile: str | None = None
     """START:STOP, both included: trace these steps for chrome://tracing, in output_dir/profile/."""
     report_to: str = "none"
-    """none, or tensorboard (needs `pip install tensorboard`)."""
+    """none, or tensorboard: event files in output_dir/tensorboard (pip install -e '.[tensorboard]')."""
 
     # --- stopping and going on -----------------------------------------------------------------------
     resume_from_checkpoint: str = "auto"
@@ -349,6 +349,8 @@ class Config:
             found.append(
                 f"--optim_state bfloat16 cannot express --adam_beta2 {self.adam_beta2}: take 0.996 or less"
             )
+        if self.report_to == "tensorboard" and find_spec("tensorboard") is None:
+            found.append("--report_to tensorboard needs tensorboard: pip install -e '.[tensorboard]'")
         if self.optim_state == "8bit" and find_spec("torchao") is None:
             found.append("--optim_state 8bit needs torchao: pip install 'torchao==0.18.*'")
         if self.use_dora and self.lora_dropout > 0:

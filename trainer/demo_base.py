@@ -9,6 +9,7 @@ model (config.json, model.safetensors, tokenizer.json), from which `trainer.main
 tokenizer is byte-pair encoding learnt from the texts, with single Chinese characters, and bytes for the rest.
 """
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -72,20 +73,24 @@ def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     )
     headers = [f"{role}\n" for role in ROLES]
+    control, byte_tokens = ["<unk>", "<s>", "</s>"], [f"<0x{byte:02X}>" for byte in range(256)]
     pieces.train_from_iterator(
         [*texts, *headers * MAX_PIECES],  # often enough to become pieces
         trainers.BpeTrainer(
-            vocab_size=MAX_PIECES,
-            special_tokens=["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))],
-            show_progress=False,
+            vocab_size=MAX_PIECES, special_tokens=[*control, *byte_tokens], show_progress=False
         ),
     )
-    pieces.add_special_tokens([TURN_END, TURN_START])
-    pieces.post_processor = processors.TemplateProcessing(
+    # The trainer marks them all as special, but bytes are text: decoding must not leave them out.
+    learnt = json.loads(pieces.to_str())["model"]
+    merges = [tuple(pair) for pair in learnt["merges"]]
+    tokenizer = Tokenizer(models.BPE(learnt["vocab"], merges, unk_token="<unk>", byte_fallback=True))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pieces.pre_tokenizer, pieces.decoder
+    tokenizer.add_special_tokens([*control, TURN_END, TURN_START])
+    tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=pieces,
+        tokenizer_object=tokenizer,
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",

@@ -121,6 +121,11 @@ def log(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
+def no_bar() -> bool:
+    """Whether progress is to be told in lines: a bar redraws itself, which fills a log file."""
+    return not is_main() or not sys.stderr.isatty()
+
+
 def barrier() -> None:
     """Wait until every rank is here."""
     if dist.is_initialized() and dist.get_world_size() > 1:

@@ -141,7 +141,7 @@ def resolve_targets(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
 
 
 def _check_flags(config: Config, peft_config: LoraConfig, source: Path) -> None:
-    """DataError if a flag was set to something else than the adapter's own value."""
+    """DataError with every flag that was set to something else than the adapter's own value."""
     theirs = {
         "lora_r": peft_config.r,
         "lora_alpha": peft_config.lora_alpha,
@@ -149,14 +149,17 @@ def _check_flags(config: Config, peft_config: LoraConfig, source: Path) -> None:
         "use_rslora": peft_config.use_rslora,
         "use_dora": peft_config.use_dora,
     }
-    for name, value in theirs.items():
-        given = getattr(config, name)
-        if given not in (value, getattr(Config, name)):
-            raise DataError(f"--{name} {given}: the adapter of {source} has {value}; leave the flag out")
+    problems = [
+        f"--{name} {given}: the adapter of {source} has {value}; leave the flag out"
+        for name, value in theirs.items()
+        if (given := getattr(config, name)) not in (value, getattr(Config, name))
+    ]
     if config.lora_target_modules:
-        raise DataError(f"--lora_target_modules: the adapter of {source} has its own; leave the flag out")
+        problems.append(f"--lora_target_modules: the adapter of {source} has its own; leave the flag out")
     if peft_config.use_dora and config.lora_dropout > 0:
-        raise DataError(f"{source}: a DoRA adapter; it needs --lora_dropout 0")
+        problems.append(f"{source}: a DoRA adapter; it needs --lora_dropout 0")
+    if problems:
+        raise DataError(*problems)
 
 
 @torch.no_grad()

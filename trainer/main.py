@@ -45,6 +45,7 @@ from trainer.distributed import (
     is_lost_peer,
     leave,
     log,
+    no_bar,
     start,
     step_seed,
 )
@@ -163,7 +164,7 @@ def train(config: Config, ranks: Ranks) -> int:
         rehearse(model, longest, device, config)
     batches = iter(loader)
     micro_batches: list[MicroBatch] = []
-    bar = tqdm(total=total_steps, initial=begin.step, disable=ranks.rank > 0, unit="step", dynamic_ncols=True)
+    bar = tqdm(total=total_steps, initial=begin.step, unit="step", dynamic_ncols=True, disable=no_bar())
     # Since the last line of metrics: seconds and steps; tokens and FLOPs of vision and of language; and by
     # source the sums of data.ledger.tally, these since the epoch began too.
     seconds, window_steps = begin.notes.get("clock", [0.0, 0])
@@ -263,12 +264,15 @@ def train(config: Config, ranks: Ranks) -> int:
                 memory_peak_bytes=memory,
                 loss_by_source={source.name: total / count for source, count, total in by_source if count},
             )
-            bar.set_postfix_str(
+            summary = (
                 f"loss {loss:.4f}, lr {config.learning_rate * factor:.2e}, "
                 f"{tokens / seconds:,.0f} tokens/s ({supervised / seconds:,.0f} supervised), "
                 f"{samples / seconds:,.1f} samples/s, {f'MFU {mfu:.1%}, ' if mfu else ''}"
                 f"data wait {phases.host_seconds['data_wait'] / seconds:.1%}, memory {memory / 2**30:.1f} GiB"
             )
+            bar.set_postfix_str(summary)
+            if no_bar():
+                log(f"step {step} of {total_steps}: {summary}")
             window_started, window_steps = time.perf_counter(), 0
             phases.host_seconds.clear()
             work.zero_()

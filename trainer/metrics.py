@@ -50,8 +50,9 @@ class MetricsFile:
                 log(f"\nwarning: metrics.jsonl waits for room: {error}")
         if self.board:
             for name, value in values.items():
-                if isinstance(value, int | float):
-                    self.board.add_scalar(f"{kind}/{name}", value, step)
+                for key, number in (value if isinstance(value, dict) else {"": value}).items():
+                    if isinstance(number, int | float):
+                        self.board.add_scalar("/".join(filter(None, (kind, name, key))), number, step)
             self.board.flush()
 
 

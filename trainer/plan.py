@@ -86,8 +86,9 @@ def make_plan(config: Config, ranks: Ranks) -> Plan | None:
         problems += str(error).splitlines()
     try:
         plan = _describe_model(config, ranks, sources)
+        problems += _problems_of_text_alone(plan)
     except (ValueError, OSError) as error:
-        problems.append(str(error))
+        problems += str(error).splitlines()
     if agree_on_problems(problems):
         return None
     assert plan is not None
@@ -110,12 +111,28 @@ def _machine_problems(config: Config, ranks: Ranks) -> list[str]:
             "--cpu_offload: there is no accelerator here, so everything is in the host's memory already; "
             "remove the flag"
         )
+    if config.attn_implementation == "flex_attention" and ranks.device.type == "cpu":
+        problems.append("--attn_implementation flex_attention has no backward pass on a CPU: use sdpa")
     if config.sharding == "hybrid" and ranks.world % ranks.local_world:
         problems.append(
             f"--sharding hybrid: {ranks.world} ranks are not a whole number of nodes of {ranks.local_world}; "
             "give every node as many ranks, or use --sharding full"
         )
     return problems
+
+
+def _problems_of_text_alone(plan: Plan) -> list[str]:
+    """Parts that should train and that data without an image never reaches, a sentence each."""
+    if not plan.sources or any(source.records.num_images for source in plan.sources):
+        return []
+    return [
+        f"the data names no image, so the {what} would get no gradient: freeze it with {flag}"
+        for what, flag, prefixes in (
+            ("vision tower", "--fix_vit True", plan.parts.vision),
+            ("projector", "--fix_sampler True", plan.parts.projector),
+        )
+        if any(name.startswith(prefixes) for name in plan.training)
+    ]
 
 
 def _describe_model(config: Config, ranks: Ranks, sources: list[Source]) -> Plan:
@@ -130,7 +147,13 @@ def _describe_model(config: Config, ranks: Ranks, sources: list[Source]) -> Plan
     image_processor = load_image_processor(model_config)
     parts = parts_of(model_config)
     with torch.device("meta"):
-        model = build_model(model_config)
+        try:
+            model = build_model(model_config)
+        except ImportError as error:  # of an attention kernel's package
+            raise ValueError(
+                f"--attn_implementation {config.attn_implementation}: {' '.join(str(error).split())} "
+                "Install it, or use --attn_implementation sdpa"
+            ) from error
         adapters = add_adapters(model, parts, config) if config.use_lora else None
     training = trained_names(model, parts, config)
     global_batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * ranks.world

@@ -1,0 +1,30 @@
+"""What a run tells while it goes: lines in a log file, curves by source."""
+
+import re
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.tiny import read_metrics, tiny_data, tiny_model, torchrun
+
+
+def test_a_log_file_gets_a_line_a_step_and_tensorboard_the_losses_by_source(tmp_path):
+    model, data = tiny_model(tmp_path / "model"), tiny_data(tmp_path / "data")
+    flags = f"""
+        --model_name_or_path {model} --data_path {data} --output_dir {tmp_path}/out --bf16 False --max_steps 3
+        --per_device_train_batch_size 6 --dataloader_num_workers 0 --report_to tensorboard --save_strategy no
+    """.split()
+    result = torchrun(2, flags)
+    assert result.returncode == 0, result.stderr
+    assert re.findall(r"^step (\d) of 3: loss \d", result.stderr, re.MULTILINE) == ["1", "2", "3"]
+    assert "\r" not in result.stderr, "a bar that redraws itself fills a log file"
+    lines = read_metrics(tmp_path / "out")
+    board = EventAccumulator(str(tmp_path / "out/tensorboard"))
+    board.Reload()
+    for source in ("colour", "both", "text"):
+        events = {event.step: event.value for event in board.Scalars(f"train/loss_by_source/{source}")}
+        written = {
+            line["step"]: line["loss_by_source"][source] for line in lines if source in line["loss_by_source"]
+        }
+        assert events.keys() == written.keys()
+        assert all(abs(events[step] - loss) < 1e-5 for step, loss in written.items())
+    assert {event.step for event in board.Scalars("train/loss")} == {1, 2, 3}
