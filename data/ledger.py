@@ -32,7 +32,7 @@ def tally(batch: MicroBatch, losses: torch.Tensor, num_sources: int) -> torch.Te
     sums = torch.zeros(4, num_sources, dtype=torch.float64, device=losses.device)
     sums[:2] = torch.stack(counts)
     sums[2].index_add_(0, batch.source_of_target, torch.ones_like(losses, dtype=torch.float64))
-    sums[3].index_add_(0, batch.source_of_target, losses.detach().double())
+    sums[3].index_add_(0, batch.source_of_target, losses.double())
     return sums
 
 

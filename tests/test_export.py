@@ -54,7 +54,7 @@ def reload(base, folder):
 
 def logits(model, *cases):
     with torch.no_grad():
-        return [model(**golden("xcomposer2").inputs(case), return_logits=True).logits for case in cases]
+        return [model(**golden("xcomposer2").inputs(case)).logits for case in cases]
 
 
 CASES = ("two_images_apart", "text_only", "batch2_images_equal_length")

@@ -48,7 +48,7 @@ def rows(model, *samples: tuple[int, tuple[int, ...]], packed=False) -> MicroBat
 
 def counted(model, micro_batch, backward) -> int:
     with FlopCounterMode(display=False, custom_mapping={SDPA: fused}) as counter:
-        loss = model(**micro_batch.inputs).loss.sum()
+        loss = model(**micro_batch.inputs).loss
         if backward:
             loss.backward()
     return counter.get_total_flops()

@@ -72,22 +72,20 @@ def summed_loss(model, batches):
 def test_a_padded_row_gives_what_it_gives_alone(models, family, side):
     parts = samples(family)
     batch = padded(parts, side)
-    logits = models[family](**batch, return_logits=True).logits
+    logits = models[family](**batch).logits
     for row, mask, part in zip(logits, batch["attention_mask"].bool(), parts, strict=True):
-        alone = models[family](**part, return_logits=True).logits[0]
+        alone = models[family](**part).logits[0]
         torch.testing.assert_close(row[mask], alone, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_packed_row_gives_the_logits_and_gradients_of_its_samples(models, family, attention):
     model, parts = models[family], samples(family)
-    alone = torch.cat([model(**part, return_logits=True).logits for part in parts], dim=1)
+    alone = torch.cat([model(**part).logits for part in parts], dim=1)
     expected_loss, expected = summed_loss(model, parts)
     model.set_attn_implementation(attention)
     try:
-        torch.testing.assert_close(
-            model(**packed(parts), return_logits=True).logits, alone, rtol=0, atol=2e-5
-        )
+        torch.testing.assert_close(model(**packed(parts)).logits, alone, rtol=0, atol=2e-5)
         loss, found = summed_loss(model, [packed(parts)])
     finally:
         model.set_attn_implementation("sdpa")
@@ -114,7 +112,7 @@ def test_a_poisoned_neighbour_in_a_packed_row_is_not_felt(models):
         logits = model(
             inputs_embeds=poison, im_mask=row["im_mask"], position_ids=row["position_ids"]
         ).logits.split(lengths, dim=1)
-        clean = model(**parts[1 - poisoned], return_logits=True).logits
+        clean = model(**parts[1 - poisoned]).logits
         torch.testing.assert_close(logits[1 - poisoned], clean, rtol=0, atol=2e-5)
         assert logits[poisoned].isnan().all()
 
@@ -151,16 +149,17 @@ def test_nothing_supervised_gives_zero_and_not_nan(models):
     assert all(not gradient.any() for gradient in found.values())
 
 
-def test_no_logits_are_formed_when_there_are_labels(models):
+def test_with_labels_logits_are_formed_in_evaluation_and_not_in_training():
     part = samples("xcomposer2")[0]
-    assert models["xcomposer2"](**part).logits is None
     seen = []
 
     def loss_function(hidden, targets, lm_head, num_items_in_batch):
         seen.append((hidden.shape, targets.shape, lm_head, num_items_in_batch))
-        return hidden.sum()
+        return hidden.sum(), hidden[:, 0].detach()
 
     model = golden("xcomposer2").model()
+    assert model.eval()(**part).logits.shape == (*part["input_ids"].shape, model.config.vocab_size)
+    assert model.train()(**part).logits is None
     model.loss_function = loss_function
     model(**part, num_items_in_batch=7)
     supervised = int((part["labels"] != -100).sum())
@@ -226,10 +225,10 @@ def test_checkpointed_activations_give_the_same_gradients():
 def test_dropout_acts_in_training_and_at_image_slots_only():
     model, part = golden("xcomposer2").model(), samples("xcomposer2")[1]
     with torch.no_grad():
-        still = model(**part, return_logits=True).logits
+        still = model(**part).logits
         model.train()
         torch.manual_seed(0)
-        moved = model(**part, return_logits=True).logits
+        moved = model(**part).logits
         before_image = int(part["im_mask"][0].nonzero()[0, 0])
     torch.testing.assert_close(moved[:, :before_image], still[:, :before_image])
     assert not torch.allclose(moved, still, atol=1e-4)
@@ -237,10 +236,10 @@ def test_dropout_acts_in_training_and_at_image_slots_only():
 
 def test_lora_wraps_the_layers_and_passes_the_slots_on():
     model, part = golden("xcomposer2").model(), samples("xcomposer2")[1]
-    expected = model(**part, return_logits=True).logits
+    expected = model(**part).logits
     targets = list(parts_of(model.config).lora_targets)
     wrapped = get_peft_model(model, LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))
-    torch.testing.assert_close(wrapped(**part, return_logits=True).logits, expected)
+    torch.testing.assert_close(wrapped(**part).logits, expected)
     wrapped(**part).loss.backward()
     trained = [name for name, p in wrapped.named_parameters() if p.grad is not None]
     assert trained
@@ -270,5 +269,5 @@ def test_buffers_are_right_after_meta_and_to_empty():
     model.load_state_dict(reference.state_dict())
     part = samples("xcomposer2")[1]
     with torch.no_grad():
-        logits = model.eval()(**part, return_logits=True).logits
-    assert torch.equal(logits, reference(**part, return_logits=True).logits)
+        logits = model.eval()(**part).logits
+    assert torch.equal(logits, reference(**part).logits)

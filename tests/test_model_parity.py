@@ -26,7 +26,7 @@ def models():
 def test_logits_loss_and_gradients_are_the_originals(models, name, case):
     model, expected = models[name], golden(name).cases[case]
     model.zero_grad(set_to_none=True)
-    output = model(**golden(name).inputs(case), return_logits=True)
+    output = model(**golden(name).inputs(case))
     assert golden(name).logits_error(case, output.logits) < 2e-5
     output.loss.backward()
     gradients = {key: parameter.grad for key, parameter in model.named_parameters()}
@@ -138,7 +138,7 @@ def test_bfloat16_is_as_close_as_the_original_in_bfloat16(case):
     family = golden("xcomposer2")
     model, reference = family.model().to(torch.bfloat16), family.numbers["bf16"][case]
     with torch.no_grad():
-        output = model(**family.inputs(case), return_logits=True)
+        output = model(**family.inputs(case))
     assert output.logits.dtype == torch.float32
     assert family.logits_error(case, output.logits) < 1.5 * reference["max_abs_logit_diff"]
     assert output.loss.item() == pytest.approx(family.cases[case]["loss"], abs=2e-2)

@@ -41,8 +41,8 @@ def test_saving_and_loading_keeps_every_bit_and_the_dtype(tmp_path, family, dtyp
     )
     inputs = golden(family).inputs(CASE[family])
     with torch.no_grad():
-        expected = model(**inputs, return_logits=True).logits
-        found = again.eval()(**inputs, return_logits=True).logits
+        expected = model(**inputs).logits
+        found = again.eval()(**inputs).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.02)
     assert again.generation_config.eos_token_id == [2, 318]
 
@@ -136,7 +136,7 @@ def test_unknown_keys_of_a_checkpoint_are_reported_and_harmless(tmp_path):
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert set(info["unexpected_keys"]) == {"video_proj.weight"}
     with torch.no_grad():
-        logits = model.eval()(**golden("xcomposer2").inputs("one_image_front"), return_logits=True).logits
+        logits = model.eval()(**golden("xcomposer2").inputs("one_image_front")).logits
     assert golden("xcomposer2").logits_error("one_image_front", logits) < 2e-5
 
 

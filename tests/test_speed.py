@@ -20,7 +20,7 @@ from tests.test_equality import assert_same_training, reference_world, train
 from tests.test_resume import STOPPED, main_stopped_after
 from tests.tiny import run_ranks
 from trainer.distributed import device_mesh, start
-from trainer.loss import chunked_token_losses, token_losses
+from trainer.loss import chunked_cross_entropy, token_losses
 from trainer.models import build_model, load_config, parts_of
 from trainer.models.xcomposer2.modeling_xcomposer2 import InternLMXComposer2ForCausalLM
 from trainer.parallelize import MATRIX_PRODUCTS, parallelize
@@ -117,9 +117,14 @@ def sharded(folder, frozen=(), mesh=None, tied=False, **options):
         parameter.requires_grad_(not name.startswith(tuple(frozen)))
     if tied:
         model.output.weight = model.model.tok_embeddings.weight
-    model.loss_function = chunked_token_losses(8)
+    model.loss_function = chunked_cross_entropy(8)
     plain = copy.deepcopy(model)
-    plain.loss_function = lambda hidden, targets, lm_head, **_: token_losses(hidden, targets, lm_head)
+
+    def unchunked(hidden, targets, lm_head, **_):
+        losses = token_losses(hidden, targets, lm_head)
+        return losses.sum(), losses.detach()
+
+    plain.loss_function = unchunked
     defaults = {"bf16": False, "gradient_checkpointing": False}
     return parallelize(model, mesh or device_mesh(start()), parts, **{**defaults, **options}), plain
 
@@ -127,9 +132,9 @@ def sharded(folder, frozen=(), mesh=None, tied=False, **options):
 def assert_same_gradients(model, plain):
     """The sharded model's gradients on all ranks against the sum of the plain model's."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    model(**inputs(rank)).loss.sum().backward()
+    model(**inputs(rank)).loss.backward()
     for each in range(world):
-        plain(**inputs(each)).loss.sum().backward()
+        plain(**inputs(each)).loss.backward()
     for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert (ours.grad is None) == (theirs.grad is None), name
         if ours.grad is not None and not name.endswith("k_proj.bias"):
@@ -152,7 +157,7 @@ def embeddings_between_forward_and_backward(folder):
     for layer in model.model.layers:
         layer.register_forward_hook(lambda *_: local.append(isinstance(gathered.weight, DTensor)))
         layer.register_full_backward_hook(lambda *_: local.append(isinstance(gathered.weight, DTensor)))
-    model(**inputs()).loss.sum().backward()
+    model(**inputs()).loss.backward()
     assert local == [True] * 4
     assert weight.grad is not None
 
@@ -198,10 +203,10 @@ def kept_within(folder, frozen, expected):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        losses = model(**inputs(samples=3)).loss
+        loss = model(**inputs(samples=3)).loss
     assert {name: kept[name] > 0 for name in ("vit", "vision_proj")} == expected, kept
     assert calls == [1], "three images are three rows of one call"
-    losses.sum().backward()
+    loss.backward()
 
 
 @pytest.mark.parametrize(
@@ -243,9 +248,9 @@ def products_of_the_backward_pass(folder):
     for mode in (False, "selective", True):
         model, _ = sharded(folder, mesh=mesh, gradient_checkpointing=mode)
         with Products() as forward:
-            losses = model(**inputs()).loss
+            loss = model(**inputs()).loss
         with Products() as backward:
-            losses.sum().backward()
+            loss.backward()
         counts[mode] = backward.count
     assert counts["selective"] == counts[False]
     assert counts[True] > counts[False] + 0.8 * forward.count

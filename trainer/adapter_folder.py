@@ -33,13 +33,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from data.batch import MicroBatch
 from data.errors import DataError
 from trainer.distributed import is_main, log
 from trainer.folders import Jobs
-from trainer.models import Parts, build_model, parts_of, preprocessing_of
+from trainer.models import Parts, build_model, preprocessing_of
 from trainer.trained import is_adapter
-from trainer.weights import load_weights, tensor_files
+from trainer.weights import tensor_files
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -218,42 +217,6 @@ def prove_adapter(folder: Path, model_config: PreTrainedConfig) -> str:
         f"peft loads {len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} numbers; "
         f"{moved} of {len(up)} B matrices are not zero" + ("" if moved else ": it changes nothing yet")
     )
-
-
-@torch.no_grad()
-def verify_adapter(
-    model: nn.Module,
-    adapters: Adapters,
-    folder: Path,
-    config: PreTrainedConfig,
-    batch: MicroBatch,
-    device: torch.device,
-) -> str:
-    """Compare the loss of a batch in the running model and in the base with `folder` on it, as peft loads it.
-
-    Every rank must call it with a batch of its own; rank 0's counts, and rank 0 loads the whole base once, in
-    CPU memory. Raises RuntimeError if the losses differ by more than the compute dtype explains.
-    """
-    was_training = model.training
-    model.eval()
-    before = model(**batch.to(device).inputs).loss.sum().item()
-    model.train(was_training)
-    if not is_main():
-        return ""
-    dtype = next(p.dtype for n, p in model.named_parameters() if n not in adapters.saved)
-    config = copy.deepcopy(config)
-    config._attn_implementation = "sdpa"  # others may not run on a CPU
-    with torch.device("meta"):
-        base: Any = build_model(config)
-    base = base.to(dtype).to_empty(device="cpu")
-    load_weights(base, adapters.base, optional=parts_of(config).unused)
-    base.init_buffers()
-    base.loss_function = model.loss_function
-    after = _load_with_peft(base, folder).eval()(**batch.inputs).loss.sum().item()
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    if abs(after - before) > tolerance * max(1.0, abs(before)):
-        raise RuntimeError(f"{folder}: loss {after} as peft loads it, but {before} in training")
-    return f"the loss of a batch is {before:.6f} in training and {after:.6f} as peft loads the adapter"
 
 
 def _load_with_peft(base: PreTrainedModel, folder: Path, low_cpu_mem_usage: bool = False) -> PeftModel:

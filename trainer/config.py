@@ -99,8 +99,6 @@ class Config:
     """Weight-decomposed LoRA: the length of each row of a weight trains apart from its direction."""
     loraplus_lr_ratio: float = 1.0
     """LoRA+: peak learning rate of the B matrices = this × learning_rate."""
-    verify_adapter: bool = False
-    """At the end, load base and adapter with peft in rank 0's CPU memory and compare the loss of a batch."""
 
     # --- optimisation --------------------------------------------------------------------------------
     num_train_epochs: float = 1.0
@@ -332,7 +330,7 @@ class Config:
         if not self.use_lora:
             needs_lora = [field.name for field in fields(self) if "lora" in field.name]
             needs_lora = [name for name in needs_lora if name not in ("use_lora", "plora_dropout")]
-            for name in (*needs_lora, "use_dora", "verify_adapter"):
+            for name in (*needs_lora, "use_dora"):
                 if getattr(self, name) != getattr(Config, name):
                     found.append(f"--{name} has no effect without --use_lora True")
             if self.sharding == "none":

@@ -1,24 +1,22 @@
-"""Cross-entropy over supervised positions, in chunks, one value a token.
+"""Cross-entropy over supervised positions, in chunks: the sum to train on, and a value for each token.
 
 Input: hidden states of the supervised positions [N, D], their targets [N], and the output layer.
-Output: losses [N] in float32. The loop sums them and divides once, by the number of supervised tokens of the
-global batch, so any split into micro-batches and ranks gives the same loss:
+Output: the sum of the losses, with the graph, and the losses [N] without one, both in float32. The loop
+divides the sum once, by the number of supervised tokens of the global batch, so any split into micro-batches
+and ranks gives the same loss:
 
-    losses = model(**micro_batch.inputs).loss         # [N]: one per supervised token
-    (losses.sum() / num_supervised).backward()        # num_supervised: of the global batch
+    outputs = model(**micro_batch.inputs)
+    (outputs.loss / num_supervised).backward()        # num_supervised: of the global batch
+    outputs.token_losses                              # [N], for the metrics
 
 Only `chunk_tokens` rows of logits exist at a time, and none outlives its chunk: the gradients are formed in
 the forward pass, where the logits are, and the backward pass only scales them. With a vocabulary of 92,544
 and chunks of 1,024 tokens that is 0.38 GB in float32, whatever the length of the batch, and no product is
 computed twice.
 
-With z = W h and p = softmax(z), token i's loss is log Σ exp z − z[target], and its gradients are
+With z = W h and p = softmax(z), token i's loss is log Σ exp z − z[target], and the gradients of the sum are
 
     d loss / d z = p − onehot(target)      d loss / d h = (p − onehot) W      d loss / d W = (p − onehot) hᵀ
-
-The gradient of W is summed over tokens, so it can be scaled afterwards only where all tokens count alike,
-as in a sum or a mean. Weights that differ between tokens are right too: the backward pass then computes
-the chunks again with them.
 """
 
 from collections.abc import Callable
@@ -48,12 +46,11 @@ def losses_and_gradients(
     weight: Tensor,
     targets: Tensor,
     chunk_tokens: int,
-    token_weights: Tensor | None = None,
     *,
     for_hidden: bool,
     for_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Losses [N] float32, and the gradients of their (weighted) sum: of hidden [N, D] and of weight [V, D].
+    """Losses [N] float32, and the gradients of their sum: of hidden [N, D] and of weight [V, D].
 
     A gradient that is not asked for is None. The products run in the dtype of `weight`; its gradient is
     summed over chunks in float32: in bfloat16, what a late chunk adds would be lost in the rounding.
@@ -70,8 +67,6 @@ def losses_and_gradients(
         losses[rows] = (log_sum - logits.gather(1, target)).squeeze(1)
         gradient = logits.sub_(log_sum).exp_()  # the probabilities
         gradient.scatter_add_(1, target, torch.full_like(log_sum, -1.0))
-        if token_weights is not None:
-            gradient *= token_weights[rows, None]
         gradient = gradient.to(weight.dtype)
         if hidden_gradient is not None:
             torch.mm(gradient, weight, out=hidden_gradient[rows])
@@ -87,58 +82,61 @@ def losses_and_gradients(
     return losses, hidden_gradient, None if weight_gradient is None else weight_gradient.to(weight.dtype)
 
 
-class _LossesWithGradients(torch.autograd.Function):
-    """`losses_and_gradients` on the graph, for a backward pass that scales the gradients in place."""
+class _SumWithGradients(torch.autograd.Function):
+    """`losses_and_gradients` on the graph; the backward pass scales the gradients in place, once."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int) -> Tensor:
-        ctx.needed = {"for_hidden": ctx.needs_input_grad[0], "for_weight": ctx.needs_input_grad[1]}
-        losses, *ctx.gradients = losses_and_gradients(hidden, weight, targets, chunk_tokens, **ctx.needed)
-        ctx.save_for_backward(hidden, weight, targets)
-        ctx.chunk_tokens = chunk_tokens
-        return losses
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int
+    ) -> tuple[Tensor, Tensor]:
+        losses, *ctx.gradients = losses_and_gradients(
+            hidden,
+            weight,
+            targets,
+            chunk_tokens,
+            for_hidden=ctx.needs_input_grad[0],
+            for_weight=ctx.needs_input_grad[1],
+        )
+        ctx.mark_non_differentiable(losses)
+        return losses.sum(), losses
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None, None]:
-        (of_losses,) = grad_outputs
         gradients, ctx.gradients = ctx.gradients, None
-        is_sum = len(of_losses) == 1 or (len(of_losses) > 1 and of_losses.stride(0) == 0)  # one for all
-        if gradients and is_sum:
-            of_hidden, of_weight = (None if g is None else g.mul_(of_losses[0]) for g in gradients)
-        else:
-            hidden, weight, targets = ctx.saved_tensors
-            _, of_hidden, of_weight = losses_and_gradients(
-                hidden, weight, targets, ctx.chunk_tokens, of_losses, **ctx.needed
-            )
+        if gradients is None:
+            raise RuntimeError("the loss can run backward once: its gradients are scaled in place")
+        of_hidden, of_weight = (None if g is None else g.mul_(grad_outputs[0]) for g in gradients)
         return of_hidden, of_weight, None, None
 
 
-def chunked_token_losses(chunk_tokens: int) -> Callable[..., Tensor]:
-    """The model's `loss_function`: `token_losses`, `chunk_tokens` rows of logits at a time.
+def chunked_cross_entropy(chunk_tokens: int) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The model's `loss_function`: (sum, token losses [N]), `chunk_tokens` rows of logits at a time.
 
-    N = 0 gives an empty vector that still hangs on the graph, so a rank without a supervised token runs the
-    same collectives as the others and adds exact zeros to every gradient. An output layer that is more than
-    a matrix (one with an adapter) computes each chunk's forward again in the backward pass instead.
+    N = 0 gives a zero that still hangs on the graph, so a rank without a supervised token runs the same
+    collectives as the others and adds exact zeros to every gradient. An output layer that is more than a
+    matrix (one with an adapter) computes each chunk's forward again in the backward pass instead.
     """
 
     def loss_function(
         hidden: Tensor, targets: Tensor, lm_head: nn.Module, num_items_in_batch: object = None
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         assert num_items_in_batch is None, "the loop divides; see trainer/loss.py"
         is_matrix = type(lm_head) is nn.Linear and lm_head.bias is None
         if torch.is_grad_enabled() and is_matrix:
-            return _LossesWithGradients.apply(hidden, lm_head.weight, targets, chunk_tokens)
+            return _SumWithGradients.apply(hidden, lm_head.weight, targets, chunk_tokens)
         chunks = zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
         if not torch.is_grad_enabled() or len(hidden) <= chunk_tokens:
-            return torch.cat([token_losses(h, t, lm_head) for h, t in chunks])
-        return torch.cat(
-            [
-                checkpoint(token_losses, h, t, lm_head, use_reentrant=False, preserve_rng_state=False)
-                for h, t in chunks
-            ]
-        )
+            losses = torch.cat([token_losses(h, t, lm_head) for h, t in chunks])
+        else:
+            losses = torch.cat(
+                [
+                    checkpoint(token_losses, h, t, lm_head, use_reentrant=False, preserve_rng_state=False)
+                    for h, t in chunks
+                ]
+            )
+        return losses.sum(), losses.detach()
 
     return loss_function

@@ -25,11 +25,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
-from data.batch import MicroBatch
 from data.errors import DataError
 from data.ledger import ledger_rows, ledger_table, tally
 from data.loader import StepLoader
-from trainer.adapter_folder import save_adapter, verify_adapter
+from trainer.adapter_folder import save_adapter
 from trainer.checkpoint import Checkpoints, SaveError, load, resumable
 from trainer.config import Config, parse
 from trainer.distributed import (
@@ -53,7 +52,7 @@ from trainer.flags import ConfigError
 from trainer.flops import count_flops, matmul_peak
 from trainer.folders import Jobs
 from trainer.lora import load_adapters
-from trainer.loss import chunked_token_losses
+from trainer.loss import chunked_cross_entropy
 from trainer.metrics import MetricsFile, part_of
 from trainer.optim import adamw, learning_rate_factor, parameter_groups
 from trainer.parallelize import allocate, parallelize, set_communication
@@ -114,7 +113,7 @@ def train(config: Config, ranks: Ranks) -> int:
     if adapters:
         load_adapters(model, adapters, config.seed)
     model.init_buffers()
-    model.loss_function = chunked_token_losses(config.loss_chunk_tokens)
+    model.loss_function = chunked_cross_entropy(config.loss_chunk_tokens)
     model.train()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     groups = parameter_groups(
@@ -163,7 +162,6 @@ def train(config: Config, ranks: Ranks) -> int:
         longest = longest_micro_batch(plan.reader, config.per_device_train_batch_size, plan.packing)
         rehearse(model, longest, device, config)
     batches = iter(loader)
-    micro_batches: list[MicroBatch] = []
     bar = tqdm(total=total_steps, initial=begin.step, unit="step", dynamic_ncols=True, disable=no_bar())
     # Since the last line of metrics: seconds and steps; tokens and FLOPs of vision and of language; and by
     # source the sums of data.ledger.tally, these since the epoch began too.
@@ -193,13 +191,13 @@ def train(config: Config, ranks: Ranks) -> int:
             set_communication(model, config, is_last=i == len(micro_batches) - 1)
             phases("host_to_device")
             micro_batch = micro_batch.to(device)
-            losses = model(**micro_batch.inputs).loss  # [supervised tokens], float32
+            outputs = model(**micro_batch.inputs)  # outputs.loss: a sum, float32
             if config.loss_average == "micro_batch":
                 divisor = max(1, micro_batch.num_supervised) * len(micro_batches) * ranks.world
             else:
                 divisor = num_supervised
-            (losses.sum() / divisor).backward()
-            sums += tally(micro_batch, losses, len(sources))
+            (outputs.loss / divisor).backward()
+            sums += tally(micro_batch, outputs.token_losses, len(sources))
 
         if step == 1:
             refuse_idle(trained)
@@ -313,8 +311,6 @@ def train(config: Config, ranks: Ranks) -> int:
     checkpoints.save_final_model(total_steps, write_model)
     stop.honoured()
     log(f"the trained {'adapter' if adapters else 'model'} is in {output_dir}")
-    if adapters and config.verify_adapter and micro_batches:
-        log(verify_adapter(model, adapters, output_dir, plan.model_config, micro_batches[0], device))
     return 0
 
 

@@ -86,7 +86,7 @@ def make_plan(config: Config, ranks: Ranks) -> Plan | None:
         problems += str(error).splitlines()
     try:
         plan = _describe_model(config, ranks, sources)
-        problems += _problems_of_text_alone(plan)
+        problems += _problems_of_text_alone(plan, config)
     except (ValueError, OSError) as error:
         problems += str(error).splitlines()
     if agree_on_problems(problems):
@@ -121,15 +121,24 @@ def _machine_problems(config: Config, ranks: Ranks) -> list[str]:
     return problems
 
 
-def _problems_of_text_alone(plan: Plan) -> list[str]:
+def _problems_of_text_alone(plan: Plan, config: Config) -> list[str]:
     """Parts that should train and that data without an image never reaches, a sentence each."""
     if not plan.sources or any(source.records.num_images for source in plan.sources):
         return []
+    by_name = "take its layers out of --lora_target_modules and --train_modules"
     return [
-        f"the data names no image, so the {what} would get no gradient: freeze it with {flag}"
-        for what, flag, prefixes in (
-            ("vision tower", "--fix_vit True", plan.parts.vision),
-            ("projector", "--fix_sampler True", plan.parts.projector),
+        f"the data names no image, so the {what} would get no gradient: {remedy}"
+        for what, remedy, prefixes in (
+            (
+                "vision tower",
+                by_name if config.fix_vit else "freeze it with --fix_vit True",
+                plan.parts.vision,
+            ),
+            (
+                "projector",
+                by_name if config.fix_sampler else "freeze it with --fix_sampler True",
+                plan.parts.projector,
+            ),
         )
         if any(name.startswith(prefixes) for name in plan.training)
     ]

@@ -127,6 +127,6 @@ def rehearse(model: Any, micro_batch: MicroBatch, device: torch.device, config: 
     """
     for is_last in (True,) if config.gradient_accumulation_steps == 1 else (False, True):
         set_communication(model, config, is_last)
-        losses = model(**micro_batch.to(device).inputs).loss
-        (losses.sum() / max(1, micro_batch.num_supervised)).backward()
+        loss = model(**micro_batch.to(device).inputs).loss
+        (loss / max(1, micro_batch.num_supervised)).backward()
     model.zero_grad(set_to_none=True)

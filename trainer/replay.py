@@ -41,7 +41,7 @@ from trainer.adapter_folder import adapter_preprocessing
 from trainer.config import Config
 from trainer.distributed import is_main, step_seed
 from trainer.folders import numbered, write_json
-from trainer.loss import chunked_token_losses
+from trainer.loss import chunked_cross_entropy
 from trainer.models import load_config, load_conversation, load_image_processor
 from trainer.rehearsal import read_batch
 
@@ -104,7 +104,7 @@ def load_model(base: Path, weights: Path, config: Config) -> nn.Module:
         dtype=torch.bfloat16 if config.bf16 else torch.float32,
         attn_implementation=config.attn_implementation,
     )
-    model.loss_function = chunked_token_losses(config.loss_chunk_tokens)
+    model.loss_function = chunked_cross_entropy(config.loss_chunk_tokens)
     if is_adapter:
         model = PeftModel.from_pretrained(model, str(weights), is_trainable=True)
     return cast(nn.Module, model).to(torch.accelerator.current_accelerator(check_available=True)).train()
@@ -130,7 +130,7 @@ def run_batch(model: nn.Module, batch: MicroBatch) -> tuple[float, float, str | 
         batch.inputs["pixel_values"] = pixels.to(parameter.dtype)
     elif pixels is not None:
         batch.inputs["pixel_values"] = [image.to(parameter.dtype) for image in pixels]
-    loss = model(**batch.inputs).loss.sum() / max(1, batch.num_supervised)
+    loss = model(**batch.inputs).loss / max(1, batch.num_supervised)
     loss.backward()
     for hook in hooks:
         hook.remove()

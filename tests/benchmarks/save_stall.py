@@ -28,7 +28,7 @@ from tests.tiny import run_ranks, word_tokenizer
 from trainer.checkpoint import Checkpoints, resumable
 from trainer.distributed import all_max, device_mesh, start
 from trainer.folders import Jobs
-from trainer.loss import chunked_token_losses
+from trainer.loss import chunked_cross_entropy
 from trainer.models import build_model, load_config, load_tokenizer, parts_of
 from trainer.optim import adamw
 from trainer.parallelize import parallelize
@@ -64,7 +64,7 @@ def ours(model_folder: Path, output_dir: Path, asynchronous: bool) -> int:
     model.to_empty(device="cpu")
     load_weights(model, model_folder)
     model.init_buffers()
-    model.loss_function = chunked_token_losses(1024)
+    model.loss_function = chunked_cross_entropy(1024)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith(parts.unused))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -72,7 +72,7 @@ def ours(model_folder: Path, output_dir: Path, asynchronous: bool) -> int:
     ids = torch.randint(3, 1000, (1, TOKENS))
 
     def step() -> None:
-        model(input_ids=ids, labels=ids).loss.mean().backward()
+        model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 

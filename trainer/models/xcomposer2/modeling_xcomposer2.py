@@ -13,6 +13,7 @@ Parameter names are the original's. Paper: arXiv 2401.16420.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -241,13 +242,22 @@ class InternLM2Model(nn.Module):
 
 def supervised_cross_entropy(
     hidden: Tensor, targets: Tensor, lm_head: nn.Module, num_items_in_batch: int | Tensor | None = None
-) -> Tensor:
-    """hidden [M, D], targets [M] → the mean loss in float32, or the sum divided by `num_items_in_batch`.
+) -> tuple[Tensor, Tensor]:
+    """hidden [M, D], targets [M] → the mean loss, or the sum divided by `num_items_in_batch`; each token's.
 
-    M = 0 gives 0, with a graph.
+    Both in float32, the second without a graph. M = 0 gives 0, with a graph.
     """
-    total = F.cross_entropy(lm_head(hidden).float(), targets, reduction="sum")
-    return total / (max(len(targets), 1) if num_items_in_batch is None else num_items_in_batch)
+    losses = F.cross_entropy(lm_head(hidden).float(), targets, reduction="none")
+    total = losses.sum() / (max(len(targets), 1) if num_items_in_batch is None else num_items_in_batch)
+    return total, losses.detach()
+
+
+@dataclass
+class XComposer2Output(CausalLMOutputWithPast):
+    """What a forward pass returns."""
+
+    token_losses: Tensor | None = None
+    """[M], of each supervised position, row by row; without a graph."""
 
 
 class InternLMXComposer2ForCausalLM(XComposer2GenerationMixin, PreTrainedModel):
@@ -333,11 +343,10 @@ class InternLMXComposer2ForCausalLM(XComposer2GenerationMixin, PreTrainedModel):
         num_items_in_batch: int | Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        return_logits: bool = False,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-    ) -> CausalLMOutputWithPast:
-        """Logits, float32; with `labels`, the loss, and logits only if `return_logits`.
+    ) -> XComposer2Output:
+        """Logits, float32; with `labels` the loss, and then logits in evaluation mode only.
 
         input_ids [B, T] or inputs_embeds [B, T, D].
         attention_mask [B, T], 1 for real tokens; None: no padding.
@@ -348,8 +357,8 @@ class InternLMXComposer2ForCausalLM(XComposer2GenerationMixin, PreTrainedModel):
         pixel_values: [images, 3, S, S], or a list of [3, H, W]. With no True in im_mask the images are a
             rank's part in collectives that other ranks' images need: they add zeros to the gradients.
         labels [B, T], not shifted, -100 where not supervised; a packed sample's first one must be -100.
-        loss: `loss_function(hidden [M, D], targets [M], lm_head, num_items_in_batch)` of the M supervised
-            positions, row by row.
+        loss, token_losses: `loss_function(hidden [M, D], targets [M], lm_head, num_items_in_batch)` of the M
+            supervised positions, row by row. In training no logits are formed for the others.
 
         ValueError: as many image slots as features are needed; and ids or embeddings, not both.
         """
@@ -370,20 +379,24 @@ class InternLMXComposer2ForCausalLM(XComposer2GenerationMixin, PreTrainedModel):
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         outputs = self.model(x, attention_mask, position_ids, slots, cache, bool(output_hidden_states))
-        hidden, loss, logits = outputs.last_hidden_state, None, None
+        hidden, loss, losses, logits = outputs.last_hidden_state, None, None, None
         if labels is not None:
             targets = labels[:, 1:]
             supervised = targets != -100
-            loss = self.loss_function(
+            loss, losses = self.loss_function(
                 hidden[:, :-1][supervised],
                 targets[supervised],
                 lm_head=self.output,
                 num_items_in_batch=num_items_in_batch,
             )
-        if labels is None or return_logits:
+        if labels is None or not self.training:
             logits = self.output(slice_logits_to_keep(hidden, logits_to_keep)).float()
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, cache=outputs.cache, hidden_states=outputs.hidden_states
+        return XComposer2Output(
+            loss=loss,
+            logits=logits,
+            cache=outputs.cache,
+            hidden_states=outputs.hidden_states,
+            token_losses=losses,
         )
 
     def image_features(self, pixel_values: Tensor | list[Tensor]) -> Tensor:
