@@ -1,6 +1,4 @@
-"""Compiled blocks: they train as plain ones do, make their code once, and where they fail plain ones run."""
-
-import functools
+"""Compiled blocks train as plain ones do and compile once; where that fails the run ends before a step."""
 
 import pytest
 import torch
@@ -8,6 +6,7 @@ import torch._dynamo.utils
 import torch._inductor.config
 
 from tests.test_equality import assert_same_training, reference_world, train
+from tests.tiny import read_metrics
 from trainer.main import main
 
 
@@ -43,23 +42,14 @@ def test_compiled_blocks_make_their_graphs_once_and_train_as_plain_ones_do(world
     assert_same_training(world, f"compiled-{ranks}")
 
 
-def main_without_a_compiler(said, arguments):
+def main_without_a_compiler(arguments):
     torch._inductor.config.cpp.cxx = ("/nowhere/c++",)
     torch._inductor.config.force_disable_caches = True
-    import trainer.compiled
-
-    trainer.compiled.log = lambda message: said.open("a").write(message + "\n")
     return main(arguments)
 
 
-def test_blocks_that_cannot_be_compiled_are_named_and_train_as_they_are(world):
-    said = world / "said"
-    run = functools.partial(main_without_a_compiler, said)
-    train(world, "plain", 2, 1, "data/data.txt", "--compile", "True", run=run)
-    vision, language = dict.fromkeys(said.read_text().splitlines())  # both ranks call log
-    assert vision.startswith(
-        "warning: vit.vision_tower.vision_model.encoder.layers cannot be compiled and run as"
-    )
-    assert language.startswith("warning: model.layers cannot be compiled and run as they are: "), language
-    assert "/nowhere/c++" in language
-    assert_same_training(world, "plain")
+def test_a_block_that_cannot_be_compiled_ends_the_run_before_its_first_step(world):
+    with pytest.raises(AssertionError, match=r"statuses \[1, 1\]") as failure:
+        train(world, "plain", 2, 1, "data/data.txt", "--compile", "True", run=main_without_a_compiler)
+    assert "/nowhere/c++" in str(failure.value)
+    assert not read_metrics(world / "plain")

@@ -350,7 +350,7 @@ def test_whatever_is_to_train_and_gets_no_gradient_is_named():
     reached, idle = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
     reached.sum().backward()
     refuse_idle({"reached": reached})
-    with pytest.raises(ValueError, match="1 parameters are set to train but got no gradient .* first idle"):
+    with pytest.raises(ValueError, match=r"1 parameters are set to train but got no gradient .* first idle"):
         refuse_idle({"reached": reached, "idle": idle})
 
 

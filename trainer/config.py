@@ -151,7 +151,7 @@ class Config:
     the whole gradient in float32 while micro-batches accumulate."""
     compile: bool = False
     """Compile the blocks with torch.compile, once, for rows of any length; it takes a minute or more before
-    the first step. Where that fails, the run says so and goes on without."""
+    the first step."""
     cpu_offload: bool = False
     """Keep parameters, gradients and the optimizer in the host's memory, and step there; a block's parameters
     travel to the accelerator when it runs."""

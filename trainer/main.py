@@ -106,7 +106,7 @@ def train(config: Config, ranks: Ranks) -> int:
         reshard_after_forward=config.reshard_after_forward,
         forward_prefetch=config.forward_prefetch,
         cpu_offload=config.cpu_offload,
-        compile_on=device if config.compile else None,
+        compiled=config.compile,
     )
     allocate(model, device, config.cpu_offload)
     loaded = load_weights(model, base, optional=plan.parts.unused)

@@ -122,7 +122,7 @@ def parallelize(
     reshard_after_forward: bool = True,
     forward_prefetch: bool = False,
     cpu_offload: bool = False,
-    compile_on: torch.device | None = None,
+    compiled: bool = False,
 ) -> Any:
     """Shard `model` over `mesh`: a group for every vision and language block, one for the token embeddings,
     and one for all the rest.
@@ -143,16 +143,16 @@ def parallelize(
     are never gathered. All that trains is one group: gathered once, its gradients reduced once.
 
     reshard_after_forward False keeps gathered parameters for the backward pass; forward_prefetch:
-    `gather_ahead`; cpu_offload: shards, gradients and optimizer stay in the host's memory; compile_on: the
-    device that blocks are compiled for (trainer/compiled.py), or None.
+    `gather_ahead`; cpu_offload: shards, gradients and optimizer stay in the host's memory; compiled: blocks
+    run as compiled code (trainer/compiled.py).
 
     Returns the same object, which is now an `FSDPModule` as well as a model; no static type is both.
     """
     vision_blocks = list(model.get_submodule(parts.vision_blocks).children())
     language_blocks = list(model.get_submodule(parts.language_blocks).children())
     vision_trains = any(p.requires_grad for n, p in model.named_parameters() if n.startswith(parts.vision))
-    if compile_on is not None:
-        compile_blocks(model, parts, compile_on, torch.bfloat16 if bf16 else torch.float32)
+    if compiled:
+        compile_blocks(model, parts)
     if vision_checkpointing is None:
         vision_checkpointing = gradient_checkpointing
     for blocks, mode in (

@@ -16,21 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from trainer.models.processors import load_conversation, load_image_processor, load_tokenizer
 from trainer.models.xcomposer2.configuration_xcomposer2 import PLORA_LAYERS, InternLMXcomposer2Config
-from trainer.models.xcomposer2.modeling_xcomposer2 import (
-    InternLMXComposer2ForCausalLM,
-    RotaryEmbedding,
-)
+from trainer.models.xcomposer2.modeling_xcomposer2 import InternLMXComposer2ForCausalLM
 
 __all__ = [
     "Parts",
     "build_model",
     "cost_sizes",
-    "example_block_inputs",
     "load_config",
     "load_conversation",
     "load_image_processor",
@@ -88,20 +83,6 @@ def cost_sizes(config: PreTrainedConfig) -> dict[str, Any]:
         "patches_per_image": (config.image_size // config.patch_size) ** 2,
         "patches_per_slot": 4 if config.high_resolution else 1,
     }
-
-
-def example_block_inputs(
-    config: PreTrainedConfig, device: torch.device, dtype: torch.dtype
-) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Arguments of a language block, a packed row of two samples with 3 image slots, and of a vision block,
-    2 images; the first of each are the activations."""
-    assert isinstance(config, InternLMXcomposer2Config)
-    vision, positions = config.vision_config, torch.tensor([[*range(5), *range(7)]], device=device)
-    row = torch.zeros(1, 12, config.hidden_size, device=device, dtype=dtype)
-    slots = torch.arange(1, 4, device=device)
-    language = (row, RotaryEmbedding(config)(positions), None, torch.tensor([5, 7]), slots)
-    patches = (config.image_size // config.patch_size) ** 2 + 1
-    return language, (torch.zeros(2, patches, vision.hidden_size, device=device, dtype=dtype), None)
 
 
 def preprocessing_of(config: PreTrainedConfig) -> dict[str, Any]:
