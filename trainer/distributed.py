@@ -139,6 +139,8 @@ def leave(status: int) -> NoReturn:
         status = 0  # any other would make torchrun start the ranks again
     sys.stdout.flush()
     sys.stderr.flush()
+    if status == BAD_INPUT and not is_main():
+        time.sleep(10)  # torchrun ends the others with the first that ends; let that be the one that speaks
     os._exit(status) if status else sys.exit(0)
 
 
