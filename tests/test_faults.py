@@ -5,8 +5,6 @@ import random
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +12,19 @@ from typing import Any
 
 import pytest
 
-from tests.fault_cases import STOPPED, Ranks, assert_same_model, at_step, flags, make_world, send
-from tests.tiny import ROOT, free_port, read_metrics, run_ranks
+from tests.fault_cases import (
+    LAUNCHERS,
+    STOPPED,
+    Ranks,
+    assert_same_model,
+    at_step,
+    flags,
+    is_gone,
+    make_world,
+    send,
+    torchrun,
+)
+from tests.tiny import read_metrics, run_ranks
 from trainer.main import main
 
 
@@ -145,28 +154,6 @@ def test_a_second_signal_ends_at_once_and_an_echo_does_not(world, tmp_path):
     ranks.end()
 
 
-def torchrun(
-    tmp_path: Path, patch: str, options: list[str], argv: list[str], launcher: str = "torch.distributed.run"
-) -> subprocess.Popen[str]:
-    """A launcher on two ranks that run trainer.main, and `patch` in every step."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import ctypes, os, signal, sys, time\nimport trainer.main as m\nseed = m.step_seed\n"
-        f"def hook(s, step, rank):\n{patch}\n    return seed(s, step, rank)\nm.step_seed = hook\n"
-        'if __name__ == "__main__":\n    m.leave(m.main(sys.argv[1:]))\n'
-    )
-    command = [sys.executable, "-m", launcher, "--nproc_per_node", "2"]
-    command += ["--master_port", str(free_port()), *options, str(script), *argv]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    environment["XCOMPOSER_STATUS_FILE"] = str(tmp_path / "status")
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-LAUNCHERS = ["torch.distributed.run", "trainer.launch"]
-
-
 def test_torchrun_starts_a_killed_run_again_and_it_goes_on(world, tmp_path):
     patch = """
     if (step, rank) == (5, 1) and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
@@ -213,16 +200,6 @@ def hook(s, step, rank):
     assert all(is_gone(worker, seconds=15) for worker in workers)
 
 
-def is_gone(process: int, seconds: float) -> bool:
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        status = Path(f"/proc/{process}/status")
-        if not status.exists() or "State:\tZ" in status.read_text():
-            return True
-        time.sleep(0.1)
-    return False
-
-
 def test_a_rank_in_a_c_call_does_not_hold_up_the_end_after_a_kill(world, tmp_path):
     """As in a collective of NCCL, which waits for the killed rank and lets no signal handler run."""
     patch = """
@@ -253,118 +230,6 @@ def test_sigterm_to_torchrun_saves_and_its_workers_do_not_break_it(world, tmp_pa
     assert (tmp_path / "status").read_text() == "75"
     run_ranks(2, main, argv)
     assert_same_model(tmp_path / "run", world / "straight")
-
-
-@pytest.mark.parametrize("signal_", [signal.SIGUSR1, signal.SIGINT])
-def test_the_launcher_passes_a_signal_on_and_ends_with_the_trainers_last_words(world, tmp_path, signal_):
-    output_dir, binaries = tmp_path / "run", Path(sys.executable).parent
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{binaries}:{os.environ['PATH']}"}
-    environment |= {"GPUS_PER_NODE": "2", "MASTER_PORT": str(free_port())}
-    argv = ["./torchrun.sh", "full", *flags(world, output_dir, "--max_steps", "100000")]
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(argv, cwd=ROOT, env=environment, stdout=log, stderr=log)
-        until = time.monotonic() + 90
-        while not (output_dir / "checkpoint-1").exists() and time.monotonic() < until:
-            time.sleep(0.2)
-        process.send_signal(signal_)
-        assert process.wait(60) == STOPPED, (tmp_path / "log").read_text()
-    output = (tmp_path / "log").read_text()
-    assert "stopped after step" in output.rstrip().splitlines()[-1], output
-    assert "Traceback" not in output
-    last = read_metrics(output_dir)[-1]["step"]
-    assert (output_dir / f"checkpoint-{last}" / "complete.json").exists()
-
-
-def test_two_launchers_on_one_machine_do_not_meet(world, tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GPUS_PER_NODE": "1"}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment.pop("MASTER_PORT", None)
-    jobs = []
-    for number in range(2):
-        with (tmp_path / f"log{number}").open("w") as log:
-            argv = ["./torchrun.sh", "full", *flags(world, tmp_path / f"run{number}")]
-            jobs.append(subprocess.Popen(argv, cwd=ROOT, env=environment, stdout=log, stderr=log))
-    statuses = [job.wait(120) for job in jobs]
-    assert statuses == [0, 0], (tmp_path / "log0").read_text() + (tmp_path / "log1").read_text()
-    assert_same_model(tmp_path / "run0", tmp_path / "run1")
-
-
-@pytest.fixture
-def busy_folder(tmp_path) -> Path:
-    """A folder whose files have the names of our packages."""
-    folder = tmp_path / "here"
-    folder.mkdir()
-    for name in ("data.py", "trainer.py"):
-        (folder / name).write_text("raise SystemExit('this is not ours')")
-    return folder
-
-
-def test_the_launcher_runs_from_any_folder_by_a_link_and_relative_paths_start_there(world, busy_folder):
-    (busy_folder / "model").symlink_to(world / "model")
-    (busy_folder / "start").symlink_to(ROOT / "torchrun.sh")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GPUS_PER_NODE": "1", "MODEL": "model"}
-    environment |= {"DATA": f"../{os.path.relpath(world, busy_folder.parent)}/data/data.txt"}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    words = ["--output_dir", "out/run", "--bf16", "False", "--max_steps", "1"]
-    done = subprocess.run(
-        ["./start", "full", *words],
-        cwd=busy_folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert (busy_folder / "out" / "run" / "model.safetensors").exists()
-
-
-def test_a_data_py_where_a_module_is_run_does_not_hide_ours(busy_folder):
-    (busy_folder / "trainer.py").unlink()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    for module in ("trainer.main", "trainer.generate"):
-        command = [sys.executable, "-m", module, "--help"]
-        done = subprocess.run(command, cwd=busy_folder, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-
-
-def test_another_package_named_data_that_is_already_loaded_is_named(busy_folder):
-    (busy_folder / "data.py").write_text("")
-    (busy_folder / "trainer.py").unlink()
-    command = [sys.executable, "-c", "import data, trainer.models"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=busy_folder, env=environment, capture_output=True, text=True)
-    error = done.stderr.strip().splitlines()[-1]
-    assert "another module named `data` is loaded" in error
-    assert str(busy_folder / "data.py") in error
-
-
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_bad_input_is_the_last_that_a_launcher_shows(world, tmp_path, launcher):
-    argv = flags(world, tmp_path / "run", "--data_path", str(tmp_path / "absent.txt"))
-    process = torchrun(tmp_path, "    pass", [], argv, launcher)
-    output, _ = process.communicate(timeout=120)
-    error = f"error: --data_path {tmp_path / 'absent.txt'}: there is no such file"
-    if launcher == "trainer.launch":
-        assert process.returncode == 2, output
-        assert output.rstrip().splitlines()[-1] == error
-        assert "Traceback" not in output
-    else:  # as what its summary names as the root cause, behind its own traceback
-        assert f"traceback : {error}" in output.partition("Root Cause")[2], output
-
-
-def test_a_port_that_is_taken_is_one_sentence(world, tmp_path):
-    with socket.socket() as taken:
-        taken.bind(("0.0.0.0", 0))
-        taken.listen()
-        port = str(taken.getsockname()[1])
-        process = torchrun(
-            tmp_path, "    pass", ["--node_rank", "0", "--master_port", port], ["--help"], "trainer.launch"
-        )
-        output, _ = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "Traceback" not in output
-    assert output.startswith("error: "), output
-    assert port in output
 
 
 def test_a_stop_is_not_undone_by_restarts(world, tmp_path):

@@ -129,6 +129,8 @@ def leave(status: int) -> NoReturn:
     torchrun's own status is 0 or 1, so the first rank of each machine writes ours into the file
     XCOMPOSER_STATUS_FILE, if named. What a failing rank said last goes where torchrun looks for its error.
     """
+    if status == BAD_INPUT and not is_main():
+        time.sleep(10)  # torchrun ends the others with the first that ends; let that be the one that speaks
     if int(os.environ.get("LOCAL_RANK", "0")) == 0 and "XCOMPOSER_STATUS_FILE" in os.environ:
         Path(os.environ["XCOMPOSER_STATUS_FILE"]).write_text(str(status))
     if status and _last_words and "TORCHELASTIC_ERROR_FILE" in os.environ:
@@ -139,8 +141,6 @@ def leave(status: int) -> NoReturn:
         status = 0  # any other would make torchrun start the ranks again
     sys.stdout.flush()
     sys.stderr.flush()
-    if status == BAD_INPUT and not is_main():
-        time.sleep(10)  # torchrun ends the others with the first that ends; let that be the one that speaks
     os._exit(status) if status else sys.exit(0)
 
 
