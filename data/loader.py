@@ -16,6 +16,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -329,10 +330,25 @@ class _MicroBatches(Dataset[MicroBatch | _Failure]):
 def start_worker(_: int) -> None:
     # Workers are the parallelism; the tokenizer's own threads would warn about the fork.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # A scheduler signals every process of a job; when to stop is the training process's decision.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    # A scheduler signals every process of a job, and Ctrl-C every process of a terminal; when to stop is the
+    # training process's decision.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(END_WORKER, lambda *_: os._exit(0))
+    threading.Thread(target=_end_with_parent, name="end with parent", daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this worker as soon as the process that started it is gone, however it went.
+
+    By itself a worker looks every five seconds while it waits for work, and never while its results wait for
+    a reader. Until it ends it keeps memory, and the parent's connections open: other ranks that wait for the
+    parent would learn of its death only then. A kernel's PR_SET_PDEATHSIG would follow the parent's thread.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def end_workers_at_exit() -> None:

@@ -9,6 +9,8 @@ Input: a folder. Output: the pieces that tests of faults are made of.
 
 import multiprocessing
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,10 +21,11 @@ import torch
 from safetensors.torch import load_file
 
 import trainer.main
-from tests.tiny import _rank, free_port, run_ranks, tiny_data, tiny_model
+from tests.tiny import ROOT, _rank, free_port, run_ranks, tiny_data, tiny_model
 from trainer.main import main
 
 STOPPED = 75
+LAUNCHERS = ["torch.distributed.run", "trainer.launch"]
 
 
 def make_world(folder: Path) -> Path:
@@ -97,3 +100,32 @@ class Ranks:
 
     def output(self) -> str:
         return "\n".join(log.read_text() for log in self.logs if log.exists())
+
+
+def torchrun(
+    tmp_path: Path, patch: str, options: list[str], argv: list[str], launcher: str = "torch.distributed.run"
+) -> subprocess.Popen[str]:
+    """A launcher on two ranks that run trainer.main, and `patch` in every step."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import ctypes, os, signal, sys, time\nimport trainer.main as m\nseed = m.step_seed\n"
+        f"def hook(s, step, rank):\n{patch}\n    return seed(s, step, rank)\nm.step_seed = hook\n"
+        'if __name__ == "__main__":\n    m.leave(m.main(sys.argv[1:]))\n'
+    )
+    command = [sys.executable, "-m", launcher, "--nproc_per_node", "2"]
+    command += ["--master_port", str(free_port()), *options, str(script), *argv]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment["XCOMPOSER_STATUS_FILE"] = str(tmp_path / "status")
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def is_gone(process: int, seconds: float) -> bool:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        status = Path(f"/proc/{process}/status")
+        if not status.exists() or "State:\tZ" in status.read_text():
+            return True
+        time.sleep(0.1)
+    return False

@@ -4,8 +4,7 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +12,19 @@ from typing import Any
 
 import pytest
 
-from tests.fault_cases import STOPPED, Ranks, assert_same_model, at_step, flags, make_world, send
-from tests.tiny import ROOT, free_port, read_metrics, run_ranks
+from tests.fault_cases import (
+    LAUNCHERS,
+    STOPPED,
+    Ranks,
+    assert_same_model,
+    at_step,
+    flags,
+    is_gone,
+    make_world,
+    send,
+    torchrun,
+)
+from tests.tiny import read_metrics, run_ranks
 from trainer.main import main
 
 
@@ -144,23 +154,6 @@ def test_a_second_signal_ends_at_once_and_an_echo_does_not(world, tmp_path):
     ranks.end()
 
 
-def torchrun(tmp_path: Path, patch: str, options: list[str], argv: list[str]) -> subprocess.Popen[str]:
-    """The real launcher on two ranks that run trainer.main after `patch`."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import os, signal, sys, time\nimport trainer.main as m\nseed = m.step_seed\n"
-        f"def hook(s, step, rank):\n{patch}\n    return seed(s, step, rank)\nm.step_seed = hook\n"
-        'if __name__ == "__main__":\n    m.leave(m.main(sys.argv[1:]))\n'
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--master_port", str(free_port()), *options, str(script), *argv]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    environment["XCOMPOSER_STATUS_FILE"] = str(tmp_path / "status")
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
 def test_torchrun_starts_a_killed_run_again_and_it_goes_on(world, tmp_path):
     patch = """
     if (step, rank) == (5, 1) and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
@@ -172,6 +165,56 @@ def test_torchrun_starts_a_killed_run_again_and_it_goes_on(world, tmp_path):
     assert process.returncode == 0, output
     assert "going on from" in output
     assert_same_model(tmp_path / "run", world / "straight")
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_killed_rank_ends_the_job_at_once_and_leaves_no_data_worker(world, tmp_path, launcher):
+    """Workers whose results nobody reads do not see that their rank is gone, and hold its connections."""
+    patch = f"""
+    pass
+
+import data.loader
+data.loader.PREFETCHED_PER_WORKER = 2000
+
+def hook(s, step, rank):
+    if step == 40:
+        with open("/proc/thread-self/children") as children, open({str(tmp_path / "workers")!r}, "a") as file:
+            file.write(children.read())
+    if (step, rank) == (80, 1):
+        print("killed at", time.time(), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)"""
+    more = ["--max_steps", "10000", "--save_steps", "10000", "--dataloader_num_workers", "2"]
+    process = torchrun(tmp_path, patch, [], flags(world, tmp_path / "run", *more), launcher)
+    output, _ = process.communicate(timeout=120)
+    ended = time.time()
+    assert "killed at" in output, output
+    assert ended - float(output.partition("killed at ")[2].split()[0]) < 15, output
+    assert "Connection closed" not in output
+    assert "Connection reset" not in output
+    if launcher == "trainer.launch":
+        assert "Traceback" not in output
+        name = f"error: rank 1 on {socket.gethostname()} was killed by SIGKILL"
+        assert output.rstrip().splitlines()[-1].startswith(name), output
+    workers = [int(word) for word in (tmp_path / "workers").read_text().split()]
+    assert len(workers) == 4
+    assert all(is_gone(worker, seconds=15) for worker in workers)
+
+
+def test_a_rank_in_a_c_call_does_not_hold_up_the_end_after_a_kill(world, tmp_path):
+    """As in a collective of NCCL, which waits for the killed rank and lets no signal handler run."""
+    patch = """
+    if (step, rank) == (5, 0):
+        mutex, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)
+        libc.pthread_mutex_lock(mutex)
+        libc.pthread_mutex_lock(mutex)
+    if (step, rank) == (5, 1):
+        time.sleep(1)
+        print("killed at", time.time(), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)"""
+    process = torchrun(tmp_path, patch, [], flags(world, tmp_path / "run"), "trainer.launch")
+    output, _ = process.communicate(timeout=120)
+    assert time.time() - float(output.partition("killed at ")[2].split()[0]) < 20, output
+    assert "was killed by SIGKILL" in output.rstrip().splitlines()[-1]
 
 
 def test_sigterm_to_torchrun_saves_and_its_workers_do_not_break_it(world, tmp_path):
@@ -189,36 +232,6 @@ def test_sigterm_to_torchrun_saves_and_its_workers_do_not_break_it(world, tmp_pa
     assert_same_model(tmp_path / "run", world / "straight")
 
 
-def test_the_launcher_passes_a_signal_on_and_ends_with_the_trainers_status(world, tmp_path):
-    output_dir, binaries = tmp_path / "run", Path(sys.executable).parent
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{binaries}:{os.environ['PATH']}"}
-    environment |= {"GPUS_PER_NODE": "2", "MASTER_PORT": str(free_port())}
-    argv = ["./torchrun.sh", "full", *flags(world, output_dir, "--max_steps", "100000")]
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(argv, cwd=ROOT, env=environment, stdout=log, stderr=log)
-        until = time.monotonic() + 90
-        while not (output_dir / "checkpoint-1").exists() and time.monotonic() < until:
-            time.sleep(0.2)
-        process.send_signal(signal.SIGUSR1)
-        assert process.wait(60) == STOPPED, (tmp_path / "log").read_text()
-    last = read_metrics(output_dir)[-1]["step"]
-    assert (output_dir / f"checkpoint-{last}" / "complete.json").exists()
-
-
-def test_two_launchers_on_one_machine_do_not_meet(world, tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GPUS_PER_NODE": "1"}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment.pop("MASTER_PORT", None)
-    jobs = []
-    for number in range(2):
-        with (tmp_path / f"log{number}").open("w") as log:
-            argv = ["./torchrun.sh", "full", *flags(world, tmp_path / f"run{number}")]
-            jobs.append(subprocess.Popen(argv, cwd=ROOT, env=environment, stdout=log, stderr=log))
-    statuses = [job.wait(120) for job in jobs]
-    assert statuses == [0, 0], (tmp_path / "log0").read_text() + (tmp_path / "log1").read_text()
-    assert_same_model(tmp_path / "run0", tmp_path / "run1")
-
-
 def test_a_stop_is_not_undone_by_restarts(world, tmp_path):
     patch = """
     if (step, rank) == (3, 1):
@@ -233,20 +246,26 @@ def test_a_stop_is_not_undone_by_restarts(world, tmp_path):
 # --- raised, hung -----------------------------------------------------------------------------------------
 
 
-def test_a_rank_that_raises_ends_the_job_soon_and_its_traceback_is_shown_once(world, tmp_path):
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_rank_that_raises_ends_the_job_soon_and_its_traceback_is_shown_once(world, tmp_path, launcher):
     patch = """
     if (step, rank) == (3, 1):
         print("raised at", time.time(), flush=True)
         raise RuntimeError("the boiler burst")"""
-    process = torchrun(tmp_path, patch, [], flags(world, tmp_path / "run"))
+    process = torchrun(tmp_path, patch, [], flags(world, tmp_path / "run"), launcher)
     output, _ = process.communicate(timeout=120)
     ended = time.time()
     raised = float(output.partition("raised at ")[2].split()[0])
     assert process.returncode == 1
     assert ended - raised < 15
-    assert output.count("RuntimeError: the boiler burst") == 1, output
-    assert output.count("in hook") == 1
-    assert output.count("Traceback (most recent call last)") == 2  # and torchrun's own
+    ours, _, of_torchrun = output.partition("ChildFailedError")
+    assert ours.count("RuntimeError: the boiler burst") == 1, output
+    assert ours.count("in hook") == 1
+    if launcher == "trainer.launch":
+        assert output.count("Traceback (most recent call last)") == 1
+        assert output.rstrip().endswith("RuntimeError: the boiler burst"), output
+    else:  # its own traceback, and the rank's again as the root cause
+        assert "RuntimeError: the boiler burst" in of_torchrun.partition("Root Cause")[2]
 
 
 def test_a_rank_that_hangs_shows_all_stacks_and_ends_the_job(world, tmp_path):

@@ -39,7 +39,8 @@ def test_every_flag_exists():
     known |= {"out", "epochs", "high_resolution"}  # of preview, of the demo
     known |= {"workloads", "peers", "rounds", "dtype", "steps", "ranks", "ours"}  # of compare
     torchrun = {"nproc_per_node", "signals-to-handle", "shutdown-timeout", "max-restarts"}
-    slurm = {"signal", "requeue"}
+    slurm = {"signal", "requeue", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "time"}
+    slurm |= {"open-mode", "output"}
     used = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", README))
     assert used - known - torchrun - slurm == set()
 

@@ -10,9 +10,11 @@ the CPU with gloo.
     log("only rank 0 says this")
 """
 
+import json
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,11 +26,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 BAD_INPUT, STOPPED, FAILED = 2, 75, 1
 """Exit statuses, beside 0: nothing was trained; stopped on request, run again to go on; anything else."""
+
+_last_words = ""
+"""What this rank said last: why it ends, where it ends with a failure."""
+_neighbours: list[int] = []
+"""The process ids of this machine's other ranks."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,27 @@ def start(timeout_seconds: float = 1800, host_collectives: bool = False) -> Rank
         device_id=device if device.type != "cpu" else None,
     )
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    _meet_neighbours(store, rank, range(rank - local_rank, rank - local_rank + local_world))
     return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, local_world, device)
+
+
+def _meet_neighbours(store: Store, rank: int, ranks: range) -> None:
+    """Learn the process ids of this machine's other ranks."""
+    store.set(f"process {rank}", str(os.getpid()))
+    _neighbours[:] = [int(store.get(f"process {other}")) for other in ranks if other != rank]
+
+
+def a_neighbour_is_gone() -> bool:
+    """Whether another rank of this machine has ended, well or badly."""
+    return not all(_is_alive(process) for process in _neighbours)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def device_mesh(ranks: Ranks, hybrid: bool = False) -> DeviceMesh:
@@ -99,10 +126,17 @@ def finish() -> None:
 def leave(status: int) -> NoReturn:
     """End this process with an exit status, and nothing after it: a lost peer must not hold up a failure.
 
-    torchrun's own status is 0 or 1, so rank 0 writes ours into the file XCOMPOSER_STATUS_FILE, if named.
+    torchrun's own status is 0 or 1, so the first rank of each machine writes ours into the file
+    XCOMPOSER_STATUS_FILE, if named. What a failing rank said last goes where torchrun looks for its error.
     """
-    if is_main() and "XCOMPOSER_STATUS_FILE" in os.environ:
+    if status == BAD_INPUT and not is_main():
+        time.sleep(10)  # torchrun ends the others with the first that ends; let that be the one that speaks
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0 and "XCOMPOSER_STATUS_FILE" in os.environ:
         Path(os.environ["XCOMPOSER_STATUS_FILE"]).write_text(str(status))
+    if status and _last_words and "TORCHELASTIC_ERROR_FILE" in os.environ:
+        extra = {"py_callstack": _last_words, "timestamp": str(int(time.time()))}
+        error = {"message": {"message": _last_words, "extraInfo": extra}}
+        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(error))
     if status == STOPPED and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
         status = 0  # any other would make torchrun start the ranks again
     sys.stdout.flush()
@@ -115,9 +149,11 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def log(message: str) -> None:
-    """Print on rank 0 alone, on the error stream, so that the standard output stays free for results."""
-    if is_main():
+def log(message: str, every_rank: bool = False) -> None:
+    """Print, by default on rank 0 alone, on the error stream: the standard output stays free for results."""
+    global _last_words
+    _last_words = message.strip()
+    if every_rank or is_main():
         print(message, file=sys.stderr, flush=True)
 
 
@@ -174,8 +210,8 @@ def agree_on_problems(problems: Sequence[str]) -> bool:
     held = [list(problems)]
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(held, src=0)
-    for problem in held[0]:
-        log(f"error: {problem}")
+    if held[0]:
+        log("\n".join(f"error: {problem}" for problem in held[0]))
     return bool(held[0]) or bool(problems)
 
 

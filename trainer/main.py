@@ -13,7 +13,6 @@ Exit status: 0 finished; 2 bad input, nothing trained; 75 stopped on request: ru
 
 import faulthandler
 import math
-import sys
 import time
 import traceback
 from collections.abc import Sequence
@@ -162,7 +161,9 @@ def train(config: Config, ranks: Ranks) -> int:
         longest = longest_micro_batch(plan.reader, config.per_device_train_batch_size, plan.packing)
         rehearse(model, longest, device, config)
     batches = iter(loader)
-    bar = tqdm(total=total_steps, initial=begin.step, unit="step", dynamic_ncols=True, disable=no_bar())
+    # leave=False: what a run that ends early prints last is why, not the bar.
+    options = {"unit": "step", "dynamic_ncols": True, "leave": False}
+    bar = tqdm(total=total_steps, initial=begin.step, disable=no_bar(), **options)
     # Since the last line of metrics: seconds and steps; tokens and FLOPs of vision and of language; and by
     # source the sums of data.ledger.tally, these since the epoch began too.
     seconds, window_steps = begin.notes.get("clock", [0.0, 0])
@@ -304,6 +305,7 @@ def train(config: Config, ranks: Ranks) -> int:
             stop.honoured()
             log(f"\nstopped after step {step} of {total_steps}, as asked; the same command goes on from it")
             return FAILED if checkpoints.failed else STOPPED
+    bar.leave = True
     bar.close()
 
     # --- the end: the model itself in output_dir --------------------------------------------------------
@@ -328,12 +330,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         log(f"\nerror: {error}")
         return FAILED
     except DataError as error:
-        print(f"\nerror: rank {ranks.rank}: {error}", file=sys.stderr, flush=True)  # below the bar
+        log(f"\nerror: rank {ranks.rank}: {error}", every_rank=True)  # below the bar
         return FAILED
     except Exception as error:
         if is_lost_peer(error):
             wait_for_the_end()
-        traceback.print_exc()
+        log(f"\nerror: rank {ranks.rank} raised:\n{traceback.format_exc()}", every_rank=True)
         return FAILED
     finish()
     return status

@@ -1,4 +1,4 @@
-"""Requests from outside to end a run early: SIGTERM, SIGUSR1 and the file `STOP` in output_dir.
+"""Requests from outside to end a run early: SIGTERM, SIGINT, SIGUSR1 and the file `STOP` in output_dir.
 
 Input: signals to any rank, or `touch output/STOP`. Output: a flag that the loop sums over all ranks together
 with the step's counts, so that all of them see it after the same step, save, and exit 75:
@@ -8,18 +8,25 @@ with the step's counts, so that all of them see it after the same step, save, an
 
 A second signal ends the process at once. A scheduler may signal every process of a job, and torchrun then
 passes the same signal on: what arrives within ECHO_SECONDS of the first is taken for its echo.
+
+torchrun also sends SIGTERM to the ranks that are left when one has ended with a failure. No step can be
+finished without that one, so this is no request: a rank that is still there ENDING_SECONDS later is ended.
 """
 
 import os
 import signal
+import socket
+import threading
 import time
 from pathlib import Path
 from types import FrameType
 
-from trainer.distributed import is_main
+from trainer.distributed import FAILED, a_neighbour_is_gone, is_main
 
 ECHO_SECONDS = 3.0
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+ENDING_SECONDS = 5.0
+"""Longer than it takes all ranks to end together: stopped on request, or each with the same error."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
@@ -27,21 +34,25 @@ class StopRequest:
 
     def __init__(self, output_dir: Path) -> None:
         self.file = output_dir / "STOP"
-        self._first_signal: float | None = None
+        self.is_requested = self.is_ending = False
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
+        # Such a handler waits while the main thread is in a C call, as NCCL's collectives are. What cannot
+        # wait is done by a thread, to which Python writes every signal's number as soon as it arrives.
+        received, self._numbers = socket.socketpair()
+        self._numbers.setblocking(False)
+        signal.set_wakeup_fd(self._numbers.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=_listen, args=(received,), name="signals", daemon=True).start()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if self._first_signal is None:
-            self._first_signal = now
-        elif now - self._first_signal > ECHO_SECONDS:
-            os.write(2, b"a second signal: ending at once\n")
-            os._exit(1)
+        if a_neighbour_is_gone():
+            self.is_ending = True
+        else:
+            self.is_requested = True
 
     def asked(self) -> bool:
         """Whether this rank has been asked to stop; rank 0 alone looks for the file."""
-        return self._first_signal is not None or (is_main() and self.file.exists())
+        return self.is_requested or (is_main() and self.file.exists())
 
     def honoured(self) -> None:
         """Take the file away, so that the next run does not stop too."""
@@ -49,13 +60,31 @@ class StopRequest:
             self.file.unlink(missing_ok=True)
 
 
-def wait_for_the_end(seconds: float = 20.0) -> None:
+def _listen(received: socket.socket) -> None:
+    """End the process at a second signal, or if torchrun wants it ended; never returns."""
+    first = None
+    while number := received.recv(1):
+        if number[0] not in SIGNALS:
+            continue
+        if first is None:
+            first = time.monotonic()
+            if a_neighbour_is_gone():
+                time.sleep(ENDING_SECONDS)
+                os._exit(FAILED)
+        elif time.monotonic() - first > ECHO_SECONDS:
+            os.write(2, b"a second signal: ending at once\n")
+            os._exit(FAILED)
+
+
+def wait_for_the_end(seconds: float = 10.0) -> None:
     """Another rank failed and says why: let torchrun's SIGTERM end this one, rather than add a second cause.
 
-    A rank that has that signal already goes on at once.
+    Returns where that does not come, or came before as a request to stop.
     """
     handler = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
-    if not (isinstance(handler, StopRequest) and handler.asked()):
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    if isinstance(handler, StopRequest) and handler.is_ending:
+        os._exit(FAILED)
+    if not (isinstance(handler, StopRequest) and handler.is_requested):
         time.sleep(seconds)

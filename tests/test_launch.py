@@ -1,0 +1,217 @@
+"""How runs are started: torchrun.sh, trainer.launch, Slurm, an installed package; and what they say last."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.fault_cases import LAUNCHERS, STOPPED, assert_same_model, flags, make_world, torchrun
+from tests.tiny import ROOT, free_port, read_metrics
+
+BINARIES = Path(sys.executable).parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    return make_world(tmp_path_factory.mktemp("launch"))
+
+
+@pytest.mark.parametrize("signal_", [signal.SIGUSR1, signal.SIGINT])
+def test_the_launcher_passes_a_signal_on_and_ends_with_the_trainers_last_words(world, tmp_path, signal_):
+    output_dir = tmp_path / "run"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BINARIES}:{os.environ['PATH']}"}
+    environment |= {"GPUS_PER_NODE": "2", "MASTER_PORT": str(free_port())}
+    argv = ["./torchrun.sh", "full", *flags(world, output_dir, "--max_steps", "100000")]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(argv, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        wait_for(output_dir / "checkpoint-1")
+        process.send_signal(signal_)
+        assert process.wait(60) == STOPPED, (tmp_path / "log").read_text()
+    output = (tmp_path / "log").read_text()
+    assert "stopped after step" in output.rstrip().splitlines()[-1], output
+    assert "Traceback" not in output
+    last = read_metrics(output_dir)[-1]["step"]
+    assert (output_dir / f"checkpoint-{last}" / "complete.json").exists()
+
+
+def test_two_launchers_on_one_machine_do_not_meet(world, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GPUS_PER_NODE": "1"}
+    environment["PATH"] = f"{BINARIES}:{os.environ['PATH']}"
+    environment.pop("MASTER_PORT", None)
+    jobs = []
+    for number in range(2):
+        with (tmp_path / f"log{number}").open("w") as log:
+            argv = ["./torchrun.sh", "full", *flags(world, tmp_path / f"run{number}")]
+            jobs.append(subprocess.Popen(argv, cwd=ROOT, env=environment, stdout=log, stderr=log))
+    statuses = [job.wait(120) for job in jobs]
+    assert statuses == [0, 0], (tmp_path / "log0").read_text() + (tmp_path / "log1").read_text()
+    assert_same_model(tmp_path / "run0", tmp_path / "run1")
+
+
+@pytest.fixture
+def busy_folder(tmp_path) -> Path:
+    """A folder whose files have the names of our packages."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    for name in ("data.py", "trainer.py"):
+        (folder / name).write_text("raise SystemExit('this is not ours')")
+    return folder
+
+
+def test_the_launcher_runs_from_any_folder_by_a_link_and_relative_paths_start_there(world, busy_folder):
+    (busy_folder / "model").symlink_to(world / "model")
+    (busy_folder / "start").symlink_to(ROOT / "torchrun.sh")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GPUS_PER_NODE": "1", "MODEL": "model"}
+    environment |= {"DATA": f"../{os.path.relpath(world, busy_folder.parent)}/data/data.txt"}
+    environment["PATH"] = f"{BINARIES}:{os.environ['PATH']}"
+    words = ["--output_dir", "out/run", "--bf16", "False", "--max_steps", "1"]
+    done = subprocess.run(
+        ["./start", "full", *words],
+        cwd=busy_folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (busy_folder / "out" / "run" / "model.safetensors").exists()
+
+
+def test_a_data_py_where_a_module_is_run_does_not_hide_ours(busy_folder):
+    (busy_folder / "trainer.py").unlink()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for module in ("trainer.main", "trainer.generate"):
+        command = [sys.executable, "-m", module, "--help"]
+        done = subprocess.run(command, cwd=busy_folder, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_another_package_named_data_that_is_already_loaded_is_named(busy_folder):
+    (busy_folder / "data.py").write_text("")
+    (busy_folder / "trainer.py").unlink()
+    command = [sys.executable, "-c", "import data, trainer.models"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=busy_folder, env=environment, capture_output=True, text=True)
+    error = done.stderr.strip().splitlines()[-1]
+    assert "another module named `data` is loaded" in error
+    assert str(busy_folder / "data.py") in error
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_bad_input_is_the_last_that_a_launcher_shows(world, tmp_path, launcher):
+    argv = flags(world, tmp_path / "run", "--data_path", str(tmp_path / "absent.txt"))
+    process = torchrun(tmp_path, "    pass", [], argv, launcher)
+    output, _ = process.communicate(timeout=120)
+    error = f"error: --data_path {tmp_path / 'absent.txt'}: there is no such file"
+    if launcher == "trainer.launch":
+        assert process.returncode == 2, output
+        assert output.rstrip().splitlines()[-1] == error
+        assert "Traceback" not in output
+    else:  # as what its summary names as the root cause, behind its own traceback
+        assert f"traceback : {error}" in output.partition("Root Cause")[2], output
+
+
+def test_a_port_that_is_taken_is_one_sentence(world, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        process = torchrun(
+            tmp_path, "    pass", ["--node_rank", "0", "--master_port", port], ["--help"], "trainer.launch"
+        )
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Traceback" not in output
+    assert output.startswith("error: "), output
+    assert port in output
+
+
+def test_the_launchers_of_all_machines_end_with_the_trainers_status(world, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GPUS_PER_NODE": "1", "NNODES": "2"}
+    environment |= {"MASTER_PORT": str(free_port()), "PATH": f"{BINARIES}:{os.environ['PATH']}"}
+    argv = ["./torchrun.sh", "full", *flags(world, tmp_path / "run", "--max_steps", "100000")]
+    jobs = []
+    for number in range(2):
+        node = {**environment, "NODE_RANK": str(number)}
+        with (tmp_path / f"log{number}").open("w") as log:
+            jobs.append(subprocess.Popen(argv, cwd=ROOT, env=node, stdout=log, stderr=log))
+    wait_for(tmp_path / "run" / "checkpoint-1")
+    (tmp_path / "run" / "STOP").touch()
+    statuses = [job.wait(60) for job in jobs]
+    assert statuses == [STOPPED, STOPPED], (tmp_path / "log0").read_text() + (tmp_path / "log1").read_text()
+
+
+def wait_for(path: Path, seconds: float = 90) -> None:
+    until = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < until, path
+        time.sleep(0.2)
+
+
+def test_the_slurm_script_of_the_readme_is_queued_again_after_a_stop(world, tmp_path):
+    """With stand-ins for srun, which starts a step on one machine, and for scontrol, which is asked twice."""
+    script = next(
+        block for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) if "#SBATCH" in block
+    )
+    assert "GPUS_PER_NODE=8" in script
+    script = script.replace("GPUS_PER_NODE=8", "GPUS_PER_NODE=1")
+    more = "--max_steps 100000 --bf16 False --fix_vit False --save_strategy no"
+    script = script.replace("--output_dir output/pets", f"--output_dir output/pets {more}")
+    (tmp_path / "pets.sh").write_text(script)
+    (tmp_path / "xcomposer-fsdp").symlink_to(ROOT)
+    (tmp_path / "internlm-xcomposer2-vl-7b").symlink_to(world / "model")
+    (tmp_path / "data.txt").write_text(f"{world}/data/colour.json\n")
+    stand_ins = {
+        "srun": 'while [ "$1" != bash ]; do shift; done; SLURM_NODEID=0 "$@"',
+        "scontrol": 'echo "$@" >> asked; if [ "$1" = show ]; then echo localhost; fi',
+    }
+    for name, lines in stand_ins.items():
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{lines}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{BINARIES}:{os.environ['PATH']}"}
+    environment |= {"SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "42"}
+    environment |= {"SLURM_CPUS_PER_TASK": "2"}
+    with (tmp_path / "log").open("w") as log:
+        job = subprocess.Popen(["bash", "pets.sh"], cwd=tmp_path, env=environment, stdout=log, stderr=log)
+        wait_for(tmp_path / "output" / "pets" / "metrics.jsonl")
+        (tmp_path / "output" / "pets" / "STOP").touch()
+        assert job.wait(60) == STOPPED, (tmp_path / "log").read_text()
+    assert (tmp_path / "asked").read_text().splitlines() == ["show hostnames node[1-2]", "requeue 42"]
+
+
+def test_an_installed_wheel_holds_every_module_and_trains_from_any_folder(world, tmp_path):
+    """Built from a copy, as pip leaves its build/ where it builds."""
+    source, installed = tmp_path / "source", tmp_path / "installed"
+    for package in ("data", "trainer"):
+        shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", tmp_path]
+    subprocess.run([*pip, source], check=True, cwd=tmp_path)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        wheel.extractall(installed)
+    modules = {path.relative_to(source) for path in source.glob("*/**/*.py") if "build" not in path.parts}
+    assert modules <= {path.relative_to(installed) for path in installed.glob("**/*.py")}
+    shutil.rmtree(source)
+    (tmp_path / "here").mkdir()
+    argv = flags(world, Path("out"), "--max_steps", "2")
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer.launch", "--standalone", "-m", "trainer.main", *argv],
+        cwd=tmp_path / "here",
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    code = {path.name for path in (installed / "trainer/models/xcomposer2").glob("*_xcomposer2.py")}
+    assert code <= {path.name for path in (tmp_path / "here" / "out").glob("*.py")}
