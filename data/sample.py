@@ -30,7 +30,7 @@ from data.errors import DataError
 PLACEHOLDER = "<ImageHere>"
 IMAGE_TAG = "<image>"
 TAGS = (IMAGE_TAG, "<video>", "<audio>")
-"""What stands for a picture, a film or a sound in other projects' data, and may be plain text."""
+"""What stands for an image, a video or audio in other projects' data; here it may be plain text."""
 ROLES = {
     "human": "user",
     "user": "user",
@@ -39,8 +39,8 @@ ROLES = {
     "gpt": "assistant",
     "system": "system",
 }
-FILMS_AND_SOUNDS = {"video", "videos", "audio", "audios"}
-KNOWN_KEYS = {"id", "image", "images", "conversations", "messages", *FILMS_AND_SOUNDS}
+VIDEO_AND_AUDIO = {"video", "videos", "audio", "audios"}
+KNOWN_KEYS = {"id", "image", "images", "conversations", "messages", *VIDEO_AND_AUDIO}
 URL = re.compile(r"data:|[a-z][a-z0-9+]*://", re.IGNORECASE)
 
 
@@ -71,7 +71,7 @@ def parse_sample(record: Any, needs_answer: bool = True) -> Sample:
     if not isinstance(record, dict):
         raise DataError(f"a record must be an object with 'conversations', not {_kind(record)}")
     unknown_keys = tuple(sorted(record.keys() - KNOWN_KEYS))
-    for key in FILMS_AND_SOUNDS.intersection(record):
+    for key in sorted(VIDEO_AND_AUDIO.intersection(record)):
         if record[key]:
             raise DataError(f"has {key!r}, but the model takes text and images alone; drop the record")
     key, conversations = _only_one(record, "conversations", "messages")
