@@ -1,28 +1,31 @@
 """`python -m data.check data.txt --model_name_or_path DIR`: what is wrong with data, before it is trained on.
 
 Reads every record and decodes every image on all cores, and measures exact lengths (cached for the training).
-Prints a table of sources, their lengths, what an epoch will be, and every problem with file, index and id;
-the same goes as JSON beside data.txt, or to `--out`. The exit status is 2 if a record cannot be used, else 0:
-empty answers, duplicates and samples whose answers max_length cuts off are warnings.
+Prints a table of sources, their lengths before any cut at max_length, what an epoch will be, and every
+problem with file, index and id; the same goes as JSON beside data.txt, or to `--out`. The exit status is 2 if
+a record cannot be used, else 0: what can be trained on but may not be meant is a warning.
 """
 
 import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import ExifTags, Image, ImageChops
 from tqdm import tqdm
 
-from data.errors import DataError
+from data.errors import DataError, FileChangedError
 from data.images import open_image, process
 from data.ledger import table
-from data.lengths import Chunk, chunks_of, in_parallel, measure_lengths
+from data.lengths import Chunk, chunks_of, in_parallel, measure_lengths, num_cut
 from data.loader import SampleReader
 from data.mixture import Source
 from data.packing import Packing, deal, idle_share
@@ -31,6 +34,8 @@ from data.sampler import StepSampler
 
 MAX_SHOWN = 20
 """Problems of a kind that the terminal shows; the JSON file has all."""
+MAX_NAMED = 10
+"""Records, keys or pictures that a sentence names; the others are counted."""
 MAX_STEPS_PLANNED = 500
 """Steps of the first epoch that the expected rows and padding are computed from."""
 BAR_WIDTH = 40
@@ -42,9 +47,22 @@ class Findings:
 
     errors: list[str] = field(default_factory=list)
     shrunk: list[str] = field(default_factory=list)
+    tags_as_text: list[str] = field(default_factory=list)
     has_empty_answer: list[bool] = field(default_factory=list)
     hashes: list[int] = field(default_factory=list)
     """64 bits of each record's conversation and images; 0 where it cannot be read."""
+    unknown_keys: Counter[tuple[int, str]] = field(default_factory=Counter)
+    """How many records of a source have a key that means nothing."""
+    turned: dict[Path, str] = field(default_factory=dict)
+    """Pictures that EXIF data turns for a person but not for the model, and a record of each."""
+    hiding_colours: dict[Path, str] = field(default_factory=dict)
+    """The same of pictures with colours under their transparency."""
+
+    def add(self, others: "Findings") -> None:
+        for name in ("errors", "shrunk", "tags_as_text", "has_empty_answer", "hashes"):
+            getattr(self, name).extend(getattr(others, name))
+        for name in ("unknown_keys", "turned", "hiding_colours"):
+            getattr(self, name).update(getattr(others, name))
 
 
 def inspect_records(reader: SampleReader, chunk: Chunk) -> Findings:
@@ -54,79 +72,177 @@ def inspect_records(reader: SampleReader, chunk: Chunk) -> Findings:
     for index in map(int, records):
         try:
             sample = source.sample(index)
+        except FileChangedError:
+            raise
         except DataError as error:
             found.errors.append(str(error))
             found.has_empty_answer.append(False)
             found.hashes.append(0)
             continue
+        place = source.where(index, sample.id)
         paths = [source.image_root / path for path in sample.images]
         for path in paths:
             try:
                 with open_image(path) as image:
                     process(image, reader.image_processor.rgb)
+                    if not reader.image_processor.as_viewed:
+                        found.turned |= {path: place} if is_turned(image) else {}
+                        found.hiding_colours |= {path: place} if hides_colours(image) else {}
             except DataError as error:
-                found.errors.append(f"{source.where(index, sample.id)} {error}")
+                found.errors.append(f"{place} {error}")
         if reader.fit_images or reader.on_long_sample == "error":
             try:
                 encoded, _ = reader.read(number, index, decode=False)
                 if encoded.hd_num is not None:
-                    found.shrunk.append(f"{source.where(index, sample.id)} has hd_num={encoded.hd_num}")
+                    found.shrunk.append(f"{place} has hd_num={encoded.hd_num}")
             except DataError as error:
                 if str(error) not in found.errors:
                     found.errors.append(str(error))
+        if sample.tags_as_text:
+            found.tags_as_text.append(
+                f"{place} has {' and '.join(sample.tags_as_text)} as text, not as an image"
+            )
+        found.unknown_keys.update((number, key) for key in sample.unknown_keys)
         content = repr((sample.turns, paths)).encode("utf-8", "surrogatepass")
         found.has_empty_answer.append(any(role == "assistant" and not text for role, text in sample.turns))
         found.hashes.append(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big"))
     return found
 
 
+def is_turned(image: Image.Image) -> bool:
+    """Whether EXIF data tells a viewer to turn or mirror the picture; broken EXIF data tells nothing."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            return image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
+    except Exception:  # decoders raise what they like
+        return False
+
+
+def hides_colours(image: Image.Image) -> bool:
+    """Whether a decoded picture has other colours under its transparency than a white page would show."""
+    if not image.has_transparency_data or image.mode[0] in "IF":  # of 16 bits, which are read without it
+        return False
+    with warnings.catch_warnings(action="ignore"):
+        colours, layers = image.convert("RGB"), image.convert("RGBA")
+    seen = Image.alpha_composite(Image.new("RGBA", image.size, "white"), layers).convert("RGB")
+    return ImageChops.difference(colours, seen).getbbox() is not None
+
+
 def check(reader: SampleReader, arguments: argparse.Namespace) -> dict[str, Any]:
     """The report, as JSON values."""
+    sources = reader.sources
     lengths = measure_lengths(reader, num_workers=arguments.num_workers)
-    chunks = chunks_of([np.arange(len(source.records)) for source in reader.sources])
+    chunks = chunks_of([np.arange(len(source.records)) for source in sources])
     found = Findings()
     results = in_parallel(partial(inspect_records, reader), chunks, arguments.num_workers)
     for part, _ in zip(results, tqdm(chunks, desc="records and images", unit="chunk", delay=2), strict=True):
-        found.errors += part.errors
-        found.shrunk += part.shrunk
-        found.has_empty_answer += part.has_empty_answer
-        found.hashes += part.hashes
+        found.add(part)
 
     # A position counts the records of all sources, one after the other.
-    ends = np.cumsum([len(source.records) for source in reader.sources])
+    ends = np.cumsum([len(source.records) for source in sources])
+
+    def locate(position: Any) -> tuple[Source, int]:
+        number = int(np.searchsorted(ends, position, side="right"))
+        return sources[number], int(position - ends[number] + len(sources[number].records))
 
     def where(position: Any) -> str:
-        number = int(np.searchsorted(ends, position, side="right"))
-        source = reader.sources[number]
-        index = int(position - ends[number] + len(source.records))
+        source, index = locate(position)
         return source.where(index, source.sample(index).id)
 
-    hashes = np.array(found.hashes, dtype=np.uint64)
-    order = np.argsort(hashes, kind="stable")
-    repeats = 1 + np.flatnonzero((hashes[order][1:] == hashes[order][:-1]) & (hashes[order][1:] != 0))
-    left_without = np.flatnonzero(np.concatenate(lengths)[:, 2] == 0)
+    rows = np.concatenate(lengths)
+    cut = np.flatnonzero(rows[:, 3] > rows[:, 0]) if reader.on_long_sample == "truncate" else []
     return {
-        "sources": [describe(source, rows) for source, rows in zip(reader.sources, lengths, strict=True)],
+        "sources": [describe(source, rows) for source, rows in zip(sources, lengths, strict=True)],
+        "max_length": reader.encoder.max_length,
         "epoch": plan_epoch(reader, lengths, arguments),
         "errors": found.errors,
         "warnings": {
-            "no answer left": [f"{where(at)} {reader.why_unsupervised}" for at in left_without],
+            "no answer left": [
+                f"{where(at)} {reader.why_unsupervised}" for at in np.flatnonzero(rows[:, 2] == 0)
+            ],
+            "tail cut off": [
+                f"{where(at)} is cut at max_length: {rows[at, 0]:,} of {rows[at, 3]:,} tokens" for at in cut
+            ],
             "images made to fit": found.shrunk,
+            "images not as a person sees them": [
+                *about_pictures(
+                    found.hiding_colours,
+                    "with colours under their transparency, which the model would see",
+                    "lays them on white",
+                ),
+                *about_pictures(
+                    found.turned, "that EXIF data turns for a person but not for the model", "turns them"
+                ),
+            ],
+            "placeholders as text": found.tags_as_text,
+            "unknown keys": unknown_keys(sources, found.unknown_keys),
+            "repeated often": [source.repetition for source in sources if source.repetition],
             "empty answer": [
                 f"{where(at)} has an empty answer" for at in np.flatnonzero(found.has_empty_answer)
             ],
             "duplicate": [
-                f"{where(copy)} is the same as {where(first)}"
-                for first, copy in zip(order[repeats - 1], order[repeats], strict=True)
+                f"{', '.join(records_in_files(map(locate, group)))} are the same"
+                for group in groups_of_equal(np.array(found.hashes, dtype=np.uint64))
+                if len({(source.records.path, index) for source, index in map(locate, group)}) > 1
             ],
         },
     }
 
 
+def about_pictures(places: dict[Path, str], what: str, cure: str) -> list[str]:
+    """One sentence about all pictures of a kind; none if there are none."""
+    if not places:
+        return []
+    named = in_words([f"{path.name!r} of {place}" for path, place in places.items()])
+    return [f"pictures {what}: {len(places):,} ({named}); --images_as_viewed True {cure}"]
+
+
+def unknown_keys(sources: Sequence[Source], counts: Counter[tuple[int, str]]) -> list[str]:
+    """A sentence for each file with keys that mean nothing."""
+    paths = [source.records.path for source in sources]
+    by_file: dict[Path, list[str]] = {}
+    for (number, key), count in counts.most_common():
+        path = paths[number]
+        if number == paths.index(path):  # data.txt may name a file twice
+            plural = "" if count == 1 else "s"
+            by_file.setdefault(path, []).append(f"{key!r:.60} in {count:,} record{plural}")
+    return [
+        f"{path}: has the unknown key{'' if len(keys) == 1 else 's'} {in_words(keys)}"
+        for path, keys in by_file.items()
+    ]
+
+
+def groups_of_equal(hashes: np.ndarray) -> list[np.ndarray]:
+    """Positions of equal hashes that are not 0, for each hash that comes more than once."""
+    order = np.argsort(hashes, kind="stable")
+    ordered = hashes[order]
+    is_repeat = np.pad((ordered[1:] == ordered[:-1]) & (ordered[1:] != 0), 1)
+    edges = np.flatnonzero(is_repeat[1:] != is_repeat[:-1]).reshape(-1, 2)  # first and last of each group
+    groups = [order[first : last + 1] for first, last in edges]
+    return sorted(groups, key=lambda group: group[0])
+
+
+def records_in_files(records: Iterable[tuple[Source, int]]) -> Iterator[str]:
+    """ "pets.json: records 3, 7 and 12", for each file."""
+    by_file: dict[Path, dict[int, None]] = {}
+    for source, index in records:
+        by_file.setdefault(source.records.path, {})[index] = None
+    for path, indices in by_file.items():
+        yield f"{path}: record{'s' * (len(indices) > 1)} {in_words(list(map(str, indices)))}"
+
+
+def in_words(items: Sequence[str]) -> str:
+    """ "1, 2 and 3"; many are named in part and counted."""
+    shown, num_more = list(items[:MAX_NAMED]), len(items) - MAX_NAMED
+    if num_more > 0:
+        shown.append(f"{num_more:,} more")
+    return " and ".join([*([", ".join(shown[:-1])] if len(shown) > 1 else []), shown[-1]])
+
+
 def describe(source: Source, rows: np.ndarray) -> dict[str, Any]:
-    """A source and the lengths of its samples; histogram: [longest, samples] of each doubling."""
+    """A source and its samples' lengths before the cut; histogram: [longest, samples] of each doubling."""
     good = np.array(rows[rows[:, 0] >= 0], dtype=np.int64)
-    tokens = good[:, 0] if len(good) else np.zeros(1, dtype=np.int64)
+    tokens = good[:, 3] if len(good) else np.zeros(1, dtype=np.int64)
     doublings = np.ceil(np.log2(np.maximum(tokens, 16))).astype(int)
     return {
         "source": source.name,
@@ -141,6 +257,8 @@ def describe(source: Source, rows: np.ndarray) -> dict[str, Any]:
             "95 %": float(np.percentile(tokens, 95)),
             "longest": int(tokens.max()),
         },
+        "over_max_length": num_cut(good),
+        "over_max_length_share": num_cut(good) / max(1, len(good)),
         "image_slot_share": float(good[:, 1].sum() / max(1, good[:, 0].sum())),
         "supervised_share": float(good[:, 2].sum() / max(1, good[:, 0].sum())),
         "histogram": [
@@ -188,12 +306,13 @@ def plan_epoch(
 def as_text(report: dict[str, Any]) -> str:
     """The report for a terminal."""
     lines = [["source", "records", "bad", "images", "samples an epoch"]]
-    lines[0] += ["mean tokens", "median", "95 %", "longest"]
+    lines[0] += ["mean tokens", "median", "95 %", "longest", "over max_length"]
     for source in report["sources"]:
         counts = [source[name] for name in ("records", "bad_records", "images", "samples_per_epoch")]
         counts += source["tokens"].values()
-        lines.append([source["source"], *(f"{count:,.0f}" for count in counts)])
-    text = [table(lines), ""]
+        over = f"{source['over_max_length']:,} ({source['over_max_length_share']:.0%})"
+        lines.append([source["source"], *(f"{count:,.0f}" for count in counts), over])
+    text = [table(lines), "", f"lengths are those before the cut at max_length={report['max_length']}"]
     for source in report["sources"]:
         text.append(f"{source['source']}: samples by length")
         most = max(count for _, count in source["histogram"])
@@ -233,9 +352,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         out.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
-        print(f"error: {out} cannot be written ({error.strerror}); name a place with --out")
-        return 2
-    print(f"\nthe whole report is in {out}")
+        print(f"\nwarning: {out} cannot be written ({error.strerror}); name a place with --out")
+    else:
+        print(f"\nthe whole report is in {out}")
     return 2 if report["errors"] else 0
 
 

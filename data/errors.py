@@ -20,3 +20,7 @@ class DataError(ValueError):
 def _printable(text: str) -> str:
     """A file may name anything: line ends, terminal codes and half characters are shown, not sent."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+class FileChangedError(DataError):
+    """A file of records that changed while it was in use. It is never skipped as a bad record may be."""

@@ -41,6 +41,11 @@ class ImageProcessor(Protocol):
         """[3, H, W] float32 of an image of any mode; ValueError for one that has no meaning as RGB."""
         ...
 
+    @property
+    def as_viewed(self) -> bool:
+        """Whether images are turned by their EXIF data, and transparent ones laid on white."""
+        ...
+
     def rgb(self, image: Image.Image) -> Image.Image:
         """What the first step of that makes of the image: its RGB picture, before resizing."""
         ...

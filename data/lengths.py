@@ -1,7 +1,8 @@
 """The lengths of samples without decoding an image: computed once by all cores, then cached.
 
     lengths = measure_lengths(reader, needed_records(sampler, range(1000)))
-    lengths[0][7]         # record 7 of the first source: int32 [tokens, image slots, supervised tokens]
+    lengths[0][7]         # record 7 of the first source: int32 [tokens, image slots, supervised tokens,
+                          # tokens before the cut at max_length]
 
 Text is tokenised and image sizes come from the files' headers, so lengths are exactly what the loader will
 make. A record that cannot be used is BAD; `bad_samples` says why. The cache lies beside the JSON file, its
@@ -21,14 +22,14 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data.errors import DataError
+from data.errors import DataError, FileChangedError
 from data.loader import SampleReader, end_workers_at_exit, start_worker
 from data.records import index_paths, write_atomically
 from data.sampler import StepSampler
 
 CHUNK_RECORDS = 256
 """Records that a worker measures at a time."""
-VERSION = 3
+VERSION = 4
 """Raise it when samples are encoded differently."""
 BAD, UNMEASURED = -1, -2
 
@@ -40,9 +41,9 @@ def measure_lengths(
     num_workers: int | None = None,
     show_progress: bool = True,
 ) -> list[np.ndarray]:
-    """int32 [records, 3] of each source: tokens, image slots, supervised tokens.
+    """int32 [records, 4] of each source: tokens, image slots, supervised tokens, tokens before the cut.
 
-    A bad record has BAD in all three, and one that nobody has needed yet UNMEASURED.
+    A bad record has BAD in all four, and one that nobody has needed yet UNMEASURED.
 
     Args:
         needed: of each source the records that are wanted (`needed_records`); None means all.
@@ -95,6 +96,11 @@ def bad_samples(reader: SampleReader, lengths: Sequence[np.ndarray], max_named: 
     return problems
 
 
+def num_cut(rows: np.ndarray) -> int:
+    """How many samples of a source's lengths are over max_length. A bad or unmeasured one is not."""
+    return int((rows[:, 3] > rows[:, 0]).sum())
+
+
 Chunk = tuple[int, np.ndarray]
 """(source, records)"""
 
@@ -111,20 +117,22 @@ def chunks_of(records: Sequence[np.ndarray]) -> list[Chunk]:
 def in_parallel(
     function: Callable[[Any], Any], tasks: Sequence[Any], num_workers: int | None = None
 ) -> Iterator[Any]:
-    """function(task) of each task, in order, from worker processes (None: one a core)."""
+    """function(task) of each task, in order, from worker processes (None: one a core); DataError as it is."""
     if num_workers is None:
         has_affinity = hasattr(os, "sched_getaffinity")
         num_workers = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     end_workers_at_exit()
-    return iter(
-        DataLoader(
-            _Calls(function, tasks),
-            batch_size=None,
-            collate_fn=_as_it_is,
-            num_workers=num_workers if len(tasks) > 1 else 0,
-            worker_init_fn=start_worker,
-        )
+    results = DataLoader(
+        _Calls(function, tasks),
+        batch_size=None,
+        collate_fn=_as_it_is,
+        num_workers=num_workers if len(tasks) > 1 else 0,
+        worker_init_fn=start_worker,
     )
+    for result in results:
+        if isinstance(result, DataError):
+            raise result
+        yield result
 
 
 class _Calls(Dataset[Any]):
@@ -135,7 +143,10 @@ class _Calls(Dataset[Any]):
         return len(self._tasks)
 
     def __getitem__(self, number: int) -> Any:
-        return self._function(self._tasks[number])
+        try:
+            return self._function(self._tasks[number])
+        except DataError as error:
+            return error  # raised in a worker, it would arrive wrapped in a traceback
 
 
 def _as_it_is(result: Any) -> Any:
@@ -144,13 +155,16 @@ def _as_it_is(result: Any) -> Any:
 
 def _measure(reader: SampleReader, chunk: Chunk) -> np.ndarray:
     number, records = chunk
-    rows = np.full((len(records), 3), BAD, dtype=np.int32)
+    rows = np.full((len(records), 4), BAD, dtype=np.int32)
     for row, index in zip(rows, records, strict=True):
         try:
             encoded, _ = reader.read(number, int(index), decode=False)
+        except FileChangedError:
+            raise
         except DataError:
             continue
-        row[:] = len(encoded.input_ids), encoded.num_image_slots, encoded.num_supervised
+        whole = reader.tokens_before_cut(number, int(index), encoded)
+        row[:] = len(encoded.input_ids), encoded.num_image_slots, encoded.num_supervised, whole
     return rows
 
 
@@ -172,6 +186,6 @@ def _cache_paths(reader: SampleReader, number: int) -> list[Path]:
 
 def _read(paths: list[Path], num_records: int) -> np.ndarray:
     for path in paths:
-        if path.is_file() and path.stat().st_size == 12 * num_records:
-            return np.fromfile(path, np.int32).reshape(num_records, 3)
-    return np.full((num_records, 3), UNMEASURED, dtype=np.int32)
+        if path.is_file() and path.stat().st_size == 16 * num_records:
+            return np.fromfile(path, np.int32).reshape(num_records, 4)
+    return np.full((num_records, 4), UNMEASURED, dtype=np.int32)

@@ -16,10 +16,12 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.util import Finalize
@@ -31,7 +33,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from data.batch import MicroBatch, collate
-from data.errors import DataError
+from data.errors import DataError, FileChangedError
 from data.images import ImageProcessor, open_image, process, size_of
 from data.mixture import Source
 from data.packing import Packing, deal, idle_share
@@ -98,6 +100,31 @@ class SampleReader:
             return encoded, [process(image, processor) for image in used]
         except DataError as error:
             raise DataError(f"{source.where(index, sample.id)} {error}") from error
+        finally:
+            for image in opened:
+                image.close()
+
+    def tokens_before_cut(self, source_number: int, index: int, encoded: Encoded) -> int:
+        """Tokens that a sample would have without max_length, of which `read` gave `encoded`.
+
+        Its pictures are as large as there; one behind the cut that cannot be read counts as one token.
+        """
+        if not encoded.is_cut:
+            return len(encoded.input_ids)
+        source, processor, opened = self.sources[source_number], self.image_processor, []
+        if encoded.hd_num is not None:
+            processor = next(p for p in processor.smaller() if p.hd_num == encoded.hd_num)
+        sample, unlimited = source.sample(index), copy(self.encoder)
+        unlimited.max_length = sys.maxsize
+
+        def num_image_tokens(number: int) -> int:
+            try:
+                return processor.num_tokens(*self._size(source, sample, opened, number))
+            except DataError:
+                return 1
+
+        try:
+            return len(unlimited.encode(sample, num_image_tokens).input_ids)
         finally:
             for image in opened:
                 image.close()
@@ -299,7 +326,7 @@ class _MicroBatches(Dataset[MicroBatch | _Failure]):
             try:
                 sample, images = self._reader.read(source_number, index)
             except DataError as error:
-                if not self._skip_bad:
+                if not self._skip_bad or isinstance(error, FileChangedError):
                     return _Failure(str(error))
                 skipped.append((source_number, str(error)))
                 continue

@@ -15,12 +15,14 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.errors import DataError
+from data.errors import DataError, FileChangedError
 from data.records import Records
 from data.sample import Sample, parse_sample
 
 MAX_PROBLEMS_SHOWN = 5
 """Of one file: the rest is counted."""
+USUAL_REPETITIONS = 10
+"""Of a record in an epoch; more are said, as the number in data.txt may have been meant otherwise."""
 MAX_SAMPLES = 10**9
 """An epoch's order is held in memory: 16 bytes a sample."""
 
@@ -35,6 +37,20 @@ class Source:
     num_samples: int
     """Samples an epoch."""
     image_root: Path
+
+    @property
+    def repetition(self) -> str | None:
+        """A sentence about a file whose records an epoch takes unusually often."""
+        num_records = len(self.records)
+        times = self.num_samples / num_records
+        if times <= USUAL_REPETITIONS:
+            return None
+        return (
+            f"{self.records.path}: {self.num_samples:,} samples an epoch of {num_records:,} "
+            f"record{'' if num_records == 1 else 's'}, "
+            f"each about {times:,.0f} times; numbers in data.txt are thousands of samples, or ratios with "
+            "--given_num False"
+        )
 
     def where(self, index: int, record_id: str | None = None) -> str:
         """A record's place in words: "pets/train.json: record 7 (id 'cat-7')"."""
@@ -54,6 +70,8 @@ class Source:
             record = self.records[index]
             record_id = record.get("id") if isinstance(record, dict) else None
             return parse_sample(record, needs_answer)
+        except FileChangedError:
+            raise
         except DataError as error:
             raise DataError(f"{self.where(index, record_id)} {error}") from error
 

@@ -122,7 +122,7 @@ class Packing:
     """Plans steps from the samples' lengths (`data.lengths`)."""
 
     lengths: Sequence[np.ndarray]
-    """Of each source: int32 [records, 3], tokens, image slots, supervised tokens."""
+    """Of each source: int32 [records, 3 or more], tokens, image slots, supervised tokens."""
     max_tokens: int
     """Of a row: the samples' max_length."""
     cost: CostModel = CostModel()
@@ -136,5 +136,5 @@ class Packing:
         """(tokens, costs) of samples; what will be left out has neither."""
         rows = np.array([self.lengths[source][record] for source, record in samples], dtype=np.int64)
         assert rows.min() >= -1, "a sample of this step was never measured"
-        tokens, image_slots, _ = np.where(rows[:, 2:] > 0, rows, 0).T
+        tokens, image_slots = np.where(rows[:, 2:3] > 0, rows[:, :2], 0).T
         return tokens, self.cost(tokens, image_slots)

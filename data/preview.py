@@ -7,8 +7,10 @@ trained. A menu shows one source alone; `preview.html#source=pets` opens with th
 
 import argparse
 import base64
+import codecs
 import html
 import io
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,6 +29,7 @@ from data.processors import add_arguments, boolean, open_data
 from data.sampler import StepSampler
 from data.tokens import IGNORED
 
+BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
 body {{ font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 70em; padding: 0 1em; color: #222; }}
@@ -38,6 +41,7 @@ p {{ white-space: pre-wrap; overflow-wrap: anywhere; margin: .4em 0; font-family
 i {{ font-style: normal; border-radius: 2px; box-shadow: inset -1px 0 #fff; }}
 .user {{ background: #dce9fb; }} .assistant {{ background: #e4e4e4; }} .system {{ background: #efe0f7; }}
 .control {{ background: #f7e3c8; color: #875; }} .slots {{ background: #333; color: #fff; padding: 0 .4em; }}
+.text {{ color: #a00; font-weight: bold; }}
 .trained {{ background: #bfe8bf; border-bottom: 2px solid #2a7d2a; }}
 img {{ max-height: 14em; max-width: 100%; margin: .3em .5em 0 0; border: 1px solid #ccc; }}
 [hidden] {{ display: none; }}
@@ -46,7 +50,8 @@ img {{ max-height: 14em; max-width: 100%; margin: .3em .5em 0 0; border: 1px sol
 <label>source <select id="source"><option value="">all</option>{options}</select></label>
 <span id="shown"></span> ·
 <i class="user">user</i> <i class="assistant">assistant</i> <i class="system">system</i>
-<i class="control">control token</i> <i class="trained">trained</i> <i class="slots">image slots</i></header>
+<i class="control">control token</i> <i class="trained">trained</i> <i class="slots">image slots</i>
+<i class="text">what bytes spell</i></header>
 {body}
 <script>
 const menu = document.getElementById("source");
@@ -110,6 +115,9 @@ def _row(reader: SampleReader, batch: MicroBatch, number: int) -> str:
         )
         place = html.escape(source.where(index, source.sample(index).id))
         numbers = f"{len(ids):,} tokens, {sum(slots):,} image slots, {encoded.num_supervised:,} trained"
+        if encoded.is_cut:
+            whole = reader.tokens_before_cut(source_number, index, encoded)
+            numbers += f"; <b>cut at max_length: {len(ids):,} of {whole:,} tokens</b>"
         images = "".join(_picture(next(pictures), reader.image_processor) for _ in encoded.image_tokens)
         sizes = iter(encoded.image_tokens)
         roles = [
@@ -133,18 +141,28 @@ def _tokens(
     roles: list[str],
     image_tokens: list[int],
 ) -> Iterator[str]:
-    """A marked-up token at a time, an image's slots as one."""
+    """A marked-up token at a time, an image's slots as one.
+
+    A character that is several byte tokens follows the last of them.
+    """
+    utf8 = codecs.getincrementaldecoder("utf-8")
+    decoder = utf8("replace")
     sizes, at = iter(image_tokens), 0
     while at < len(ids):
         if slots[at]:
             size = next(sizes)
             yield f'<i class="slots">image: {size:,} slots</i>'
             at += size
+            decoder = utf8("replace")
             continue
         token = tokenizer.convert_ids_to_tokens(ids[at]).replace("▁", " ").replace("<0x0A>", "\n")
+        byte = BYTE_TOKEN.fullmatch(token)
+        decoder = decoder if byte else utf8("replace")
         style = roles[at] + (" trained" if labels[at] != IGNORED else "")
         text = html.escape(token).replace("\n", "⏎\n")
         yield f'<i class="{style}" title="{ids[at]}">{text}</i>'
+        if byte and (character := decoder.decode(bytes.fromhex(byte[1]))):
+            yield f'<i class="text">{html.escape(character)}</i>'
         at += 1
 
 

@@ -2,13 +2,14 @@
 
     records = Records("train.json")     # indexes the file once: train.json.index
     len(records)                        # 1_000_000
-    records[7]                          # {"id": "pets-7", "conversations": [...]}, parsed from a memory map
+    records[7]                          # {"id": "pets-7", "conversations": [...]}, read and parsed
 
 The index holds the byte offset and length of each record, how many images the records name, and what is wrong
 with which record: every record is parsed and checked (`data.sample`) while its end is being looked for. It is
 kept beside the file, or under ~/.cache/xcomposer-fsdp where that folder cannot be written, and is used again
 while the file's size, modification time and content hash are the same. Jobs that build it at the same time
-each write their own and rename it into place, so a reader never sees half an index.
+each write their own and rename it into place, so a reader never sees half an index. A file whose size or
+modification time changes while it is in use is a FileChangedError at the next read.
 
 Example: `[{"a":1}, {"b":2}]` → offsets [1, 10], lengths [7, 7].
 
@@ -19,9 +20,9 @@ are offsets; UTF-8 is checked apart, and a record is parsed as UTF-8 when it is 
 import hashlib
 import json
 import logging
-import mmap
 import os
 import re
+import stat
 import tempfile
 from array import array
 from collections.abc import Iterator
@@ -31,27 +32,31 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from data.errors import DataError
+from data.errors import DataError, FileChangedError
+from data.json_errors import explain
 from data.sample import parse_sample
 
 logger = logging.getLogger(__name__)
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 """Raise it when the index's layout or the checks of `data.sample` change."""
 WINDOW_BYTES = 4 << 20
 MAX_RECORD_BYTES = 64 << 20
+CONTEXT_BYTES = 200
+"""What is looked at before and behind a mistake to say what it is."""
 MAX_PROBLEMS_KEPT = 1000
 HASH_BLOCKS = 64
 HASH_BLOCK_BYTES = 64 << 10
-READS_BETWEEN_RELEASES = 128
-"""A read maps up to 64 KiB around the record: this bounds a worker's resident part of the map to 8 MiB."""
 
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-SPACE = re.compile(rb"[ \t\r\n]*")
+BYTE_ORDER_MARK = "\xef\xbb\xbf"
+"""Of UTF-8, read as Latin-1."""
+SPACE = re.compile(r"[ \t\r\n]*")
+CONTINUATION_BYTES = bytes(range(0x80, 0xC0))
+"""All bytes of a character in UTF-8 but its first."""
 
 
 class Records:
-    """The records of one JSON or JSONL file. Pickles as a path: a worker opens its own memory map.
+    """The records of one JSON or JSONL file. Pickles as a path: a worker opens the file itself.
 
     Attributes: `path`; `fingerprint`, which changes with the file; `num_images`, over all records;
     `num_problems`, and `problems`, the first thousand (record index, what is wrong with it).
@@ -60,16 +65,14 @@ class Records:
     def __init__(self, path: str | Path, *, show_progress: bool = True):
         """Raises DataError if the file is missing, empty, or not JSON from its first record on."""
         self.path = Path(path)
-        self._map = _map_file(self.path)
-        self._reads = 0
-        stat = self.path.stat()
-        key: dict[str, Any] = {"version": INDEX_VERSION, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-        key["hash"] = _content_hash(self._map)
-        self.fingerprint = f"{stat.st_size}-{stat.st_mtime_ns}-{key['hash']}"
+        self._file = _File(self.path)
+        size, mtime_ns, content = self._file.size, self._file.mtime_ns, _content_hash(self._file)
+        key = {"version": INDEX_VERSION, "size": size, "mtime_ns": mtime_ns, "hash": content}
+        self.fingerprint = f"{size}-{mtime_ns}-{content}"
         places = index_paths(self.path)
         index = next((index for place in places if (index := _read_index(place, key))), None)
         if index is None:
-            index = _build_index(self._map, self.path, key, show_progress)
+            index = _build_index(self._file, key, show_progress)
             if not any(_write_index(place, *index) for place in places):
                 logger.warning("%s: its index can be kept nowhere and is built at every start", self.path)
         header, self._offsets, self._lengths = index
@@ -83,11 +86,7 @@ class Records:
     def __getitem__(self, index: int) -> Any:
         """The record's JSON value. DataError if it does not parse (its problem is in `problems`)."""
         begin = int(self._offsets[index])
-        text = self._map[begin : begin + int(self._lengths[index])]
-        self._reads += 1
-        if self._reads % READS_BETWEEN_RELEASES == 0:
-            self._map.madvise(mmap.MADV_DONTNEED)
-        return _parse(text)
+        return _parse(self._file, begin, begin + int(self._lengths[index]))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "fingerprint": self.fingerprint}
@@ -95,7 +94,7 @@ class Records:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["path"], show_progress=False)
         if self.fingerprint != state["fingerprint"]:
-            raise DataError(f"{self.path}: the file has changed while it was in use; start again")
+            raise self._file.changed()
 
 
 def index_paths(path: Path, suffix: str = ".index") -> list[Path]:
@@ -124,24 +123,69 @@ def write_atomically(path: Path, *parts: bytes | memoryview) -> bool:
     return True
 
 
-def _map_file(path: Path) -> mmap.mmap:
-    try:
-        with open(path, "rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except ValueError as error:  # how mmap refuses an empty file
-        raise DataError(
-            f"{path}: the file is empty; it must hold a JSON array or one record a line"
-        ) from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path in data.txt") from error
+class _File:
+    """An open file that is read as it was when it was opened: FileChangedError once it is another.
+
+    It is not memory-mapped, as a process that touches a map behind the end of a shortened file is killed.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            mode = path.stat().st_mode
+            if not stat.S_ISREG(mode):  # opening a pipe would wait for its writer
+                kind = "a folder" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else "a device"
+                raise DataError(f"{path}: is {kind}, not a file; name a .json or .jsonl file")
+            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - as long as this object
+            status = os.fstat(self._file.fileno())
+        except OSError as error:
+            raise DataError(
+                f"{path}: cannot be read ({error.strerror}); check the path in data.txt"
+            ) from error
+        self.size, self.mtime_ns = status.st_size, status.st_mtime_ns
+        if not self.size:
+            raise DataError(f"{path}: the file is empty; it must hold a JSON array or one record a line")
+        self._line = (0, 1)
+        """Where the line begins that `place` was asked about last, and its number."""
+
+    def read(self, begin: int, end: int) -> bytes:
+        try:
+            data = os.pread(self._file.fileno(), end - begin, begin)
+            while len(data) < end - begin:  # a signal, or the most that one call reads
+                if not (more := os.pread(self._file.fileno(), end - begin - len(data), begin + len(data))):
+                    raise self.changed()
+                data += more
+            status = os.stat(self.path)  # after the read: what was read is then known to be as it was
+        except FileNotFoundError as error:
+            raise self.changed() from error
+        except OSError as error:
+            raise FileChangedError(f"{self.path}: can no longer be read ({error.strerror})") from error
+        if (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns):
+            raise self.changed()
+        return data
+
+    def changed(self) -> FileChangedError:
+        return FileChangedError(f"{self.path}: the file has changed while it was in use; start again")
+
+    def place(self, position: int) -> tuple[int, int]:
+        """(line, column) of a byte offset, both from 1; a column is a character."""
+        start, line = self._line if self._line[0] <= position else (0, 1)
+        column = 1
+        for begin in range(start, position, WINDOW_BYTES):
+            chunk = self.read(begin, min(begin + WINDOW_BYTES, position))
+            if num_lines := chunk.count(b"\n"):
+                line, start, column = line + num_lines, begin + chunk.rindex(b"\n") + 1, 1
+                chunk = chunk[start - begin :]
+            column += len(chunk.translate(None, CONTINUATION_BYTES))
+        self._line = start, line
+        return line, column
 
 
-def _content_hash(data: mmap.mmap) -> str:
+def _content_hash(file: _File) -> str:
     """Of blocks spread evenly over the file: 4 MiB of any file, so that a second start takes no time."""
     digest = hashlib.blake2b(digest_size=16)
-    for start in np.linspace(0, max(0, len(data) - HASH_BLOCK_BYTES), HASH_BLOCKS, dtype=np.int64):
-        digest.update(data[start : start + HASH_BLOCK_BYTES])
-    data.madvise(mmap.MADV_DONTNEED)
+    for start in np.linspace(0, max(0, file.size - HASH_BLOCK_BYTES), HASH_BLOCKS, dtype=np.int64).tolist():
+        digest.update(file.read(start, min(start + HASH_BLOCK_BYTES, file.size)))
     return digest.hexdigest()
 
 
@@ -173,149 +217,202 @@ def _write_index(path: Path, header: dict[str, Any], offsets: np.ndarray, length
 
 
 def _build_index(
-    data: mmap.mmap, path: Path, key: dict[str, Any], show_progress: bool
+    file: _File, key: dict[str, Any], show_progress: bool
 ) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
     offsets, lengths = array("q"), array("i")
     problems: list[tuple[int, str]] = []
     num_images = num_problems = 0
     # `delay`: only a file that takes seconds gets a bar.
     with tqdm(
-        total=len(data),
+        total=file.size,
         unit="B",
         unit_scale=True,
-        desc=f"index {path.name}",
+        desc=f"index {file.path.name}",
         delay=2,
         disable=not show_progress,
     ) as bar:
-        for begin, end, value in _scan(data, path):
+        for begin, text, value in _scan(file):
             problem = None
             try:
                 num_images += len(parse_sample(value).images)
-                if not (text := data[begin:end]).isascii():
-                    text.decode()
+                if not text.isascii():
+                    text.encode("latin-1").decode()
             except (DataError, UnicodeDecodeError):
-                problem = _problem_of(data[begin:end])
+                problem = _problem_of(file, begin, begin + len(text))
             if problem:
                 num_problems += 1
                 if len(problems) < MAX_PROBLEMS_KEPT:
                     problems.append((len(offsets), problem))
             offsets.append(begin)
-            lengths.append(end - begin)
+            lengths.append(len(text))
             if len(offsets) % 4096 == 0:
-                bar.update(end - bar.n)
-                data.madvise(mmap.MADV_DONTNEED)
-        bar.update(len(data) - bar.n)
+                bar.update(begin - bar.n)
+        bar.update(file.size - bar.n)
     if not offsets:
-        raise DataError(f"{path}: holds no record; it must be a JSON array of records or one record a line")
+        raise DataError(
+            f"{file.path}: holds no record; it must be a JSON array of records or one record a line"
+        )
     header = key | {"num_records": len(offsets), "num_images": num_images}
     header |= {"num_problems": num_problems, "problems": problems}
     return header, np.array(offsets, dtype=np.int64), np.array(lengths, dtype=np.int32)
 
 
-def _scan(data: mmap.mmap, path: Path) -> Iterator[tuple[int, int, Any]]:
-    """(begin, end, value) of every record; a line that does not parse has the value None."""
-    start = len(BYTE_ORDER_MARK) if data[: len(BYTE_ORDER_MARK)] == BYTE_ORDER_MARK else 0
-    start = _skip_space(data, start)
-    if data[start : start + 1] == b"[":
-        yield from _scan_array(data, start + 1, path)
+def _scan(file: _File) -> Iterator[tuple[int, str, Any]]:
+    """(begin, text as Latin-1, value) of every record; a line that does not parse has the value None."""
+    window = _Window(file)
+    window.move(0, WINDOW_BYTES)
+    start = window.skip_space(len(BYTE_ORDER_MARK) if window.text.startswith(BYTE_ORDER_MARK) else 0)
+    if window.at(start) == "[":
+        yield from _scan_array(window, start + 1)
     else:
-        yield from _scan_lines(data, start, path)
+        yield from _scan_lines(window, start)
 
 
-def _scan_lines(data: mmap.mmap, begin: int, path: Path) -> Iterator[tuple[int, int, Any]]:
-    while (begin := _skip_space(data, begin)) < len(data):
-        end = data.find(b"\n", begin)
-        end = len(data) if end < 0 else end
-        if end - begin > MAX_RECORD_BYTES:
-            raise DataError(
-                f"{path}: line {_line_at(data, begin)} is longer than {MAX_RECORD_BYTES >> 20} MiB"
-            )
+def _scan_lines(window: "_Window", begin: int) -> Iterator[tuple[int, str, Any]]:
+    file = window.file
+    while (begin := window.skip_space(begin)) < file.size:
+        text = window.line(begin)
         try:
-            value = json.loads(data[begin:end].decode("latin-1"))
+            value = json.loads(text)
         except (ValueError, RecursionError):
             value = None
-        yield begin, end, value
-        begin = end
+        yield begin, text, value
+        begin += len(text)
 
 
-def _scan_array(data: mmap.mmap, position: int, path: Path) -> Iterator[tuple[int, int, Any]]:
-    window = _Window(data)
+def _scan_array(window: "_Window", position: int) -> Iterator[tuple[int, str, Any]]:
+    file = window.file
     count = 0
-    begin = _skip_space(data, position)
-    mark = data[begin : begin + 1]
-    while mark != b"]":
+    begin = window.skip_space(position)
+    mark = window.at(begin)
+    while mark != "]":
         try:
             value, end = window.decode(begin)
+        except FileChangedError:
+            raise
         except DataError as error:
-            raise DataError(f"{path}: record {count} is not JSON: {error}") from error
-        yield begin, end, value
+            raise DataError(f"{file.path}: record {count} {error}") from error
+        yield begin, window.text[begin - window.begin : end - window.begin], value
         count += 1
-        after = _skip_space(data, end)
-        mark = data[after : after + 1]
-        if mark not in (b",", b"]"):
-            found = repr(mark.decode("latin-1")) if mark else "the end of the file"
+        begin = window.skip_space(end)
+        mark = window.at(begin)
+        if mark == ",":
+            begin = window.skip_space(begin + 1)
+        elif mark != "]":
+            line, column = file.place(begin)
+            found = repr(mark) if mark else "the end of the file"
             raise DataError(
-                f"{path}: {found} follows record {count - 1} on line {_line_at(data, after)};"
+                f"{file.path}: {found} follows record {count - 1} on line {line}, column {column};"
                 " an array needs ',' or ']' there"
             )
-        begin = _skip_space(data, after + 1)
+    after = window.skip_space(begin + 1)
+    if after < file.size:
+        raise DataError(
+            f"{file.path}: {window.at(after)!r} follows the end of the array on line {file.place(after)[0]};"
+            " a file holds one array: put all records into it, or into files of their own"
+        )
 
 
 class _Window:
-    """A stretch of the file as text, in which one value after another is decoded; it moves and grows."""
+    """A stretch of the file as Latin-1 text, in which records are found; it moves and grows."""
 
-    def __init__(self, data: mmap.mmap):
-        self._data, self._begin, self._text = data, 0, ""
+    def __init__(self, file: _File):
+        self.file, self.begin, self.text = file, 0, ""
         self._raw_decode = json.JSONDecoder().raw_decode
+
+    def move(self, begin: int, num_bytes: int) -> None:
+        end = min(begin + num_bytes, self.file.size)
+        self.begin, self.text = begin, self.file.read(begin, end).decode("latin-1")
+
+    def at(self, position: int) -> str:
+        """The character at a byte offset in the window; "" at the end of the file."""
+        return self.text[position - self.begin : position - self.begin + 1]
+
+    def skip_space(self, position: int) -> int:
+        """The byte offset of the next character that is no white space, or the end of the file."""
+        while True:
+            match = SPACE.match(self.text, position - self.begin)
+            assert match is not None
+            position = self.begin + match.end()
+            if match.end() < len(self.text) or position == self.file.size:
+                return position
+            self.move(position, WINDOW_BYTES)
+
+    def line(self, begin: int) -> str:
+        """The text from a byte offset to the end of its line."""
+        while (end := self.text.find("\n", begin - self.begin)) < 0 and not self._is_last_try(begin):
+            self._grow(begin)
+        end = len(self.text) if end < 0 else end
+        if end - (begin - self.begin) > MAX_RECORD_BYTES:
+            raise DataError(
+                f"{self.file.path}: line {self.file.place(begin)[0]} is longer than"
+                f" {MAX_RECORD_BYTES >> 20} MiB"
+            )
+        return self.text[begin - self.begin : end]
 
     def decode(self, begin: int) -> tuple[Any, int]:
         """The value at a byte offset, and the offset behind it; DataError if there is none."""
         while True:
-            num_tried = len(self._text) if self._begin == begin else 0
-            is_last_try = num_tried >= MAX_RECORD_BYTES or self._begin + len(self._text) == len(self._data)
+            is_last_try = self._is_last_try(begin)
             try:
-                value, end = self._raw_decode(self._text, begin - self._begin)
+                value, end = self._raw_decode(self.text, begin - self.begin)
                 # Only a number does not show where it ends: 1 may be what the window leaves of 1.5.
-                cut_off = isinstance(value, int | float) and self._text[end : end + 1] in "0123456789.eE+-"
+                cut_off = isinstance(value, int | float) and self.text[end : end + 1] in "0123456789.eE+-"
                 if is_last_try or not cut_off:
-                    return value, self._begin + end
+                    return value, self.begin + end
             except RecursionError as error:
-                raise DataError("it is nested too deeply") from error
+                raise DataError("is nested too deeply") from error
             except ValueError as error:  # broken, or cut off by the window's end
                 if is_last_try:
-                    line = _line_at(self._data, self._begin + getattr(error, "pos", 0))
-                    raise DataError(f"line {line}: {getattr(error, 'msg', error)}") from error
-            self._begin = begin
-            num_bytes = max(WINDOW_BYTES, 2 * num_tried)
-            self._text = self._data[begin : begin + num_bytes].decode("latin-1")
+                    at = self.begin + getattr(error, "pos", begin - self.begin)
+                    raise _not_json(self.file, at, self.file.size, error, is_line=False) from error
+            self._grow(begin)
+
+    def _is_last_try(self, begin: int) -> bool:
+        """Whether the window holds all that a record at this byte offset may be."""
+        num_bytes = len(self.text) if self.begin == begin else 0
+        return num_bytes > MAX_RECORD_BYTES or self.begin + len(self.text) == self.file.size
+
+    def _grow(self, begin: int) -> None:
+        num_bytes = len(self.text) if self.begin == begin else 0
+        self.move(begin, max(WINDOW_BYTES, 2 * num_bytes))
 
 
-def _skip_space(data: mmap.mmap, position: int) -> int:
-    match = SPACE.match(data, position)
-    assert match is not None
-    return match.end()
-
-
-def _line_at(data: mmap.mmap, position: int) -> int:
-    """The line, from 1, that a byte offset lies in."""
-    return 1 + sum(
-        data[at : min(at + (1 << 20), position)].count(b"\n") for at in range(0, position, 1 << 20)
-    )
-
-
-def _parse(text: bytes) -> Any:
+def _parse(file: _File, begin: int, end: int) -> Any:
+    data = file.read(begin, end)
     try:
-        return json.loads(text.decode())
+        text = data.decode()
     except UnicodeDecodeError as error:
         raise DataError(f"is not UTF-8 text (byte {error.start} of the record)") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"is not JSON: {error}") from error
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise DataError("is nested too deeply") from error
+    except ValueError as error:
+        at = begin + len(text[: getattr(error, "pos", 0)].encode())
+        raise _not_json(file, at, end, error, is_line=True) from error
 
 
-def _problem_of(text: bytes) -> str | None:
+def _not_json(file: _File, at: int, end: int, error: ValueError, is_line: bool) -> DataError:
+    """Why the text before `end` is no JSON: the parser's error at a byte offset, in words."""
+    message = getattr(error, "msg", "")
+    if not message:
+        return DataError("is not JSON: it holds a number of too many digits")
+    before = file.read(max(0, at - CONTEXT_BYTES), at).decode(errors="ignore")
+    text = file.read(at, min(at + CONTEXT_BYTES, end)).decode(errors="replace")
+    if message.startswith("Expecting"):
+        at, text = at + len(text) - len(text.lstrip()), text.lstrip()
+    line, column = file.place(at)
+    what = explain(message, before, text, is_line)
+    return DataError(f"is not JSON: line {line}, column {column}: {what}")
+
+
+def _problem_of(file: _File, begin: int, end: int) -> str | None:
     """What is wrong with a record, worded from its real text rather than from its Latin-1 reading."""
     try:
-        parse_sample(_parse(text))
+        parse_sample(_parse(file, begin, end))
+    except FileChangedError:
+        raise
     except DataError as error:
         return str(error)
     return None

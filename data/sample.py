@@ -8,15 +8,29 @@
 
 Roles are case-insensitive: human or user; assistant, bot or gpt; system. Every `<ImageHere>` takes the next
 image. A single image without a placeholder goes before the text (`image_first`), the 2.5 models' convention.
+
+What other projects write means the same:
+
+    LLaVA, ShareGPT   `<image>` is a placeholder too where the counts fit that way, and stays text where
+                      `<ImageHere>` alone fits the images; `images` is `image`
+    OpenAI            `messages` with `role` and `content`; content is a string or a list of parts,
+                      {"type": "text", "text": …}, {"type": "image", "image": path} or
+                      {"type": "image_url", "image_url": {"url": path}}; an image part without a path takes
+                      the next of the record's `images`
+
 What is wrong is a `DataError` that names the field; the caller says which file and which record.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from data.errors import DataError
 
 PLACEHOLDER = "<ImageHere>"
+IMAGE_TAG = "<image>"
+TAGS = (IMAGE_TAG, "<video>", "<audio>")
+"""What stands for an image, a video or audio in other projects' data; here it may be plain text."""
 ROLES = {
     "human": "user",
     "user": "user",
@@ -25,6 +39,9 @@ ROLES = {
     "gpt": "assistant",
     "system": "system",
 }
+VIDEO_AND_AUDIO = {"video", "videos", "audio", "audios"}
+KNOWN_KEYS = {"id", "image", "images", "conversations", "messages", *VIDEO_AND_AUDIO}
+URL = re.compile(r"data:|[a-z][a-z0-9+]*://", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +54,13 @@ class Sample:
     images: list[str]
     """Paths as the file gives them: relative to the JSON file's folder or to the image root."""
     image_first: bool
+    unknown_keys: tuple[str, ...] = ()
+    """Keys of the record that mean nothing here: perhaps a misspelt one."""
+
+    @property
+    def tags_as_text(self) -> list[str]:
+        """Other projects' placeholders that stay text in this sample."""
+        return [tag for tag in TAGS if any(tag in text for _, text in self.turns)]
 
 
 def parse_sample(record: Any, needs_answer: bool = True) -> Sample:
@@ -46,36 +70,63 @@ def parse_sample(record: Any, needs_answer: bool = True) -> Sample:
     """
     if not isinstance(record, dict):
         raise DataError(f"a record must be an object with 'conversations', not {_kind(record)}")
-    conversations = record.get("conversations")
+    unknown_keys = tuple(sorted(record.keys() - KNOWN_KEYS))
+    for key in sorted(VIDEO_AND_AUDIO.intersection(record)):
+        if record[key]:
+            raise DataError(f"has {key!r}, but the model takes text and images alone; drop the record")
+    key, conversations = _only_one(record, "conversations", "messages")
     if not isinstance(conversations, list) or not conversations:
         found = (
             "has no" if conversations is None else f"needs a non-empty list, not {_kind(conversations)}, as"
         )
-        raise DataError(f"{found} 'conversations'; give [{{'from': 'user', 'value': …}}, …]")
-    turns = [_parse_turn(turn, number) for number, turn in enumerate(conversations)]
+        raise DataError(f"{found} {key!r}; give [{{'from': 'user', 'value': …}}, …]")
+    in_parts: list[str | None] = []
+    turns = [_parse_turn(turn, number, in_parts) for number, turn in enumerate(conversations)]
     if needs_answer and all(role != "assistant" for role, _ in turns):
         raise DataError(
             "has no assistant turn, so there is nothing to learn from it; add one or drop the record"
         )
-    images = _parse_images(record.get("image"))
+    images = _parse_images(record, in_parts)
     num_placeholders = sum(text.count(PLACEHOLDER) for _, text in turns)
-    image_first = len(images) == 1 and num_placeholders == 0
+    num_tags = sum(text.count(IMAGE_TAG) for _, text in turns)
+    if num_placeholders != len(images) == num_placeholders + num_tags:
+        turns = [(role, text.replace(IMAGE_TAG, PLACEHOLDER)) for role, text in turns]
+        num_placeholders, num_tags = len(images), 0
+    image_first = len(images) == 1 and num_placeholders + num_tags == 0
     if num_placeholders != len(images) and not image_first:
+        tags = f" and {num_tags} {IMAGE_TAG}" if num_tags and images else ""
         raise DataError(
-            f"has {num_placeholders} {PLACEHOLDER} but {len(images)} images; each image needs one"
+            f"has {num_placeholders} {PLACEHOLDER}{tags} but {len(images)} images; each image needs one"
         )
     record_id = record.get("id")
-    return Sample(None if record_id is None else str(record_id), turns, images, image_first)
+    return Sample(None if record_id is None else str(record_id), turns, images, image_first, unknown_keys)
 
 
-def _parse_turn(turn: Any, number: int) -> tuple[str, str]:
-    if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
-        raise DataError(f"turn {number} must be an object with 'from' and 'value'")
-    role, text = turn["from"], turn["value"]
+def _only_one(record: dict[str, Any], usual: str, other: str) -> tuple[str, Any]:
+    """(key, value) of the one of two keys that the record has; DataError where they say different things."""
+    first, second = record.get(usual), record.get(other)
+    if first and second and first != second:
+        raise DataError(f"has {usual!r} and {other!r}, and they differ; keep one of them")
+    return (usual, first) if first or second is None else (other, second)
+
+
+def _parse_turn(turn: Any, number: int, in_parts: list[str | None]) -> tuple[str, str]:
+    """(role, text), an image part being a placeholder; its path, or None, goes to the end of `in_parts`."""
+    if isinstance(turn, dict) and "from" in turn and "value" in turn:
+        role, text = turn["from"], turn["value"]
+    elif isinstance(turn, dict) and "role" in turn and "content" in turn:
+        role, text = turn["role"], turn["content"]
+    else:
+        raise DataError(
+            f"turn {number} must be an object with 'from' and 'value', or with 'role' and 'content'"
+        )
     if not isinstance(role, str) or role.lower() not in ROLES:
-        raise DataError(f"turn {number} has the unknown role {role!r:.60}; use one of {', '.join(ROLES)}")
+        found = f"{role!r:.60}" if isinstance(role, str) else _kind(role)
+        raise DataError(f"turn {number} has the unknown role {found}; use one of {', '.join(ROLES)}")
+    if isinstance(text, list) and text:
+        text = "".join(_parse_part(part, f"turn {number} has a part", in_parts) for part in text)
     if not isinstance(text, str):
-        raise DataError(f"turn {number} has {_kind(text)} as its 'value'; it must be a string")
+        raise DataError(f"turn {number} has {_kind(text)} as its text; it must be a string")
     if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
         raise DataError(
             f"turn {number} holds half of a surrogate pair (\\ud800–\\udfff), which is no character"
@@ -83,15 +134,57 @@ def _parse_turn(turn: Any, number: int) -> tuple[str, str]:
     return ROLES[role.lower()], text.strip()
 
 
-def _parse_images(value: Any) -> list[str]:
-    """The paths under 'image': a string, a list of strings, or nothing (absent, null, "" or [])."""
-    images = [value] if isinstance(value, str) and value else value or []
-    if not isinstance(images, list) or not all(isinstance(path, str) and path for path in images):
-        raise DataError("'image' must be a path or a list of paths")
+def _parse_part(part: Any, complaint: str, in_parts: list[str | None]) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    if kind in ("image", "image_url"):
+        path = part.get(kind)
+        path = path.get("url") if isinstance(path, dict) else path
+        if path is not None and not isinstance(path, str):
+            raise DataError(f"{complaint} with {_kind(path)} as {kind!r}; it must be a path")
+        in_parts.append(path or None)
+        return PLACEHOLDER
+    found = f"of the type {kind!r:.60}" if isinstance(kind, str) else "without a type"
+    raise DataError(
+        f"{complaint} {found}; give {{'type': 'text', 'text': …}} or {{'type': 'image', 'image': path}}, "
+        "as the model takes text and images alone"
+    )
+
+
+def _parse_images(record: dict[str, Any], in_parts: list[str | None]) -> list[str]:
+    """The images' paths: those under 'image' or 'images', or those that the image parts name."""
+    paths = {key: _parse_paths(key, record[key]) for key in ("image", "images") if key in record}
+    _, images = _only_one(paths, "image", "images")
+    images = images or []
+    if named := [path for path in in_parts if path]:
+        if len(named) < len(in_parts):
+            raise DataError("has a path in some of its image parts and none in others; give all or none")
+        if images and images != named:
+            raise DataError("has images in its parts and others under 'images'; keep one of them")
+        images = named
+    if urls := [path for path in images if URL.match(path)]:
+        raise DataError(
+            f"has the URL {urls[0]!r:.60} as an image; images are read from files: save it and give its path"
+        )
     return images
+
+
+def _parse_paths(key: str, value: Any) -> list[str]:
+    """A string, a list of strings, or nothing (absent, null, "" or [])."""
+    paths = [value] if isinstance(value, str) and value else value or []
+    if not isinstance(paths, list):
+        raise DataError(f"has {_kind(value)} as {key!r}: {key!r} must be a path or a list of paths")
+    if wrong := [path for path in paths if not (isinstance(path, str) and path)]:
+        raise DataError(f"has {_kind(wrong[0])} in {key!r}: {key!r} must be a path or a list of paths")
+    return paths
 
 
 def _kind(value: Any) -> str:
     """A JSON value's kind in words."""
+    if value in ({}, [], ""):
+        return {dict: "an empty object", list: "an empty list", str: "an empty string"}[type(value)]
+    if value != value:
+        return "NaN, which is no JSON,"
     kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return f"an empty {type(value).__name__}" if value in ([], {}) else kinds.get(type(value), "a number")
+    return kinds.get(type(value), "a number")

@@ -74,6 +74,7 @@ class SquareProcessor:
     """A picture becomes its mean colour in a 2×2 square, and `slots` tokens."""
 
     slots: int = 4
+    as_viewed: bool = False
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         pixel = self.rgb(image).resize((1, 1)).getpixel((0, 0))

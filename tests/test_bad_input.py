@@ -1,11 +1,14 @@
 """What a user gets wrong is said in one sentence with the place and the remedy, before any weight is read."""
 
 import json
+import os
 import shutil
 
 import pytest
 from PIL import Image
 
+import trainer.plan
+from tests.fault_cases import at_step
 from tests.tiny import read_metrics, run_ranks, tiny_data, tiny_model
 from trainer.main import main
 
@@ -178,3 +181,36 @@ def test_an_attention_kernel_that_is_not_installed_is_a_sentence(model, data, tm
     assert "use --attn_implementation sdpa" in error
     assert "Traceback" not in output
     assert not (tmp_path / "out").exists()
+
+
+def main_and_change(path, when, arguments):
+    """A run in the midst of which somebody cuts a file short: while lengths are measured, or at step 2."""
+    if when == "measuring":
+        needed = trainer.plan.needed_records
+        trainer.plan.needed_records = lambda *given: (os.truncate(path, 100), needed(*given))[1]
+    else:
+        at_step(2, 0, lambda: os.truncate(path, 100))
+    return main(arguments)
+
+
+@pytest.mark.parametrize(("when", "workers", "status"), [("measuring", 0, 2), ("step", 0, 1), ("step", 2, 1)])
+def test_a_json_file_that_changes_ends_the_run_in_a_sentence(model, data, tmp_path, when, workers, status):
+    """Also where bad samples are skipped: not one of its records can be trusted."""
+    arguments = f"""
+        --model_name_or_path {model} --data_path {data / "data.txt"} --output_dir {tmp_path / "out"}
+        --bf16 False --max_steps 60 --per_device_train_batch_size 4 --save_strategy no --on_bad_sample skip
+        --dataloader_num_workers {workers}
+    """.split()
+    (output,) = run_ranks(1, main_and_change, data / "text.json", when, arguments, status=status)
+    (error,) = errors_of(output)
+    assert error.endswith(f"{data}/text.json: the file has changed while it was in use; start again")
+    assert "Traceback" not in output
+
+
+def test_the_start_warns_of_samples_that_lose_their_tail_and_of_files_repeated_often(model, data, tmp_path):
+    (data / "data.txt").write_text("colour.json\ntext.json 0.13\n")
+    (output,) = run(0, model, data / "data.txt", tmp_path / "out", "--max_steps", "-1", "--max_length", "46")
+    warnings = [line for line in output.splitlines() if line.startswith("warning: ")]
+    tails, repeated = [line for line in warnings if "text.json: " in line or "lose their tail" in line]
+    assert tails == "warning: colour: 12 of 12 measured samples are over max_length=46 and lose their tail"
+    assert "text.json: 130 samples an epoch of 12 records, each about 11 times" in repeated

@@ -1,4 +1,4 @@
-"""Broken files of every kind: never a traceback, never a hang, and a refusal names file and record."""
+"""Broken files of every kind and form: no traceback, no hang, and a refusal names file and record."""
 
 import json
 import random
@@ -45,7 +45,15 @@ SCRAPS = [
         b"value",
         b"human",
         b"conversations",
+        b"messages",
+        b"role",
+        b"content",
         b"image",
+        b"images",
+        b"<image>",
+        b'"video": "a.mp4", ',
+        b'{"type": "image"}, ',
+        b"data:image/png;base64,",
         b"../",
         b"/dev/zero",
         b"a.json",
@@ -81,6 +89,11 @@ def mutate(data: bytes, choose: random.Random) -> bytes:
     return data
 
 
+def chat(content) -> dict:
+    """A record in OpenAI's form."""
+    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "4"}]}
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> dict[str, bytes]:
     """Good files by name."""
@@ -94,6 +107,14 @@ def whole(tmp_path_factory) -> dict[str, bytes]:
     records = [
         record("1 <ImageHere>浦语", "2", "<ImageHere>", "3", images=names[:2], record_id="r0"),
         *(record("<ImageHere>", "\u2028 é", images=[name]) for name in names),
+        {**record("<image>", "2"), "images": "a.png", "sorce": 1},
+        {**chat("<image> 1 <image>"), "images": names[:2]},
+        chat([{"type": "text", "text": "1"}, {"type": "image", "image": "a.png"}]),
+        {
+            **chat([{"type": "image"}, {"type": "image"}, {"type": "text", "text": "浦"}]),
+            "images": names[2:4],
+        },
+        chat([{"type": "image_url", "image_url": {"url": "a.gif"}}]),
         record("<b>", "5", record_id="last"),
     ]
     (folder / "a.json").write_text(json.dumps(records, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -130,6 +151,16 @@ def run_case(folder: Path, whole: dict[str, bytes], seed: int) -> str:
         assert place in what
         assert what.isprintable()
     return "refused" if refusals else "accepted"
+
+
+def test_the_whole_files_are_good(tmp_path, whole):
+    for name, data in whole.items():
+        (tmp_path / name).write_bytes(data)
+    sources = read_mixture(tmp_path / "data.txt", show_progress=False)
+    reader = SampleReader(sources, encoder(), SquareImageProcessor(14, 7))
+    for number, source in enumerate(sources):
+        read = [reader.read(number, index) for index in range(len(source.records))]
+        assert sum(len(pictures) for _, pictures in read) == source.records.num_images == 2 + len(FORMATS) + 7
 
 
 @settings(max_examples=100, deadline=None)

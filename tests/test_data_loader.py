@@ -2,6 +2,7 @@
 
 import logging
 import multiprocessing
+import os
 
 import pytest
 import torch
@@ -24,13 +25,24 @@ def folder(tmp_path):
 
 
 def run(
-    folder, records, *, processor=None, max_length=1000, rank=0, num_ranks=1, workers=0, per=2, **options
+    folder,
+    records,
+    *,
+    processor=None,
+    max_length=1000,
+    rank=0,
+    num_ranks=1,
+    workers=0,
+    per=2,
+    meanwhile=lambda: None,
+    **options,
 ):
     sources = read_mixture(
         write_json(folder / "a.json", records), skip_bad=options.get("on_bad_sample") == "skip"
     )
     sampler = StepSampler(sources, seed=0, global_batch=len(records))
     reader = SampleReader(sources, encoder(max_length), processor or SquareProcessor())
+    meanwhile()
     loader = StepLoader(
         reader,
         sampler,
@@ -118,6 +130,20 @@ def test_bad_samples_can_be_skipped_and_are_counted(folder, caplog):
     skipped = sorted(why for batch in batches for _, why in batch.skipped)
     assert ["record 1 (id 'cat-7')" in skipped[0], "record 2 (id 'no-turns')" in skipped[1]] == [True, True]
     assert caplog.text.count("left out") == 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_file_that_changes_ends_the_run_also_where_bad_samples_are_skipped(folder, workers):
+    records = [record("5", f"3{index}") for index in range(40)]
+    with pytest.raises(DataError) as caught:
+        run(
+            folder,
+            records,
+            workers=workers,
+            on_bad_sample="skip",
+            meanwhile=lambda: os.truncate(folder / "a.json", 100),
+        )
+    assert str(caught.value) == f"{folder / 'a.json'}: the file has changed while it was in use; start again"
 
 
 def test_a_sample_whose_answer_is_cut_off_is_named_and_left_out(folder, caplog):

@@ -49,6 +49,15 @@ def test_a_ratio_of_the_file(folder):
     assert [source.num_samples for source in sources] == [25, 100, 50]
 
 
+def test_a_file_that_is_repeated_often_says_so(folder):
+    write_json(folder / "one.json", [record("1", "2")])
+    often, usual = mixture(folder, "one.json 1\na.json 0.5\n")
+    assert usual.repetition is None
+    assert "one.json: 1,000 samples an epoch of 1 record, each about 1,000 times" in often.repetition
+    (often,) = mixture(folder, "a.json 12\n", given_num=False)
+    assert "600 samples an epoch of 50 records, each about 12 times" in often.repetition
+
+
 def test_a_json_file_stands_in(folder):
     (source,) = read_mixture(folder / "a.json")
     assert (source.name, source.num_samples, source.image_root) == ("a", 50, folder)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from data.batch import collate
 from data.errors import DataError
-from data.lengths import BAD, UNMEASURED, bad_samples, measure_lengths, needed_records
+from data.lengths import BAD, UNMEASURED, bad_samples, measure_lengths, needed_records, num_cut
 from data.loader import SampleReader, StepLoader
 from data.mixture import read_mixture
 from data.packing import CostModel, Packing, deal, idle_share, pack
@@ -115,12 +115,16 @@ def test_lengths_are_what_the_loader_makes(folder, num_workers, monkeypatch):
     monkeypatch.setattr("data.lengths.CHUNK_RECORDS", 2)
     reader = reader_of(folder, RECORDS)
     (lengths,) = measure_lengths(reader, num_workers=num_workers)
-    for index, (tokens, slots, supervised) in enumerate(lengths.tolist()):
+    whole = reader_of(folder, RECORDS, max_length=1000)
+    for index, (tokens, slots, supervised, before_cut) in enumerate(lengths.tolist()):
         encoded, pictures = reader.read(0, index)
+        assert before_cut == len(whole.read(0, index)[0].input_ids)
+        assert encoded.is_cut == (before_cut > tokens)
         assert (len(encoded.input_ids), int(encoded.im_mask.sum())) == (tokens, slots)
         assert encoded.num_supervised == supervised
         assert sum(picture[0].numel() for picture in pictures) == slots
-    assert lengths[4].tolist() == [60, 0, 0], "cut before its answer"
+    assert lengths[4, :3].tolist() == [60, 0, 0], "cut before its answer"
+    assert num_cut(lengths) == 2
 
 
 def test_lengths_are_computed_once_for_the_same_settings(folder, monkeypatch):

@@ -10,7 +10,7 @@ import subprocess
 import pytest
 from PIL import Image
 
-from data.preview import main
+from data.preview import _tokens, main
 from tests.data_fixtures import record, write_json
 from tests.tiny import tiny_data, tiny_model
 
@@ -26,7 +26,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("preview")
     tiny_data(folder)
     attack = record("say </script><b>w1</b>", "w1 & w2", record_id="attack")
-    write_json(folder / "odd.json", [attack, record("w1 " * 300, "w2", record_id="long")])
+    tail = record("w1", " ".join(["w2"] * 300), record_id="tail")
+    write_json(folder / "odd.json", [attack, record("w1 " * 300, "w2", record_id="long"), tail])
     with (folder / "data.txt").open("a") as file:
         file.write("odd.json\n")
     arguments = [str(folder / "data.txt"), "--model_name_or_path", str(tiny_model(folder / "model"))]
@@ -54,13 +55,13 @@ def articles(dom):
 
 def test_a_person_finds_rows_pictures_roles_and_labels(folder):
     dom = browse(folder, "packed.html")
-    assert "31 samples shown" in dom
+    assert "32 samples shown" in dom
     samples = articles(dom)
-    assert len(samples) == 31
+    assert len(samples) == 32
     rows = re.findall(r"packed row \d+ <small>(\d+) samples, (\d+) of at most 256 tokens", dom)
-    assert sum(int(count) for count, _ in rows) == 31
+    assert sum(int(count) for count, _ in rows) == 32
     assert all(int(tokens) <= 256 for _, tokens in rows)
-    assert len(rows) < 31
+    assert len(rows) < 32
     (colour,) = [
         content for _, content in samples if "&#x27;colour-4&#x27;" in content or "'colour-4'" in content
     ]
@@ -101,6 +102,36 @@ def test_the_page_is_complete_in_itself(folder):
     assert "http" not in page
     assert all(source.startswith("data:image/jpeg;base64,") for source in re.findall(r'src="([^"]+)"', page))
     assert "record 1 (id &#x27;long&#x27;) keeps no answer token" in page
+
+
+def test_a_sample_that_loses_its_tail_is_marked(folder):
+    page = (folder / "packed.html").read_text(encoding="utf-8")
+    (tail,) = [content for _, content in articles(page) if "&#x27;tail&#x27;" in content]
+    (whole,) = re.findall(r"cut at max_length: 256 of (\d+) tokens", page)
+    assert f"cut at max_length: 256 of {whole} tokens" in tail
+    assert int(whole) == 600 + 11, "words and spaces, and what is around them"
+
+
+class ByteTokenizer:
+    """A few control tokens, and the bytes of all text."""
+
+    bos_token, eos_token = "<s>", "</s>"
+
+    def convert_tokens_to_ids(self, tokens):
+        return [-1] * len(tokens)
+
+    def convert_ids_to_tokens(self, token):
+        return f"<0x{token:02X}>" if token < 256 else "▁cat"
+
+
+def test_characters_that_are_several_byte_tokens_can_be_read():
+    ids = [*"浦é<\n".encode(), 0xE6, 300, 0xB5]
+    marked = list(_tokens(ByteTokenizer(), ids, ids, [False] * len(ids), ["user"] * len(ids), []))
+    texts = [html.unescape(re.sub(r"<[^>]+>", "", token)) for token in marked]
+    assert texts[:6] == ["<0xE6>", "<0xB5>", "<0xA6>", "浦", "<0xC3>", "<0xA9>"]
+    assert texts[6:10] == ["é", "<0x3C>", "<", "⏎\n"]
+    assert texts[10:12] == ["<0xE6>", " cat"], "half a character is not taken together with what follows"
+    assert "&lt;</i>" in marked[8]
 
 
 def test_pictures_are_those_that_the_model_gets(folder):

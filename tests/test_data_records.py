@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data.records as records_module
-from data.errors import DataError
+from data.errors import DataError, FileChangedError
 from data.records import Records
 from tests.data_fixtures import record, turns, write_json
 
@@ -75,6 +75,8 @@ def test_any_json_reads_back_through_any_window(tmp_path_factory, values, window
         (b'[{"a": "', "record 0 is not JSON"),
         (b"[" * 100_000, "nested too deeply"),
         (b"[" + b"1" * 5000 + b"]", "record 0 is not JSON"),
+        (b'[{"a": 1}]\n\n [{"b": 2}]', "'[' follows the end of the array on line 3; a file holds one array"),
+        (b'[{"a": 1}]]', "']' follows the end of the array on line 1"),
     ],
 )
 def test_a_file_that_is_not_json_is_refused(tmp_path, text, message):
@@ -125,6 +127,120 @@ def test_a_bad_line_is_a_problem_and_the_rest_is_read(tmp_path):
     for index, message in ((1, "is not JSON"), (2, "is not UTF-8")):
         with pytest.raises(DataError, match=message):
             records[index]
+
+
+# The original model's README gives its first record like this, with single quotes and without a comma.
+README_SAMPLE = """[
+    {
+      "id": "0",
+      "image": ['path/to/image_0.jpg', 'path/to/image_1.jpg']
+      "conversations": [
+        {"from": "user", "value": "<ImageHere> <ImageHere>Please describe these two images."}
+      ]
+    }
+]"""
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (README_SAMPLE, """line 4, column 17: "'" stands there; JSON needs double quotes (")"""),
+        (README_SAMPLE.replace("'", '"'), 'line 5, column 7: a comma is missing before "conversations"'),
+        ('[{"图": ["图.jpg"] "b": 1}]', 'line 1, column 18: a comma is missing before "b"'),
+        ('[{"a": “b”}]', "line 1, column 8: '“' stands there; JSON needs double quotes"),
+        ('[{"a": 1,\n}]', "line 2, column 1: '}' stands there; remove the trailing comma"),
+        ('[{"a": 1},\n]', "record 1 is not JSON: line 2, column 1: ']' stands there; remove the trailing"),
+        ('[{"a": None}]', "line 1, column 8: None stands there; JSON writes null"),
+        ('[{"a": True}]', "True stands there; JSON writes true"),
+        ('[{"a": nan}]', "nan stands there; JSON writes null"),
+        ('[{"a": "say "hi" to"}]', "a comma is missing before hi, or the double quote before it belongs to"),
+        ('[{"a": "1\n2"}]', r"'\n' stands within a string; write \n for the end of a line"),
+        (r'[{"a": "\d"}]', "stands within a string; write a backslash twice"),
+        (r'[{"a": "\u12g4"}]', r"\u needs four hexadecimal digits"),
+        ('[// c\n{"a": 1}]', "JSON has no comments"),
+        ("[{a: 1}]", "a stands where a key in double quotes should"),
+        ('[{"a" 1}]', "1 stands there; a key needs a colon behind it"),
+        ('[{"a": 1', "the file ends within the record"),
+        ('[{"a": "b', "line 1, column 8: the string that begins there has no end"),
+    ],
+)
+def test_what_is_not_json_is_said_with_its_place_and_remedy(tmp_path, text, message):
+    (tmp_path / "a.json").write_text(text, encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        Records(tmp_path / "a.json")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_lines_that_are_not_json_are_said_with_their_place_in_the_file(tmp_path):
+    good = json.dumps(record("浦语", "2"), ensure_ascii=False)
+    lines = [good, "", "{'a': 1}", good, '{"浦": 1,}', "{", '{"a": 1},']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    records = Records(tmp_path / "a.jsonl")
+    expected = {
+        1: 'line 3, column 2: "\'" stands there; JSON needs double quotes',
+        3: "line 5, column 9: '}' stands there; remove the trailing comma",
+        4: "line 6, column 2: the line ends within the record; write a record on one line",
+        5: "line 7, column 9: , follows the record on its line",
+    }
+    assert [index for index, _ in records.problems] == list(expected)
+    for index, what in reversed(records.problems):
+        assert expected[index] in what
+        with pytest.raises(DataError) as caught:
+            records[index]
+        assert str(caught.value) == what
+
+
+@pytest.mark.parametrize(("make", "kind"), [(os.mkfifo, "a pipe"), (os.mkdir, "a folder")])
+def test_what_is_no_file_is_refused_at_once(tmp_path, make, kind):
+    make(tmp_path / "a.json")
+    with pytest.raises(DataError, match=f"a.json: is {kind}, not a file"):
+        Records(tmp_path / "a.json")
+
+
+def shorten(path):
+    os.truncate(path, 100)
+
+
+def rewrite(path):
+    """At the same length."""
+    text = path.read_bytes().replace(b"000", b"111")
+    path.write_bytes(text)
+
+
+def replace(path):
+    new = path.with_suffix(".new")
+    new.write_bytes(path.read_bytes())
+    os.replace(new, path)
+
+
+@pytest.mark.parametrize("change", [shorten, rewrite, replace, os.unlink])
+def test_a_file_that_changes_is_not_read_any_more(tmp_path, change):
+    path = write_json(tmp_path / "a.json", [record("1", f"000 {index}") for index in range(3000)])
+    records = Records(path)
+    assert records[2999] == record("1", "000 2999")
+    change(path)
+    for index in (0, 2999):
+        with pytest.raises(FileChangedError, match="the file has changed while it was in use; start again"):
+            records[index]
+
+
+@pytest.mark.parametrize("change", [shorten, rewrite])
+def test_a_file_that_changes_while_it_is_indexed_is_refused(tmp_path, monkeypatch, change):
+    path = write_json(tmp_path / "a.json", [record("1", f"000 {index}") for index in range(3000)])
+    parse_sample, parsed = records_module.parse_sample, []
+
+    def parse(value):
+        parsed.append(value)
+        if len(parsed) == 1000:
+            change(path)
+        return parse_sample(value)
+
+    monkeypatch.setattr(records_module, "parse_sample", parse)
+    monkeypatch.setattr(records_module, "WINDOW_BYTES", 4096)
+    with pytest.raises(FileChangedError, match="has changed while it was in use"):
+        Records(path)
+    assert not (tmp_path / "a.json.index").exists()
 
 
 def test_problems_are_counted_beyond_the_ones_kept(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from data.errors import DataError
-from data.lengths import bad_samples, measure_lengths, needed_records
+from data.lengths import bad_samples, measure_lengths, needed_records, num_cut
 from data.loader import OnLongSample, SampleReader
 from data.mixture import Source, read_mixture
 from data.packing import CostModel, Packing
@@ -95,9 +95,15 @@ def make_plan(config: Config, ranks: Ranks) -> Plan | None:
     if not config.packing:
         return plan
     needed = needed_records(plan.sampler, range(plan.total_steps))
-    with rank_zero_first():
-        lengths = measure_lengths(plan.reader, needed, show_progress=ranks.rank == 0)
-    if config.on_bad_sample == "error" and agree_on_problems(bad_samples(plan.reader, lengths)):
+    lengths = []
+    try:
+        with rank_zero_first():
+            lengths = measure_lengths(plan.reader, needed, show_progress=ranks.rank == 0)
+        if config.on_bad_sample == "error":
+            problems = bad_samples(plan.reader, lengths)
+    except DataError as error:  # a file has changed meanwhile
+        problems = str(error).splitlines()
+    if agree_on_problems(problems):
         return None
     cost = CostModel.from_sizes(**cost_sizes(plan.model_config), trains_vision=not config.fix_vit)
     return replace(plan, packing=Packing(lengths, config.max_length, cost))
@@ -206,8 +212,17 @@ def say(plan: Plan, config: Config, ranks: Ranks, loaded: LoadReport) -> None:
             f"{len(loaded.carried)} tensors of {base} are unknown to the model and will be saved unchanged, "
             f"first {next(iter(loaded.carried))}"
         )
-    for source in plan.sources:
+    for number, source in enumerate(plan.sources):
         log(f"{source.name}: {len(source.records):,} records, {source.num_samples:,} samples an epoch")
+        if source.repetition:
+            log(f"warning: {source.repetition}")
+        if plan.packing and (cut := num_cut(lengths := plan.packing.lengths[number])):
+            measured = int((lengths[:, 0] >= 0).sum())
+            fate = "are left out" if config.on_long_sample == "skip" else "lose their tail"
+            log(
+                f"warning: {source.name}: {cut:,} of {measured:,} measured samples are over "
+                f"max_length={config.max_length} and {fate}"
+            )
     rows = (
         f"packed into rows of at most {config.max_length:,} tokens"
         if plan.packing
