@@ -7,8 +7,8 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -189,29 +189,40 @@ def test_the_slurm_script_of_the_readme_is_queued_again_after_a_stop(world, tmp_
     assert (tmp_path / "asked").read_text().splitlines() == ["show hostnames node[1-2]", "requeue 42"]
 
 
-def test_an_installed_wheel_holds_every_module_and_trains_from_any_folder(world, tmp_path):
-    """Built from a copy, as pip leaves its build/ where it builds."""
-    source, installed = tmp_path / "source", tmp_path / "installed"
+@pytest.mark.parametrize("editable", [False, True])
+def test_the_installed_project_works_where_there_is_a_folder_named_data(world, tmp_path, editable):
+    source = tmp_path / "source"  # a copy: pip leaves its build/ where it builds
     for package in ("data", "trainer"):
         shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", tmp_path]
-    subprocess.run([*pip, source], check=True, cwd=tmp_path)
-    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
-        wheel.extractall(installed)
-    modules = {path.relative_to(source) for path in source.glob("*/**/*.py") if "build" not in path.parts}
-    assert modules <= {path.relative_to(installed) for path in installed.glob("**/*.py")}
-    shutil.rmtree(source)
-    (tmp_path / "here").mkdir()
-    argv = flags(world, Path("out"), "--max_steps", "2")
-    done = subprocess.run(
-        [sys.executable, "-m", "trainer.launch", "--standalone", "-m", "trainer.main", *argv],
-        cwd=tmp_path / "here",
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(installed)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    code = {path.name for path in (installed / "trainer/models/xcomposer2").glob("*_xcomposer2.py")}
-    assert code <= {path.name for path in (tmp_path / "here" / "out").glob("*.py")}
+    modules = {path.relative_to(source) for path in source.glob("**/*.py")}
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv/bin/python"
+    (packages,) = (tmp_path / "venv/lib").glob("*/site-packages")
+    (packages / "of_the_tests.pth").write_text(sysconfig.get_path("purelib"))  # torch and all else
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--no-deps",
+        "--no-build-isolation",
+        "-q",
+    ]
+    subprocess.run([*pip, *["-e"] * editable, source], check=True, cwd=tmp_path)
+    if not editable:
+        shutil.rmtree(source)
+        assert modules == {path.relative_to(packages) for path in packages.glob("**/*.py")}
+    here = tmp_path / "here"
+    (here / "data").mkdir(parents=True)
+    launch = ["-m", "trainer.launch", "--standalone", "-m", "trainer.main"]
+    check = ["-m", "data.check", f"{world}/data/data.txt", "--model_name_or_path", f"{world}/model"]
+    for arguments in ([*launch, *flags(world, Path("out"), "--max_steps", "2")], check):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([python, *arguments], cwd=here, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    code = {path.name for path in (ROOT / "trainer/models/xcomposer2").glob("*_xcomposer2.py")}
+    assert code <= {path.name for path in (here / "out").glob("*.py")}
