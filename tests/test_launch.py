@@ -135,7 +135,8 @@ def test_a_port_that_is_taken_is_one_sentence(world, tmp_path):
     assert port in output
 
 
-def test_the_launchers_of_all_machines_end_with_the_trainers_status(world, tmp_path):
+@pytest.mark.parametrize("ending", ["stopped", "killed"])
+def test_the_launchers_of_all_machines_end_with_the_trainers_status(world, tmp_path, ending):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GPUS_PER_NODE": "1", "NNODES": "2"}
     environment |= {"MASTER_PORT": str(free_port()), "PATH": f"{BINARIES}:{os.environ['PATH']}"}
     argv = ["./torchrun.sh", "full", *flags(world, tmp_path / "run", "--max_steps", "100000")]
@@ -145,9 +146,18 @@ def test_the_launchers_of_all_machines_end_with_the_trainers_status(world, tmp_p
         with (tmp_path / f"log{number}").open("w") as log:
             jobs.append(subprocess.Popen(argv, cwd=ROOT, env=node, stdout=log, stderr=log))
     wait_for(tmp_path / "run" / "checkpoint-1")
-    (tmp_path / "run" / "STOP").touch()
+    if ending == "stopped":
+        (tmp_path / "run" / "STOP").touch()
+    else:
+        (rank,) = Path(f"/proc/{jobs[1].pid}/task/{jobs[1].pid}/children").read_text().split()
+        os.kill(int(rank), signal.SIGKILL)
     statuses = [job.wait(60) for job in jobs]
-    assert statuses == [STOPPED, STOPPED], (tmp_path / "log0").read_text() + (tmp_path / "log1").read_text()
+    logs = [(tmp_path / f"log{number}").read_text() for number in range(2)]
+    assert statuses == ([STOPPED, STOPPED] if ending == "stopped" else [1, 1]), "\n".join(logs)
+    if ending == "killed":
+        last = [log.rstrip().splitlines()[-1] for log in logs]
+        assert "error: rank 1 on" in last[1]
+        assert last[0] == "error: it has lost another rank, perhaps of another machine; that one says why"
 
 
 def wait_for(path: Path, seconds: float = 90) -> None:
