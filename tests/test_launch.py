@@ -7,8 +7,8 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -135,7 +135,8 @@ def test_a_port_that_is_taken_is_one_sentence(world, tmp_path):
     assert port in output
 
 
-def test_the_launchers_of_all_machines_end_with_the_trainers_status(world, tmp_path):
+@pytest.mark.parametrize("ending", ["stopped", "killed"])
+def test_the_launchers_of_all_machines_end_with_the_trainers_status(world, tmp_path, ending):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GPUS_PER_NODE": "1", "NNODES": "2"}
     environment |= {"MASTER_PORT": str(free_port()), "PATH": f"{BINARIES}:{os.environ['PATH']}"}
     argv = ["./torchrun.sh", "full", *flags(world, tmp_path / "run", "--max_steps", "100000")]
@@ -145,9 +146,18 @@ def test_the_launchers_of_all_machines_end_with_the_trainers_status(world, tmp_p
         with (tmp_path / f"log{number}").open("w") as log:
             jobs.append(subprocess.Popen(argv, cwd=ROOT, env=node, stdout=log, stderr=log))
     wait_for(tmp_path / "run" / "checkpoint-1")
-    (tmp_path / "run" / "STOP").touch()
+    if ending == "stopped":
+        (tmp_path / "run" / "STOP").touch()
+    else:
+        (rank,) = Path(f"/proc/{jobs[1].pid}/task/{jobs[1].pid}/children").read_text().split()
+        os.kill(int(rank), signal.SIGKILL)
     statuses = [job.wait(60) for job in jobs]
-    assert statuses == [STOPPED, STOPPED], (tmp_path / "log0").read_text() + (tmp_path / "log1").read_text()
+    logs = [(tmp_path / f"log{number}").read_text() for number in range(2)]
+    assert statuses == ([STOPPED, STOPPED] if ending == "stopped" else [1, 1]), "\n".join(logs)
+    if ending == "killed":
+        last = [log.rstrip().splitlines()[-1] for log in logs]
+        assert "error: rank 1 on" in last[1]
+        assert last[0] == "error: it has lost another rank, perhaps of another machine; that one says why"
 
 
 def wait_for(path: Path, seconds: float = 90) -> None:
@@ -189,29 +199,40 @@ def test_the_slurm_script_of_the_readme_is_queued_again_after_a_stop(world, tmp_
     assert (tmp_path / "asked").read_text().splitlines() == ["show hostnames node[1-2]", "requeue 42"]
 
 
-def test_an_installed_wheel_holds_every_module_and_trains_from_any_folder(world, tmp_path):
-    """Built from a copy, as pip leaves its build/ where it builds."""
-    source, installed = tmp_path / "source", tmp_path / "installed"
+@pytest.mark.parametrize("editable", [False, True])
+def test_the_installed_project_works_where_there_is_a_folder_named_data(world, tmp_path, editable):
+    source = tmp_path / "source"  # a copy: pip leaves its build/ where it builds
     for package in ("data", "trainer"):
         shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", tmp_path]
-    subprocess.run([*pip, source], check=True, cwd=tmp_path)
-    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
-        wheel.extractall(installed)
-    modules = {path.relative_to(source) for path in source.glob("*/**/*.py") if "build" not in path.parts}
-    assert modules <= {path.relative_to(installed) for path in installed.glob("**/*.py")}
-    shutil.rmtree(source)
-    (tmp_path / "here").mkdir()
-    argv = flags(world, Path("out"), "--max_steps", "2")
-    done = subprocess.run(
-        [sys.executable, "-m", "trainer.launch", "--standalone", "-m", "trainer.main", *argv],
-        cwd=tmp_path / "here",
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(installed)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    code = {path.name for path in (installed / "trainer/models/xcomposer2").glob("*_xcomposer2.py")}
-    assert code <= {path.name for path in (tmp_path / "here" / "out").glob("*.py")}
+    modules = {path.relative_to(source) for path in source.glob("**/*.py")}
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv/bin/python"
+    (packages,) = (tmp_path / "venv/lib").glob("*/site-packages")
+    (packages / "of_the_tests.pth").write_text(sysconfig.get_path("purelib"))  # torch and all else
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--no-deps",
+        "--no-build-isolation",
+        "-q",
+    ]
+    subprocess.run([*pip, *["-e"] * editable, source], check=True, cwd=tmp_path)
+    if not editable:
+        shutil.rmtree(source)
+        assert modules == {path.relative_to(packages) for path in packages.glob("**/*.py")}
+    here = tmp_path / "here"
+    (here / "data").mkdir(parents=True)
+    launch = ["-m", "trainer.launch", "--standalone", "-m", "trainer.main"]
+    check = ["-m", "data.check", f"{world}/data/data.txt", "--model_name_or_path", f"{world}/model"]
+    for arguments in ([*launch, *flags(world, Path("out"), "--max_steps", "2")], check):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([python, *arguments], cwd=here, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    code = {path.name for path in (ROOT / "trainer/models/xcomposer2").glob("*_xcomposer2.py")}
+    assert code <= {path.name for path in (here / "out").glob("*.py")}

@@ -336,6 +336,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_lost_peer(error):
             wait_for_the_end()
         log(f"\nerror: rank {ranks.rank} raised:\n{traceback.format_exc()}", every_rank=True)
+        if is_lost_peer(error):
+            log(
+                "error: it has lost another rank, perhaps of another machine; that one says why",
+                every_rank=True,
+            )
         return FAILED
     finish()
     return status

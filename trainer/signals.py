@@ -15,7 +15,6 @@ finished without that one, so this is no request: a rank that is still there END
 
 import os
 import signal
-import socket
 import threading
 import time
 from pathlib import Path
@@ -39,9 +38,9 @@ class StopRequest:
             signal.signal(number, self._on_signal)
         # Such a handler waits while the main thread is in a C call, as NCCL's collectives are. What cannot
         # wait is done by a thread, to which Python writes every signal's number as soon as it arrives.
-        received, self._numbers = socket.socketpair()
-        self._numbers.setblocking(False)
-        signal.set_wakeup_fd(self._numbers.fileno(), warn_on_full_buffer=False)
+        received, numbers = os.pipe()
+        os.set_blocking(numbers, False)
+        signal.set_wakeup_fd(numbers, warn_on_full_buffer=False)
         threading.Thread(target=_listen, args=(received,), name="signals", daemon=True).start()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -60,10 +59,10 @@ class StopRequest:
             self.file.unlink(missing_ok=True)
 
 
-def _listen(received: socket.socket) -> None:
+def _listen(received: int) -> None:
     """End the process at a second signal, or if torchrun wants it ended; never returns."""
     first = None
-    while number := received.recv(1):
+    while number := os.read(received, 1):
         if number[0] not in SIGNALS:
             continue
         if first is None:
