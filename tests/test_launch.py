@@ -2,18 +2,17 @@
 
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import sysconfig
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.fault_cases import LAUNCHERS, STOPPED, assert_same_model, flags, make_world, torchrun
+from tests.installed import install
 from tests.tiny import ROOT, free_port, read_metrics
 
 BINARIES = Path(sys.executable).parent
@@ -201,31 +200,7 @@ def test_the_slurm_script_of_the_readme_is_queued_again_after_a_stop(world, tmp_
 
 @pytest.mark.parametrize("editable", [False, True])
 def test_the_installed_project_works_where_there_is_a_folder_named_data(world, tmp_path, editable):
-    source = tmp_path / "source"  # a copy: pip leaves its build/ where it builds
-    for package in ("data", "trainer"):
-        shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    modules = {path.relative_to(source) for path in source.glob("**/*.py")}
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
-    python = tmp_path / "venv/bin/python"
-    (packages,) = (tmp_path / "venv/lib").glob("*/site-packages")
-    (packages / "of_the_tests.pth").write_text(sysconfig.get_path("purelib"))  # torch and all else
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        python,
-        "install",
-        "--no-deps",
-        "--no-build-isolation",
-        "-q",
-    ]
-    subprocess.run([*pip, *["-e"] * editable, source], check=True, cwd=tmp_path)
-    if not editable:
-        shutil.rmtree(source)
-        assert modules == {path.relative_to(packages) for path in packages.glob("**/*.py")}
+    python = install(tmp_path, editable)
     here = tmp_path / "here"
     (here / "data").mkdir(parents=True)
     launch = ["-m", "trainer.launch", "--standalone", "-m", "trainer.main"]
