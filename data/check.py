@@ -6,7 +6,6 @@ problem with file, index and id; the same goes as JSON beside data.txt, or to `-
 a record cannot be used, else 0: what can be trained on but may not be meant is a warning.
 """
 
-import argparse
 import hashlib
 import json
 import sys
@@ -22,14 +21,15 @@ import numpy as np
 from PIL import ExifTags, Image, ImageChops
 from tqdm import tqdm
 
+from data.config import DataConfig
 from data.errors import DataError, FileChangedError
 from data.images import open_image, process
 from data.ledger import table
 from data.lengths import Chunk, chunks_of, in_parallel, measure_lengths, num_cut
 from data.loader import SampleReader
 from data.mixture import Source
-from data.packing import Packing, deal, idle_share
-from data.processors import add_arguments, open_data
+from data.packing import CostModel, Packing, deal, idle_share
+from data.processors import model_families, open_data, parse_command
 from data.sampler import StepSampler
 
 MAX_SHOWN = 20
@@ -39,6 +39,25 @@ MAX_NAMED = 10
 MAX_STEPS_PLANNED = 500
 """Steps of the first epoch that the expected rows and padding are computed from."""
 BAR_WIDTH = 40
+
+
+@dataclass
+class CheckConfig(DataConfig):
+    """`python -m data.check data.txt --model_name_or_path DIR`: what is wrong with data, and what an epoch
+    is."""
+
+    # --- the check -----------------------------------------------------------------------------------
+    num_ranks: int = 1
+    """Processes that the training will have."""
+    fix_vit: bool = True
+    """Whether the training freezes the vision tower: the cost of images depends on it."""
+    num_workers: int | None = None
+    """Processes that check; one a core by default."""
+    out: str | None = None
+    """The report as JSON; <data_path>.check.json by default."""
+
+    def problems(self) -> list[str]:
+        return super().problems() + self.too_small(num_ranks=1, num_workers=0)
 
 
 @dataclass
@@ -128,13 +147,13 @@ def hides_colours(image: Image.Image) -> bool:
     return ImageChops.difference(colours, seen).getbbox() is not None
 
 
-def check(reader: SampleReader, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The report, as JSON values."""
+def check(reader: SampleReader, config: CheckConfig, cost: CostModel) -> dict[str, Any]:
+    """The report, as JSON values; cost: of a sample, which balances the ranks."""
     sources = reader.sources
-    lengths = measure_lengths(reader, num_workers=arguments.num_workers)
+    lengths = measure_lengths(reader, num_workers=config.num_workers)
     chunks = chunks_of([np.arange(len(source.records)) for source in sources])
     found = Findings()
-    results = in_parallel(partial(inspect_records, reader), chunks, arguments.num_workers)
+    results = in_parallel(partial(inspect_records, reader), chunks, config.num_workers)
     for part, _ in zip(results, tqdm(chunks, desc="records and images", unit="chunk", delay=2), strict=True):
         found.add(part)
 
@@ -154,7 +173,7 @@ def check(reader: SampleReader, arguments: argparse.Namespace) -> dict[str, Any]
     return {
         "sources": [describe(source, rows) for source, rows in zip(sources, lengths, strict=True)],
         "max_length": reader.encoder.max_length,
-        "epoch": plan_epoch(reader, lengths, arguments),
+        "epoch": plan_epoch(reader, lengths, config, cost),
         "errors": found.errors,
         "warnings": {
             "no answer left": [
@@ -269,13 +288,13 @@ def describe(source: Source, rows: np.ndarray) -> dict[str, Any]:
 
 
 def plan_epoch(
-    reader: SampleReader, lengths: Sequence[np.ndarray], arguments: argparse.Namespace
+    reader: SampleReader, lengths: Sequence[np.ndarray], config: CheckConfig, cost: CostModel
 ) -> dict[str, Any]:
     """What the first epoch is expected to be, packed and not."""
-    num_ranks, per_micro_batch = arguments.num_ranks, arguments.per_device_train_batch_size
-    global_batch = num_ranks * per_micro_batch * arguments.gradient_accumulation_steps
-    sampler = StepSampler(reader.sources, arguments.seed, global_batch)
-    packing = Packing(lengths, reader.encoder.max_length)
+    num_ranks, per_micro_batch = config.num_ranks, config.per_device_train_batch_size
+    global_batch = num_ranks * per_micro_batch * config.gradient_accumulation_steps
+    sampler = StepSampler(reader.sources, config.seed, global_batch)
+    packing = Packing(lengths, reader.encoder.max_length, cost)
     num_steps = min(sampler.steps_per_epoch, MAX_STEPS_PLANNED)
     num_tokens = num_rows = padded_tokens = 0
     idle_packed = idle_dealt = 0.0
@@ -337,18 +356,19 @@ def as_text(report: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m data.check", description=(__doc__ or "").split("\n")[0])
-    add_arguments(parser)
-    parser.add_argument("--out", help="the report as JSON; <data_path>.check.json by default")
-    arguments = parser.parse_args(argv)
+    config = parse_command(CheckConfig, argv, "data.check")
+    if config is None:
+        return 2
     try:
-        report = check(open_data(arguments, skip_bad=True), arguments)
+        reader, model_config = open_data(config)
+        sizes = model_families().cost_sizes(model_config)
+        report = check(reader, config, CostModel.from_sizes(**sizes, trains_vision=not config.fix_vit))
     except DataError as error:
         report = {"errors": str(error).splitlines()}
         print(f"error: {error}")
     else:
         print(as_text(report))
-    out = Path(arguments.out or f"{arguments.data_path}.check.json")
+    out = Path(config.out or f"{config.data_path}.check.json")
     try:
         out.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:

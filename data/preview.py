@@ -5,7 +5,6 @@ rows as they are packed, pictures as the model gets them, tokens coloured by rol
 trained. A menu shows one source alone; `preview.html#source=pets` opens with that choice.
 """
 
-import argparse
 import base64
 import codecs
 import html
@@ -13,6 +12,7 @@ import io
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ import torch
 from PIL import Image
 
 from data.batch import MicroBatch
+from data.config import DataConfig
 from data.errors import DataError
 from data.images import ImageProcessor
 from data.lengths import measure_lengths
 from data.loader import SampleReader, StepLoader
-from data.packing import Packing
-from data.processors import add_arguments, boolean, open_data
+from data.packing import CostModel, Packing
+from data.processors import model_families, open_data, parse_command
 from data.sampler import StepSampler
 from data.tokens import IGNORED
 
@@ -75,10 +76,32 @@ show();
 """
 
 
-def preview(reader: SampleReader, num_samples: int, seed: int, packed: bool) -> str:
-    """The page of the first samples of the training order."""
-    sampler = StepSampler(reader.sources, seed, global_batch=num_samples)
-    packing = Packing(measure_lengths(reader), reader.encoder.max_length) if packed else None
+@dataclass
+class PreviewConfig(DataConfig):
+    """`python -m data.preview data.txt --model_name_or_path DIR`: the first samples as the model will get
+    them."""
+
+    # --- the page ------------------------------------------------------------------------------------
+    num_samples: int = 32
+    """Samples on the page, the first of the training order."""
+    fix_vit: bool = True
+    """Whether the training freezes the vision tower: how rows are packed depends on it."""
+    num_workers: int | None = None
+    """Processes that measure lengths; one a core by default."""
+    out: str = "preview.html"
+    """The page."""
+
+    def problems(self) -> list[str]:
+        return super().problems() + self.too_small(num_samples=1, num_workers=0)
+
+
+def preview(reader: SampleReader, config: PreviewConfig, cost: CostModel) -> str:
+    """The page of the first samples of the training order; cost: of a sample, which orders the rows."""
+    sampler = StepSampler(reader.sources, config.seed, global_batch=config.num_samples)
+    max_length = reader.encoder.max_length
+    packing = None
+    if config.packing:
+        packing = Packing(measure_lengths(reader, num_workers=config.num_workers), max_length, cost)
     loader = StepLoader(
         reader,
         sampler,
@@ -180,22 +203,18 @@ def _picture(pixels: torch.Tensor, image_processor: ImageProcessor) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m data.preview", description=(__doc__ or "").split("\n")[0]
-    )
-    add_arguments(parser)
-    parser.add_argument("--out", default="preview.html")
-    parser.add_argument("--num_samples", type=int, default=32)
-    parser.add_argument("--packing", type=boolean, default=True)
-    arguments = parser.parse_args(argv)
+    config = parse_command(PreviewConfig, argv, "data.preview")
+    if config is None:
+        return 2
     try:
-        reader = open_data(arguments, skip_bad=True)
-        page = preview(reader, arguments.num_samples, arguments.seed, arguments.packing)
-        Path(arguments.out).write_text(page, encoding="utf-8")
+        reader, model_config = open_data(config)
+        sizes = model_families().cost_sizes(model_config)
+        page = preview(reader, config, CostModel.from_sizes(**sizes, trains_vision=not config.fix_vit))
+        Path(config.out).write_text(page, encoding="utf-8")
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"the page is {arguments.out}")
+    print(f"the page is {config.out}")
     return 0
 
 

@@ -1,63 +1,88 @@
-"""What the commands of `data/` share: their flags, and from flags to a reader of samples.
+"""From the configuration to a reader of samples; and how the commands of `data/` read theirs.
 
-    reader = open_data(parser.parse_args(["data.txt", "--model_name_or_path", "DIR"]), skip_bad=True)
+    config = parse_command(CheckConfig, ["data.txt", "--model_name_or_path", "DIR"], prog="data.check")
+    reader, model_config = open_reader(config, read_mixture(config.data_path), model_families())
 
-`data/` knows no model. The conversation format and the image processor come from a module that is named by a
-flag, `trainer.models` by default: its `load_config(folder, img_size, hd_num, images_as_viewed)`,
-`load_conversation(folder)` and `load_image_processor(config)` are called.
+`data/` knows no model: `load_config`, `load_conversation`, `load_image_processor` and `cost_sizes` are those
+of a module that is passed in. The commands import the trainer's by its name.
 """
 
-import argparse
 import importlib
-from typing import get_args
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar, cast
 
+from data.config import DataConfig
 from data.errors import DataError
+from data.flags import ConfigError, parse_flags
 from data.loader import OnLongSample, SampleReader
-from data.mixture import read_mixture
+from data.mixture import Source, read_mixture
 from data.tokens import SampleEncoder
 
-
-def boolean(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
-    return text.lower() == "true"
+T = TypeVar("T", bound=DataConfig)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that say which data and which model; their names and defaults are the trainer's."""
-    flag = parser.add_argument
-    flag("data_path", help="data.txt, or one .json / .jsonl file")
-    flag("--model_name_or_path", required=True, help="folder with config.json and a tokenizer")
-    flag("--given_num", type=boolean, default=True, help="numbers in data.txt are thousands of samples")
-    flag("--image_root", help="where image paths start; each JSON file's folder by default")
-    flag("--max_length", type=int, default=4096, help="tokens a sample is cut to")
-    flag("--on_long_sample", choices=get_args(OnLongSample), default="truncate", help="over max_length")
-    flag("--fit_images", type=boolean, default=False, help="lower hd_num for samples over max_length")
-    flag("--img_size", type=int, help="side of the square that images are resized to")
-    flag("--hd_num", type=int, help="high-resolution models: the most tiles an image is cut into")
-    flag("--images_as_viewed", type=boolean, help="EXIF rotation, and transparency on white")
-    flag("--per_device_train_batch_size", type=int, default=1)
-    flag("--gradient_accumulation_steps", type=int, default=1)
-    flag("--num_ranks", type=int, default=1, help="processes that the training will have")
-    flag("--seed", type=int, default=42)
-    flag("--num_workers", type=int, help="processes; one a core by default")
-    flag("--processors", default="trainer.models", help="module that loads tokenizer and image processor")
+def open_reader(
+    config: DataConfig,
+    sources: Sequence[Source],
+    models: Any,
+    adapter_preprocessing: Mapping[str, Any] | None = None,
+) -> tuple[SampleReader, Any]:
+    """(the reader of samples as the model takes them, the model's configuration).
 
-
-def open_data(arguments: argparse.Namespace, *, skip_bad: bool) -> SampleReader:
-    """Everything that the flags name, loaded; DataError with all that is wrong with the files."""
-    module = importlib.import_module(arguments.processors)
-    try:
-        folder, viewed = arguments.model_name_or_path, arguments.images_as_viewed
-        config = module.load_config(folder, arguments.img_size, arguments.hd_num, viewed)
-        conversation = module.load_conversation(folder)
-        image_processor = module.load_image_processor(config)
-    except (ValueError, OSError) as error:
-        raise DataError(*str(error).splitlines()) from error
-    return SampleReader(
-        read_mixture(arguments.data_path, arguments.given_num, arguments.image_root, skip_bad=skip_bad),
-        SampleEncoder(conversation, arguments.max_length),
-        image_processor,
-        arguments.on_long_sample,
-        arguments.fit_images,
+    models: the module of the model families. adapter_preprocessing: how the adapter that training goes on
+    from was trained. ValueError or OSError if the model's folder cannot be used.
+    """
+    folder = config.model_name_or_path
+    model_config = models.load_config(
+        folder, config.img_size, config.hd_num, config.images_as_viewed, adapter_preprocessing
     )
+    conversation = models.load_conversation(folder)
+    model_config.conversation_format = conversation.format
+    reader = SampleReader(
+        sources,
+        SampleEncoder(conversation, config.max_length),
+        models.load_image_processor(model_config),
+        cast(OnLongSample, config.on_long_sample),
+        config.fit_images,
+    )
+    return reader, model_config
+
+
+def model_families() -> Any:
+    """The module `trainer.models`, for commands; `data/` itself imports nothing of the trainer."""
+    return importlib.import_module("trainer.models")
+
+
+def open_data(config: DataConfig) -> tuple[SampleReader, Any]:
+    """`open_reader` with all sources of the configuration; DataError with all that is wrong with the
+    files."""
+    problems: list[str] = []
+    sources: list[Source] = []
+    try:
+        sources = read_mixture(config.data_path, config.given_num, config.image_root, skip_bad=True)
+    except DataError as error:
+        problems += str(error).splitlines()
+    try:
+        opened = open_reader(config, sources, model_families())
+    except (ValueError, OSError) as error:
+        raise DataError(*problems, *str(error).splitlines()) from error
+    if problems:
+        raise DataError(*problems)
+    return opened
+
+
+def parse_command(kind: type[T], argv: Sequence[str] | None, prog: str) -> T | None:
+    """A command's flags, of which --data_path may come first without its name; None if some are wrong.
+
+    What is wrong is printed, a line each.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and not words[0].startswith("-"):
+        words.insert(0, "--data_path")
+    try:
+        return parse_flags(kind, words, prog)
+    except ConfigError as error:
+        for problem in str(error).splitlines():
+            print(f"error: {problem}", file=sys.stderr)
+        return None

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
+from data.flags import ConfigError
 from tests.tiny import ROOT
 from trainer.config import REPLACED, Config, parse
-from trainer.flags import ConfigError
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """`python -m data.check`: what it finds before training, and how it says so."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,9 +11,13 @@ import pytest
 from PIL import Image
 
 from data import check as check_module
-from data.check import main
+from data.check import CheckConfig, main
+from data.packing import CostModel
+from data.preview import PreviewConfig
 from tests.data_fixtures import record, write_json
 from tests.tiny import ROOT, tiny_data, tiny_model
+from trainer.config import Config
+from trainer.models import cost_sizes, load_config
 
 
 @pytest.fixture
@@ -212,9 +217,9 @@ def test_a_pipe_in_place_of_a_file_is_a_sentence(tmp_path, model):
 def test_a_file_that_changes_ends_the_check_with_one_sentence(tmp_path, model, monkeypatch, workers):
     data = write_json(tmp_path / "a.json", [record(f"w{i % 200}", "w2") for i in range(1000)])
 
-    def shorten_then_check(reader, arguments):
+    def shorten_then_check(reader, *arguments):
         os.truncate(data, 1000)
-        return check(reader, arguments)
+        return check(reader, *arguments)
 
     check = check_module.check
     monkeypatch.setattr(check_module, "check", shorten_then_check)
@@ -229,7 +234,9 @@ def test_files_that_cannot_be_read_are_reported(tmp_path, model, capsys):
     assert status == 2
     assert "nowhere.json" in report["errors"][0]
     assert main([str(tmp_path / "data.txt"), "--model_name_or_path", str(tmp_path)]) == 2
-    assert "config.json" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "config.json" in said
+    assert "nowhere.json" in said
 
 
 def test_long_lists_are_cut_on_the_terminal(tmp_path, model, capsys, monkeypatch):
@@ -245,3 +252,28 @@ def test_the_command_uses_all_cores(tmp_path, model):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
     assert result.returncode == 0, result.stderr
     assert "the whole report is in" in result.stdout
+
+
+def test_the_check_plans_the_order_and_the_rows_that_training_does(tmp_path, model):
+    """The same seed, and the cost of samples of this model."""
+    fields = {field.name: field.default for field in dataclasses.fields(Config)}
+    for command in (CheckConfig, PreviewConfig):
+        for field in dataclasses.fields(command):
+            if field.name in fields:
+                assert field.default == fields[field.name], field.name
+    wide = CostModel.from_sizes(**cost_sizes(load_config(model)), trains_vision=True)
+    frozen = CostModel.from_sizes(**cost_sizes(load_config(model)), trains_vision=False)
+    assert wide.image_slot == 3 * frozen.image_slot != 3 * CostModel().image_slot
+    data = tiny_data(tmp_path / "data")
+    shares = [
+        run(data, model, "--num_ranks", "2", "--per_device_train_batch_size", "3", "--fix_vit", flag)[1]
+        for flag in ("True", "False")
+    ]
+    assert shares[0]["epoch"]["packed"] != shares[1]["epoch"]["packed"]
+
+
+def test_flags_of_the_check_that_cannot_be_used_are_reported_together(capsys, tmp_path):
+    assert main([str(tmp_path / "no.txt"), "--max_lenght", "3", "--model_name_or_path", "nowhere"]) == 2
+    said = capsys.readouterr().err
+    for problem in ("--max_lenght is unknown; did you mean --max_length?", "no.txt", "nowhere"):
+        assert problem in said

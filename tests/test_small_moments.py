@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import trainer.config
+from data.flags import ConfigError
 from tests.tiny import read_metrics, run_ranks, tiny_data, tiny_model
 from trainer.checkpoint import RESUME
-from trainer.flags import ConfigError
 from trainer.main import main
 from trainer.optim import adamw
 

@@ -1,4 +1,4 @@
-"""The whole configuration: one flat dataclass, a docstring under each field; `trainer.flags` reads it.
+"""The whole configuration: one flat dataclass, a docstring under each field; `data.flags` reads it.
 
 Input: a command line, and the YAML file that its `--config` names, whose values are defaults below it.
 Output: a `Config`, or `ConfigError` with every problem at once.
@@ -16,50 +16,23 @@ from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
 
-from trainer.flags import parse_flags
+from data.config import DataConfig
+from data.flags import parse_flags
 from trainer.optim import SCHEDULES
 from trainer.small_moments import KINDS
 
 
 @dataclass
-class Config:
+class Config(DataConfig):
     """Everything that a run can be told; `trainer.main` reads it and nothing else."""
 
     # --- model ---------------------------------------------------------------------------------------
-    model_name_or_path: str = ""
-    """Folder of the model to start from: config.json, *.safetensors and a tokenizer."""
-    img_size: int | None = None
-    """Side of the square that images are resized to, in pixels; the checkpoint's own by default."""
-    hd_num: int | None = None
-    """High-resolution models: the most tiles an image is cut into; -1 or absent: as the model was trained.
-    Stored with the trained model."""
     attn_implementation: str = "sdpa"
     """Attention kernel, by transformers' name: sdpa, eager, flash_attention_2, …"""
     plora_dropout: float = 0.05
     """Dropout in the model's own partial LoRA at image positions, while training."""
 
     # --- data ----------------------------------------------------------------------------------------
-    data_path: str = "data.txt"
-    """data.txt (lines `<json path> <number>`), or one .json / .jsonl file."""
-    given_num: bool = True
-    """Numbers in data.txt are thousands of samples an epoch; False: ratios of each file."""
-    image_root: str | None = None
-    """Folder that image paths are relative to; each JSON file's own folder by default."""
-    images_as_viewed: bool | None = None
-    """Turn images as their EXIF data says, and lay transparent ones on white. By default as the model to
-    start from was trained; published models were trained without. The choice is stored with the trained
-    model."""
-    max_length: int = 4096
-    """Most tokens of a sample, image slots included; an image is never cut."""
-    on_long_sample: str = "truncate"
-    """A sample over max_length: `truncate` loses its tail, `skip` counts it and leaves it out, `error` ends
-    the run."""
-    fit_images: bool = False
-    """High-resolution models: take the images of a sample over max_length at a smaller hd_num, the largest
-    that fits, and log it; on_long_sample is for what still does not."""
-    packing: bool = True
-    """Pack whole samples into rows of max_length tokens without padding, and balance the ranks by their cost;
-    samples do not see each other, and the loss is the same. False: padded micro-batches."""
     on_bad_sample: str = "error"
     """A sample that cannot be read in mid-training: `error` ends the run, `skip` counts it and goes on."""
     dataloader_num_workers: int = 2
@@ -105,10 +78,6 @@ class Config:
     """Passes over the samples that data_path declares for an epoch."""
     max_steps: int = -1
     """Optimizer steps; overrides num_train_epochs when positive."""
-    per_device_train_batch_size: int = 1
-    """Samples a rank computes at once; packed, its share of a step only sets how many samples a step has."""
-    gradient_accumulation_steps: int = 1
-    """Micro-batches a rank sums before a step; global batch = this × per-device batch × ranks."""
     learning_rate: float = 1e-5
     """Peak learning rate."""
     weight_decay: float = 0.1
@@ -127,8 +96,6 @@ class Config:
     """Share of all steps over which the learning rate rises from 0."""
     lr_scheduler_type: str = "cosine"
     """cosine, linear, constant or constant_with_warmup."""
-    seed: int = 42
-    """Of the data order, dropout, and newly made weights."""
     loss_average: str = "token"
     """`token`: one mean over the global batch's supervised tokens; `micro_batch`: the original's mean of
     means, for comparison with old runs."""
@@ -232,23 +199,11 @@ class Config:
 
     def problems(self) -> list[str]:
         """Everything that is wrong with the values alone, a sentence each; no file but paths' existence."""
-        found = []
-        if not self.model_name_or_path:
-            found.append("--model_name_or_path is missing: name the folder of the model to start from")
-        elif not Path(self.model_name_or_path).is_dir():
-            found.append(
-                f"--model_name_or_path {self.model_name_or_path}: there is no such folder; "
-                "download the model first, nothing is fetched from a hub"
-            )
-        if not Path(self.data_path).is_file():
-            found.append(f"--data_path {self.data_path}: there is no such file")
-        if self.image_root is not None and not Path(self.image_root).is_dir():
-            found.append(f"--image_root {self.image_root}: there is no such folder")
+        found = super().problems()
         if Path(self.output_dir).is_file():
             found.append(f"--output_dir {self.output_dir}: this is a file; name a folder")
         for name, choices in {
             "on_bad_sample": ("error", "skip"),
-            "on_long_sample": ("truncate", "skip", "error"),
             "lr_scheduler_type": SCHEDULES,
             "loss_average": ("token", "micro_batch"),
             "lora_bias": ("none", "all", "lora_only"),
@@ -262,32 +217,23 @@ class Config:
         }.items():
             if getattr(self, name) not in choices:
                 found.append(f"--{name} {getattr(self, name)}: choose one of {', '.join(map(str, choices))}")
-        at_least = {
-            "img_size": 1,
-            "max_length": 2,
-            "per_device_train_batch_size": 1,
-            "gradient_accumulation_steps": 1,
-            "dataloader_num_workers": 0,
-            "lora_r": 1,
-            "lora_alpha": 1,
-            "vision_micro_batch": 1,
-            "loss_chunk_tokens": 1,
-            "logging_steps": 1,
-            "save_steps": 1,
-            "save_total_limit": 1,
-            "time_phases_every": 0,
-            "max_bad_steps": 0,
-            "learning_rate": 0,
-            "vit_learning_rate": 0,
-            "sampler_learning_rate": 0,
-            "weight_decay": 0,
-            "max_grad_norm": 0,
-            "seed": 0,
-        }
-        for name, least in at_least.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                found.append(f"--{name} {value}: must be at least {least}")
+        found += self.too_small(
+            dataloader_num_workers=0,
+            lora_r=1,
+            lora_alpha=1,
+            vision_micro_batch=1,
+            loss_chunk_tokens=1,
+            logging_steps=1,
+            save_steps=1,
+            save_total_limit=1,
+            time_phases_every=0,
+            max_bad_steps=0,
+            learning_rate=0,
+            vit_learning_rate=0,
+            sampler_learning_rate=0,
+            weight_decay=0,
+            max_grad_norm=0,
+        )
         for name, low, high in (
             ("adam_beta1", 0, 1),
             ("adam_beta2", 0, 1),
@@ -300,8 +246,6 @@ class Config:
         for name in ("adam_epsilon", "loraplus_lr_ratio", "hang_minutes", "save_minutes"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 found.append(f"--{name} {getattr(self, name)}: must be above 0")
-        if self.hd_num is not None and self.hd_num < 1 and self.hd_num != -1:
-            found.append(f"--hd_num {self.hd_num}: must be at least 1, or -1 for the model's own default")
         if self.profile and not re.fullmatch(r"[1-9]\d*:[1-9]\d*", self.profile):
             found.append(f"--profile {self.profile}: name the first and last step to trace, as in 10:12")
         elif self.profile and not self.traced_steps:
@@ -313,11 +257,6 @@ class Config:
 
     def _contradictions(self) -> list[str]:
         found = []
-        if self.img_size is not None and self.hd_num not in (None, -1):
-            found.append(
-                "--img_size and --hd_num exclude each other: the first is for square-image models, "
-                "the second for high-resolution ones"
-            )
         if self.compile and "selective" in (self.gradient_checkpointing, self.vision_checkpointing):
             found.append(
                 "--compile excludes selective checkpointing, which does not see into compiled code: use "

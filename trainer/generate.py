@@ -31,6 +31,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from data.errors import DataError
+from data.flags import ConfigError, parse_flags
 from data.loader import SampleReader
 from data.mixture import Source, read_mixture
 from data.records import Records
@@ -50,7 +51,6 @@ from trainer.distributed import (
     start,
     step_seed,
 )
-from trainer.flags import ConfigError, parse_flags
 from trainer.lora import adapted_model
 from trainer.models import load_config, load_conversation, load_image_processor, parts_of
 from trainer.parallelize import split_tiles

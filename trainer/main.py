@@ -25,6 +25,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
 from data.errors import DataError
+from data.flags import ConfigError
 from data.ledger import ledger_rows, ledger_table, tally
 from data.loader import StepLoader
 from trainer.adapter_folder import save_adapter
@@ -47,7 +48,6 @@ from trainer.distributed import (
     start,
     step_seed,
 )
-from trainer.flags import ConfigError
 from trainer.flops import count_flops, matmul_peak
 from trainer.folders import Jobs
 from trainer.lora import load_adapters

@@ -13,18 +13,18 @@ With packing every sample's length is measured here, by all cores, once: the nex
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+import trainer.models
 from data.errors import DataError
 from data.lengths import bad_samples, measure_lengths, needed_records, num_cut
-from data.loader import OnLongSample, SampleReader
+from data.loader import SampleReader
 from data.mixture import Source, read_mixture
 from data.packing import CostModel, Packing
+from data.processors import open_reader
 from data.sampler import StepSampler
-from data.tokens import SampleEncoder
 from trainer.adapter_folder import adapter_preprocessing, loads_by_itself
 from trainer.config import Config
 from trainer.distributed import Ranks, agree_on_problems, log, rank_zero_first
@@ -34,9 +34,6 @@ from trainer.models import (
     Parts,
     build_model,
     cost_sizes,
-    load_config,
-    load_conversation,
-    load_image_processor,
     parts_of,
 )
 from trainer.trained import trained_names
@@ -154,12 +151,9 @@ def _describe_model(config: Config, ranks: Ranks, sources: list[Source]) -> Plan
     base = Path(config.model_name_or_path)
     tensor_files(base)
     kept = adapter_preprocessing(Path(config.lora_weight_path)) if config.lora_weight_path else None
-    model_config = load_config(base, config.img_size, config.hd_num, config.images_as_viewed, kept)
+    reader, model_config = open_reader(config, sources, trainer.models, kept)
     model_config.plora_dropout = config.plora_dropout
     model_config._attn_implementation = config.attn_implementation
-    conversation = load_conversation(base)
-    model_config.conversation_format = conversation.format
-    image_processor = load_image_processor(model_config)
     parts = parts_of(model_config)
     with torch.device("meta"):
         try:
@@ -177,19 +171,13 @@ def _describe_model(config: Config, ranks: Ranks, sources: list[Source]) -> Plan
     if config.max_steps > 0:
         total_steps = config.max_steps
     return Plan(
-        tokenizer=conversation.tokenizer,
+        tokenizer=reader.encoder.tokenizer,
         model_config=model_config,
         model=model,
         parts=parts,
         adapters=adapters,
         training=training,
-        reader=SampleReader(
-            sources,
-            SampleEncoder(conversation, config.max_length),
-            image_processor,
-            on_long_sample=cast(OnLongSample, config.on_long_sample),
-            fit_images=config.fit_images,
-        ),
+        reader=reader,
         sampler=sampler,
         packing=None,
         global_batch=global_batch,

@@ -33,16 +33,16 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from transformers import AutoModelForCausalLM
 
+import trainer.models
 from data.batch import MicroBatch
-from data.loader import OnLongSample, SampleReader
 from data.mixture import Source, read_mixture
-from data.tokens import SampleEncoder
+from data.processors import open_reader
 from trainer.adapter_folder import adapter_preprocessing
 from trainer.config import Config
 from trainer.distributed import is_main, step_seed
 from trainer.folders import numbered, write_json
 from trainer.loss import chunked_cross_entropy
-from trainer.models import load_config, load_conversation, load_image_processor
+from trainer.models import load_config
 from trainer.rehearsal import read_batch
 
 MAX_NAMED = 20
@@ -156,14 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config.data_path, config.given_num, config.image_root, skip_bad=config.on_bad_sample == "skip"
     )
     kept = adapter_preprocessing(Path(config.lora_weight_path)) if config.lora_weight_path else None
-    model_config = load_config(base, config.img_size, config.hd_num, config.images_as_viewed, kept)
-    reader = SampleReader(
-        sources,
-        SampleEncoder(load_conversation(base), config.max_length),
-        load_image_processor(model_config),
-        cast(OnLongSample, config.on_long_sample),
-        config.fit_images,
-    )
+    reader, _ = open_reader(config, sources, trainer.models, kept)
     numbers = {source.name: number for number, source in enumerate(sources)}
     num_bad = 0
     for rank in capsule["ranks"]:

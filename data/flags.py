@@ -1,5 +1,7 @@
 """Flags from a dataclass: a field is a flag, its default the flag's, the docstring under it the help.
 
+Comments of the form `# --- data ---` between the fields are the sections of `--help`.
+
 Input: the dataclass, a command line, and the YAML file that its `--config` names, whose values are defaults
 below it. Output: an instance, or `ConfigError` with every problem at once.
 
@@ -51,16 +53,18 @@ def parse_flags(
     replaced: flags that users know from elsewhere → what to use instead.
     """
     replaced = replaced or {}
-    parser = _Parser(prog=prog, description=inspect.getdoc(kind), allow_abbrev=False)
+    usage = f"{prog} [--config FILE] [--flag VALUE …]"
+    parser = _Parser(prog=prog, usage=usage, description=inspect.getdoc(kind), allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file with defaults for the flags below")
-    docs = _field_docs(kind)
+    docs, groups = _field_docs(kind)
     names = [field.name for field in fields(kind)]
+    sections = {title: parser.add_argument_group(title) for title in dict.fromkeys(groups.values())}
     for field in fields(kind):
         plain = _plain_type(field.type)
         options: dict[str, Any] = {"nargs": "?", "const": "True"} if plain is bool else {}
         if get_origin(field.type) is tuple:
             options = {"nargs": "+"}
-        parser.add_argument(
+        sections[groups[field.name]].add_argument(
             f"--{field.name}",
             metavar=plain.__name__.upper(),
             help=f"{docs[field.name]} (default: {field.default})".replace("%", "%%"),
@@ -152,13 +156,20 @@ def _convert(value: Any, annotation: Any) -> Any:
         raise ValueError(f"must be {'a whole number' if kind is int else 'a number'}") from None
 
 
-def _field_docs(kind: type) -> dict[str, str]:
-    """Field → the docstring under it, read from the class's source."""
-    (body,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
-    assert isinstance(body, ast.ClassDef)
+def _field_docs(kind: type) -> tuple[dict[str, str], dict[str, str]]:
+    """Field → the docstring under it, and the section (`# --- data ---`) above it, read from the source."""
     docs: dict[str, str] = {}
-    for field, below in zip(body.body, body.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
-            assert isinstance(field.target, ast.Name)
-            docs[field.target.id] = " ".join(ast.literal_eval(below.value).split())
-    return docs
+    sections: dict[str, str] = {}
+    for parent in kind.__mro__[-2::-1]:  # as dataclasses order fields; without `object`
+        source = textwrap.dedent(inspect.getsource(parent))
+        matches = [re.match(r"\s*# --- (.+?) -+$", line) for line in source.splitlines()]
+        titles = {number: match[1] for number, match in enumerate(matches) if match}
+        (body,) = ast.parse(source).body
+        assert isinstance(body, ast.ClassDef)
+        for field, below in zip(body.body, body.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
+                assert isinstance(field.target, ast.Name)
+                docs[field.target.id] = " ".join(ast.literal_eval(below.value).split())
+                above = [title for line, title in titles.items() if line < field.lineno - 1]
+                sections[field.target.id] = above[-1] if above else "options"
+    return docs, sections

@@ -1,0 +1,96 @@
+"""The flags that data depends on: the same for training and for the commands of `data/`.
+
+    @dataclass
+    class CheckConfig(DataConfig):
+        num_ranks: int = 1
+        '''Processes that the training will have.'''
+
+    parse_flags(CheckConfig, ["--data_path", "data.txt", "--model_name_or_path", "base"], prog="data.check")
+
+Names and defaults are those of the original scripts and of Hugging Face wherever they have one.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass
+class DataConfig:
+    """Which model, which data, and how an optimizer step is made of it."""
+
+    # --- model and data ------------------------------------------------------------------------------
+    model_name_or_path: str = ""
+    """Folder of the model to start from: config.json, *.safetensors and a tokenizer."""
+    img_size: int | None = None
+    """Side of the square that images are resized to, in pixels; the checkpoint's own by default."""
+    hd_num: int | None = None
+    """High-resolution models: the most tiles an image is cut into; -1 or absent: as the model was trained.
+    Stored with the trained model."""
+    data_path: str = "data.txt"
+    """data.txt (lines `<json path> <number>`), or one .json / .jsonl file."""
+    given_num: bool = True
+    """Numbers in data.txt are thousands of samples an epoch; False: ratios of each file."""
+    image_root: str | None = None
+    """Folder that image paths are relative to; each JSON file's own folder by default."""
+    images_as_viewed: bool | None = None
+    """Turn images as their EXIF data says, and lay transparent ones on white. By default as the model to
+    start from was trained; published models were trained without. The choice is stored with the trained
+    model."""
+    max_length: int = 4096
+    """Most tokens of a sample, image slots included; an image is never cut."""
+    on_long_sample: str = "truncate"
+    """A sample over max_length: `truncate` loses its tail, `skip` counts it and leaves it out, `error` ends
+    the run."""
+    fit_images: bool = False
+    """High-resolution models: take the images of a sample over max_length at a smaller hd_num, the largest
+    that fits, and log it; on_long_sample is for what still does not."""
+    packing: bool = True
+    """Pack whole samples into rows of max_length tokens without padding, and balance the ranks by their cost;
+    samples do not see each other, and the loss is the same. False: padded micro-batches."""
+
+    # --- what a step is made of ----------------------------------------------------------------------
+    per_device_train_batch_size: int = 1
+    """Samples a rank computes at once; packed, its share of a step only sets how many samples a step has."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches a rank sums before a step; global batch = this × per-device batch × ranks."""
+    seed: int = 42
+    """Of the data order, dropout, and newly made weights."""
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with these values alone, a sentence each; no file but paths' existence."""
+        found = []
+        if not self.model_name_or_path:
+            found.append("--model_name_or_path is missing: name the folder of the model to start from")
+        elif not Path(self.model_name_or_path).is_dir():
+            found.append(
+                f"--model_name_or_path {self.model_name_or_path}: there is no such folder; "
+                "download the model first, nothing is fetched from a hub"
+            )
+        if not Path(self.data_path).is_file():
+            found.append(f"--data_path {self.data_path}: there is no such file")
+        if self.image_root is not None and not Path(self.image_root).is_dir():
+            found.append(f"--image_root {self.image_root}: there is no such folder")
+        if self.on_long_sample not in ("truncate", "skip", "error"):
+            found.append(f"--on_long_sample {self.on_long_sample}: choose one of truncate, skip, error")
+        if self.hd_num is not None and self.hd_num < 1 and self.hd_num != -1:
+            found.append(f"--hd_num {self.hd_num}: must be at least 1, or -1 for the model's own")
+        if self.img_size is not None and self.hd_num not in (None, -1):
+            found.append(
+                "--img_size and --hd_num exclude each other: the first is for square-image models, "
+                "the second for high-resolution ones"
+            )
+        return found + self.too_small(
+            img_size=1,
+            max_length=2,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=1,
+            seed=0,
+        )
+
+    def too_small(self, **least: float) -> list[str]:
+        """A sentence for each of these fields whose value is below the least that it may be."""
+        return [
+            f"--{name} {value}: must be at least {low}"
+            for name, low in least.items()
+            if (value := getattr(self, name)) is not None and value < low
+        ]
