@@ -40,7 +40,9 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from trainer.distributed import is_main, log
 from trainer.folders import (
+    FINAL,
     MARKER,
+    RESUME,
     Jobs,
     begin,
     move_into,
@@ -49,11 +51,6 @@ from trainer.folders import (
     sync_to_disk,
     write_json,
 )
-
-RESUME = "resume"
-"""The sub-folder that makes a model's folder a checkpoint."""
-FINAL = "complete"
-"""The folder of the final model, until its files are moved into output_dir."""
 
 T = TypeVar("T")
 WriteModel = Callable[[Path, Jobs], None]

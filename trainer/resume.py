@@ -25,10 +25,10 @@ import torch
 import transformers
 
 from data.mixture import Source
-from trainer.checkpoint import FINAL, damage, read_marker
+from trainer.checkpoint import damage, read_marker
 from trainer.config import Config
 from trainer.distributed import Ranks, barrier, is_main, log
-from trainer.folders import MARKER, move_into, numbered, sync_to_disk
+from trainer.folders import FINAL, MARKER, move_into, numbered, sync_to_disk
 from trainer.plan import Plan
 
 HARMLESS = {
