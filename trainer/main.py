@@ -51,6 +51,7 @@ from trainer.distributed import (
 from trainer.flags import ConfigError
 from trainer.flops import count_flops, matmul_peak
 from trainer.folders import Jobs
+from trainer.lock import Lock
 from trainer.lora import load_adapters
 from trainer.loss import chunked_token_losses
 from trainer.metrics import MetricsFile, part_of
@@ -67,8 +68,8 @@ from trainer.vision_cache import VisionCache
 from trainer.weights import load_weights, save_model_folder, weights_dtype
 
 
-def train(config: Config, ranks: Ranks) -> int:
-    """One run of a checked configuration; returns the exit status."""
+def train(config: Config, ranks: Ranks, lock: Lock) -> int:
+    """One run of a checked configuration, with the lock of its output_dir; returns the exit status."""
     device, output_dir, base = ranks.device, Path(config.output_dir), Path(config.model_name_or_path)
 
     # --- the plan: whatever is wrong with the files shows here, before any weight is read ----------------
@@ -77,6 +78,8 @@ def train(config: Config, ranks: Ranks) -> int:
         return BAD_INPUT
     adapters, sources, total_steps = plan.adapters, plan.sources, plan.total_steps
     run = describe_run(config, plan, ranks)
+    if agree_on_problems(lock.take() if ranks.rank == 0 else []):
+        return BAD_INPUT
     try:
         begin = choose_start(config, run)
     except ValueError as error:
@@ -157,7 +160,7 @@ def train(config: Config, ranks: Ranks) -> int:
     checkpoints = Checkpoints(
         output_dir, run, config.save_total_limit, config.async_save, config.save_minutes
     )
-    stop = StopRequest(output_dir)
+    stop = StopRequest(output_dir, lock.release)
     flops = count_flops(model)
     peak = matmul_peak(device, config.bf16) if config.measure_mfu else None
     phases = Phases(model, plan.parts, ranks, config)
@@ -330,7 +333,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     ranks = start(60 * config.hang_minutes + 60, host_collectives=config.cpu_offload)  # after the watchdog
     try:
-        status = train(config, ranks)
+        with Lock(Path(config.output_dir)) as lock:
+            status = train(config, ranks, lock)
     except SaveError as error:  # the same on every rank
         log(f"\nerror: {error}")
         return FAILED

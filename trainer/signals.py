@@ -13,6 +13,7 @@ passes the same signal on: what arrives within ECHO_SECONDS of the first is take
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -23,10 +24,13 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Listens from its construction on; only the main thread may construct one."""
+    """Listens from its construction on; only the main thread may construct one.
 
-    def __init__(self, output_dir: Path) -> None:
-        self.file = output_dir / "STOP"
+    before_exit: called when a second signal ends the process.
+    """
+
+    def __init__(self, output_dir: Path, before_exit: Callable[[], None] = lambda: None) -> None:
+        self.file, self._before_exit = output_dir / "STOP", before_exit
         self._first_signal: float | None = None
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
@@ -37,6 +41,7 @@ class StopRequest:
             self._first_signal = now
         elif now - self._first_signal > ECHO_SECONDS:
             os.write(2, b"a second signal: ending at once\n")
+            self._before_exit()
             os._exit(1)
 
     def asked(self) -> bool:
