@@ -131,6 +131,36 @@ def move_into(source: Path, folder: Path) -> None:
     source.rmdir()
 
 
+def link_model(checkpoint: Path, folder: Path) -> None:
+    """Make the complete folder `folder` of the model in `checkpoint`, without writing its weights again.
+
+    Weights are hard links, where the file system has them; small files, which users may edit, are copies.
+    """
+    marker = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
+    files = {
+        name: found
+        for name, found in marker["files"].items()
+        if name != "run.json" and not name.startswith(f"{RESUME}/")
+    }
+    temporary = begin(folder)
+    for name in files:
+        (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+        _link_or_copy(checkpoint / name, temporary / name)
+    write_json(temporary / MARKER, {"step": marker["step"], "files": files})
+    put_in_place(temporary, folder)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    if source.suffix == ".safetensors":
+        try:
+            os.link(source, target)
+            return
+        except OSError:  # a file system without hard links
+            pass
+    shutil.copyfile(source, target)
+    sync_to_disk(target)
+
+
 def numbered(output_dir: Path) -> dict[int, Path]:
     """Step → its `checkpoint-<step>` folder, the newest first."""
     found = {
@@ -141,10 +171,30 @@ def numbered(output_dir: Path) -> dict[int, Path]:
     return dict(sorted(found.items(), reverse=True))
 
 
-def remove_old_checkpoints(output_dir: Path, keep: int) -> None:
-    """Delete all but the `keep` newest `checkpoint-<step>` folders."""
-    for folder in list(numbered(output_dir).values())[keep:]:
-        remove(folder)
+def remove_old_checkpoints(output_dir: Path, keep: int | None) -> None:
+    """Delete all `checkpoint-<step>` folders but the `keep` newest (None: all), and those before the newest
+    that were made to last until the next one only."""
+    newest, *older = numbered(output_dir).values()
+    lasting = [folder for folder in older if not _lasts_until_the_next(folder)]
+    stay = {newest, *(lasting if keep is None else lasting[: keep - 1])}
+    for folder in older:
+        if folder not in stay:
+            remove(folder)
+
+
+def _lasts_until_the_next(checkpoint: Path) -> bool:
+    try:
+        return json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))["until_next"] is True
+    except (OSError, ValueError, KeyError, TypeError):  # nothing is deleted that cannot be read
+        return False
+
+
+def what_is_safe(output_dir: Path) -> str:
+    """The newest complete checkpoint and what the same command does next: the end of a message."""
+    for step, folder in numbered(output_dir).items():
+        if (folder / MARKER).is_file():
+            return f"{folder} holds step {step}, and the same command goes on from it"
+    return f"{output_dir} holds no checkpoint, and the same command starts from scratch"
 
 
 def output_dir_problems(output_dir: Path, read: Mapping[str, str | None]) -> list[str]:

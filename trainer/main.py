@@ -50,7 +50,7 @@ from trainer.distributed import (
 )
 from trainer.flags import ConfigError
 from trainer.flops import count_flops, matmul_peak
-from trainer.folders import Jobs
+from trainer.folders import Jobs, what_is_safe
 from trainer.lock import Lock
 from trainer.lora import load_adapters
 from trainer.loss import chunked_token_losses
@@ -131,7 +131,7 @@ def train(config: Config, ranks: Ranks, lock: Lock) -> int:
     if begin.folder:
         load(begin.folder, resumable(trained, optimizer))
     space = bytes_of_a_save(model, trained, resumable(trained, optimizer), save_dtype, config)
-    if agree_on_problems(prepare_output_dir(output_dir, run, begin.step, space) if ranks.rank == 0 else []):
+    if agree_on_problems(prepare_output_dir(output_dir, run, begin, space) if ranks.rank == 0 else []):
         return BAD_INPUT
     metrics = MetricsFile(output_dir if ranks.rank == 0 else None, config.report_to == "tensorboard")
     described = (plan.model_config, plan.tokenizer)
@@ -157,9 +157,8 @@ def train(config: Config, ranks: Ranks, lock: Lock) -> int:
         packing=plan.packing,
         features=cache.features,
     )
-    checkpoints = Checkpoints(
-        output_dir, run, config.save_total_limit, config.async_save, config.save_minutes
-    )
+    checkpoints = Checkpoints(run, config, lock, plan.sampler.steps_per_epoch, total_steps)
+    log(checkpoints.first_save(begin.step))
     stop = StopRequest(output_dir, lock.release)
     flops = count_flops(model)
     peak = matmul_peak(device, config.bf16) if config.measure_mfu else None
@@ -296,20 +295,19 @@ def train(config: Config, ranks: Ranks, lock: Lock) -> int:
             return FAILED
 
         # --- save ----------------------------------------------------------------------------------------
-        steps = {"no": total_steps, "steps": config.save_steps, "epoch": plan.sampler.steps_per_epoch}
-        due = step % steps[config.save_strategy] == 0 or minutes_over or stopping
-        if due and step < total_steps:
+        due = checkpoints.is_due(step) or (stopping and step < total_steps)
+        if due or (minutes_over and step < total_steps):
             notes = {"window": window.tolist(), "epoch": epoch.tolist(), "work": work.tolist()}
             notes["counts"] = [skipped_steps, bad_steps]
             notes["clock"] = [time.perf_counter() - window_started, window_steps]
             phases("saving")
-            checkpoints.save(step, write_model, resumable(trained, optimizer), notes)
+            checkpoints.save(step, write_model, resumable(trained, optimizer), notes, not due)
         if measured := phases.stop(step, is_last=stopping or step == total_steps):
             metrics.write(kind="phases", step=step, **measured)
         if stopping and step < total_steps:
             checkpoints.wait()
             stop.honoured()
-            log(f"\nstopped after step {step} of {total_steps}, as asked; the same command goes on from it")
+            log(f"\nstopped after step {step} of {total_steps}, as asked; {what_is_safe(output_dir)}")
             return FAILED if checkpoints.failed else STOPPED
     bar.close()
 
