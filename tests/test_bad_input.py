@@ -103,6 +103,70 @@ def test_problems_of_data_and_model_are_reported_together_and_once_for_all_ranks
     assert not errors_of(second)
 
 
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_output_dir_that_is_the_base_model_or_the_adapter_is_refused(model, data, tmp_path):
+    """Under any name; together with the problems of the data; and nothing in it changes."""
+    base = shutil.copytree(model, tmp_path / "base")
+    (tmp_path / "link").symlink_to(base)
+    before = contents(base)
+    for name in (base, tmp_path / "link", f"{base}/../base"):
+        (output,) = run(2, base, data / "data.txt", name)
+        (error,) = errors_of(output)
+        assert f"--output_dir {name} is the folder of --model_name_or_path" in error
+    (tmp_path / "bad.txt").write_text("none.json\n")
+    (output,) = run(2, base, tmp_path / "bad.txt", base)
+    assert len(errors_of(output)) == 2
+    assert contents(base) == before
+    lora = ["--use_lora", "True", "--fix_sampler", "True", "--lora_r", "4"]
+    run(0, model, data / "data.txt", tmp_path / "adapter", *lora)
+    before = contents(tmp_path / "adapter")
+    (output,) = run(
+        2,
+        model,
+        data / "data.txt",
+        tmp_path / "adapter",
+        *lora[:4],
+        "--lora_weight_path",
+        f"{tmp_path}/adapter",
+    )
+    assert f"--output_dir {tmp_path}/adapter is the folder of --lora_weight_path" in errors_of(output)[0]
+    assert contents(tmp_path / "adapter") == before
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("config.json", "adapter_config.json", "model-00001-of-00002.safetensors", "tokenizer.model"),
+        *("run.json", "checkpoint-500/trainer_state.json"),
+    ],
+)
+def test_an_output_dir_with_what_no_run_of_ours_wrote_is_refused(model, data, tmp_path, name):
+    (tmp_path / "out" / name).parent.mkdir(parents=True)
+    (tmp_path / "out" / name).write_text("precious")
+    (output,) = run(2, model, data / "data.txt", tmp_path / "out")
+    (error,) = errors_of(output)
+    assert f"--output_dir {tmp_path}/out holds {name.split('/')[0]}, which no run of this trainer" in error
+    assert [path.read_text() for path in (tmp_path / "out").rglob("*") if path.is_file()] == ["precious"]
+
+
+def test_an_output_dir_with_notes_and_the_folder_of_an_earlier_run_are_used(model, data, tmp_path):
+    (tmp_path / "out").mkdir()
+    for name in ("notes.txt", "slurm-123.log", "checkpoint-notes", "config.yaml"):
+        (tmp_path / "out" / name).write_text("precious")
+    run(0, model, data / "data.txt", tmp_path / "out", "--save_strategy", "steps", "--save_steps", "2")
+    assert (tmp_path / "out" / "notes.txt").read_text() == "precious"
+    (output,) = run(0, model, data / "data.txt", tmp_path / "out")
+    assert "nothing to do" in output
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    (output,) = run(2, model, data / "data.txt", checkpoint)
+    assert f"--output_dir {checkpoint} is itself a checkpoint" in errors_of(output)[0]
+    (output,) = run(2, checkpoint, data / "data.txt", tmp_path / "out")
+    assert "holds the checkpoint that --model_name_or_path names" in errors_of(output)[0]
+
+
 def test_contradictory_flags_are_refused_before_anything_is_read(model, data, tmp_path):
     flags = ["--img_size", "70", "--hd_num", "4", "--vit_learning_rate", "1e-5", "--deepspeed", "zero2.json"]
     (output,) = run(2, model, data / "data.txt", tmp_path / "out", *flags)

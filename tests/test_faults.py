@@ -11,7 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import trainer.lock
+import trainer.main
+import trainer.signals
 from tests.fault_cases import (
     LAUNCHERS,
     STOPPED,
@@ -105,7 +109,8 @@ def test_killed_between_any_two_changes_of_a_folder_the_model_is_the_same(world,
         run_ranks(2, main, argv)
         assert_same_model(tmp_path / "run", tmp_path / "straight")
         left = {path.name for path in (tmp_path / "run").iterdir() if path.is_dir()}
-        assert left <= {"checkpoint-2", "checkpoint-3"}
+        assert left == {"checkpoint-3", "checkpoint-4"}
+        assert not (tmp_path / "run" / "run.lock").exists()
 
 
 # --- asked to stop ----------------------------------------------------------------------------------------
@@ -217,6 +222,19 @@ def test_a_rank_in_a_c_call_does_not_hold_up_the_end_after_a_kill(world, tmp_pat
     assert "was killed by SIGKILL" in output.rstrip().splitlines()[-1]
 
 
+def test_torchrun_starts_rank_0_again_after_a_kill_without_waiting_for_its_lock(world, tmp_path):
+    patch = """
+    if (step, rank) == (5, 0) and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)"""
+    process = torchrun(tmp_path, patch, ["--max-restarts", "1"], flags(world, tmp_path / "run"))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert f"taking over output_dir {tmp_path}/run from process" in output
+    assert "for a sign of life" not in output
+    assert_same_model(tmp_path / "run", world / "straight")
+
+
 def test_sigterm_to_torchrun_saves_and_its_workers_do_not_break_it(world, tmp_path):
     """torchrun signals the whole process group of each rank: the data workers must not die of it first."""
     patch = """
@@ -241,6 +259,103 @@ def test_a_stop_is_not_undone_by_restarts(world, tmp_path):
     assert process.returncode == 0, output
     assert (tmp_path / "status").read_text() == "75"
     assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+# --- two runs in one folder -------------------------------------------------------------------------------
+
+
+def test_a_second_run_in_a_folder_in_use_is_refused_and_changes_nothing(world, tmp_path):
+    output_dir, waiting, go_on = tmp_path / "run", tmp_path / "waiting", tmp_path / "go on"
+
+    def wait() -> None:
+        waiting.touch()
+        while not go_on.exists():
+            time.sleep(0.01)
+
+    def run(argv: list[str]) -> int:
+        at_step(4, 0, wait)
+        return main(argv)
+
+    first = Ranks(2, run, flags(world, output_dir, "--async_save", "False"))
+    until = time.monotonic() + 60
+    while not waiting.exists():
+        assert time.monotonic() < until, first.output()
+        time.sleep(0.05)
+    before = {path: path.read_bytes() for path in output_dir.rglob("*") if path.is_file()}
+    output, other = run_ranks(2, main, flags(world, output_dir), status=2)
+    assert f"error: --output_dir {output_dir} is in use by process {first.processes[0].pid} on host" in output
+    assert "error" not in other
+    assert before == {path: path.read_bytes() for path in output_dir.rglob("*") if path.is_file()}
+    go_on.touch()
+    assert first.wait(60), first.output()
+    first.end()
+    assert_same_model(output_dir, world / "straight")
+    assert [line["step"] for line in read_metrics(output_dir)] == list(range(1, 9))
+
+
+def test_a_run_whose_folder_was_taken_over_while_it_was_suspended_ends_and_writes_no_more(world, tmp_path):
+    output_dir = tmp_path / "run"
+
+    def with_short_times(argv: list[str], suspended: bool) -> int:
+        trainer.lock.BEAT_SECONDS, trainer.lock.WATCH_SECONDS = 0.2, 2
+        if suspended:
+            at_step(4, 0, lambda: send(signal.SIGSTOP))
+        return main(argv)
+
+    argv = flags(world, output_dir)
+    first = Ranks(2, with_short_times, argv, True)
+    until = time.monotonic() + 60
+    while "T (stopped)" not in Path(f"/proc/{first.processes[0].pid}/status").read_text():
+        assert time.monotonic() < until, first.output()
+        time.sleep(0.05)
+    output, _ = run_ranks(2, with_short_times, argv, False)
+    assert "which gave no sign of life for 2 s" in output
+    written = {path: path.read_bytes() for path in output_dir.rglob("*") if path.is_file()}
+    with trainer.lock.Lock(output_dir) as lock:
+        assert lock.take() == []
+        os.kill(first.processes[0].pid, signal.SIGCONT)
+        first.processes[0].join(60)
+    assert first.processes[0].exitcode == 1
+    said = first.output()
+    first.end()
+    assert said.count("error: ") == 1, said
+    assert f"error: --output_dir {output_dir} has been taken over by process {os.getpid()}" in said
+    assert written == {path: path.read_bytes() for path in output_dir.rglob("*") if path.is_file()}
+    assert_same_model(output_dir, world / "straight")
+
+
+@pytest.mark.parametrize("end", ["raised", "bad steps", "interrupted", "signalled twice"])
+def test_the_lock_is_removed_however_a_run_ends(world, tmp_path, end):
+    output_dir, held = tmp_path / "run", tmp_path / "held"
+
+    def act(*args: Any) -> Any:
+        if (output_dir / "run.lock").exists():
+            held.touch()
+        if end == "bad steps":
+            return torch.tensor(torch.nan)
+        if end == "raised":
+            raise RuntimeError("the boiler burst")
+        if end == "signalled twice":
+            trainer.signals.ECHO_SECONDS = 0
+            send(signal.SIGTERM)
+            time.sleep(0.1)
+            send(signal.SIGTERM)
+        return send(signal.SIGINT)
+
+    def run(argv: list[str]) -> int:
+        if end == "bad steps":
+            trainer.main.get_total_norm = act
+        else:
+            at_step(3, 0, act)
+        return main(argv)
+
+    ranks = Ranks(1, run, flags(world, output_dir))
+    assert not ranks.wait(60)
+    ranks.processes[0].join(30)
+    ranks.end()
+    assert ranks.processes[0].exitcode == 1, ranks.output()
+    assert held.exists()
+    assert not (output_dir / "run.lock").exists()
 
 
 # --- raised, hung -----------------------------------------------------------------------------------------

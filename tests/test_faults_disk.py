@@ -113,13 +113,31 @@ def test_files_that_cannot_grow_cost_a_save_and_not_the_run(world, tmp_path):
     assert [process.exitcode for process in ranks.processes] == [1, 1]
     assert f"warning: {tmp_path}/checkpoint-4 is not saved: rank 0: " in output
     assert "File too large" in output
-    assert output.count("error: rank 0: ") == 1
+    assert output.count(f"error: the trained model is not in {tmp_path}: rank 0: ") == 1
     assert "Traceback" not in output
     left = sorted(path.name for path in tmp_path.glob("*checkpoint-*"))
     assert left in (["checkpoint-1", "checkpoint-2"], ["checkpoint-2", "checkpoint-3"])
+    error = next(line for line in output.splitlines() if line.startswith("error: "))
+    assert f"{tmp_path}/{left[-1]} holds step {left[-1][-1]}, and the same command goes on from it" in error
     output, _ = run_ranks(2, main, flags(world, tmp_path))
     assert f"going on from {tmp_path}/{left[-1]}" in output
     assert_same_model(tmp_path, world / "straight")
+
+
+def test_a_stop_whose_save_fails_says_what_is_saved(world, tmp_path):
+    def run(argv: list[str]) -> int:
+        def limit_and_stop() -> None:
+            while not (tmp_path / "checkpoint-3" / "complete.json").exists():  # whose save is under way
+                time.sleep(0.01)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+            send(signal.SIGTERM)
+
+        at_step(4, int(os.environ["RANK"]), limit_and_stop)
+        return main(argv)
+
+    output, _ = run_ranks(2, run, flags(world, tmp_path), status=1)
+    (line,) = [line for line in output.splitlines() if line.startswith("stopped after step 4 of 8")]
+    assert f"{tmp_path}/checkpoint-3 holds step 3, and the same command goes on from it" in line
 
 
 @pytest.fixture
@@ -156,6 +174,27 @@ def test_a_full_disk_costs_a_save_and_not_the_run(world, small_disk, asynchronou
     assert "Traceback" not in output
     assert (small_disk / "run" / "checkpoint-7" / "complete.json").exists()
     assert [line["step"] for line in read_metrics(small_disk / "run")] == list(range(1, 9))
+    assert_same_model(small_disk / "run", world / "straight")
+
+
+def test_a_disk_with_room_for_the_model_alone_at_the_end_gets_the_model(world, small_disk):
+    def fill() -> None:
+        last, old = (small_disk / "run" / f"checkpoint-{step}" for step in (7, 5))
+        while not last.exists() or old.exists():
+            time.sleep(0.01)
+        room = 1.3 * sum(path.stat().st_size for path in last.iterdir() if path.is_file())
+        with (small_disk / "ballast").open("wb") as file:
+            file.write(b"x" * int(shutil.disk_usage(small_disk).free - room))
+
+    def run(argv: list[str]) -> int:
+        at_step(8, 0, fill)
+        return main(argv)
+
+    output, _ = run_ranks(2, run, flags(world, small_disk / "run"))
+    (warning,) = [line for line in output.splitlines() if line.startswith("warning: ")]
+    assert "checkpoint-8 is not saved" in warning
+    assert "the trained model is written next" in warning
+    assert f"{small_disk}/run/checkpoint-7 holds step 7" in warning
     assert_same_model(small_disk / "run", world / "straight")
 
 

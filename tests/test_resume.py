@@ -2,15 +2,22 @@
 same batches in the same order; and what would make it another run is refused."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import trainer.main
 from data.loader import StepLoader
 from tests.tiny import read_metrics, run_ranks, tiny_data, tiny_model
+from trainer.checkpoint import Checkpoints
+from trainer.config import Config
+from trainer.distributed import step_seed
+from trainer.lock import Lock
 from trainer.main import main
 from trainer.resume import changes, drop_later_lines
 from trainer.signals import StopRequest
@@ -196,10 +203,123 @@ def test_a_named_checkpoint_starts_a_run_in_another_folder(world, copy, tmp_path
     start = ["--resume_from_checkpoint", str(copy / "checkpoint-4")]
     run_ranks(2, main, flags(world, "x", "--output_dir", str(branch), *start))
     assert (branch / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
-    output, _ = run_ranks(
-        2, main, flags(world, "x", "--output_dir", str(tmp_path), *start[:1], "/no"), status=2
-    )
-    assert "/no has no complete.json, so it was never finished" in output
+
+
+def test_a_checkpoint_that_is_not_there_is_named_with_those_that_are(world, copy):
+    argv = flags(world, "x", "--output_dir", str(copy), "--resume_from_checkpoint")
+    for named, said in (
+        ("nope", "--resume_from_checkpoint nope: there is no such folder"),
+        (str(world / "model"), f"{world}/model has no complete.json, so it was never finished"),
+    ):
+        output, _ = run_ranks(2, main, [*argv, named], status=2)
+        (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
+        assert said in error
+        assert f"{copy} has checkpoint-4, checkpoint-3" in error
+
+
+def test_a_branch_with_another_learning_rate_is_what_the_readme_says(world, copy, tmp_path):
+    named = ["--resume_from_checkpoint", str(copy / "checkpoint-3"), "--output_dir", str(tmp_path / "branch")]
+    argv = flags(world, "x", *named, "--learning_rate", "5e-4", "--lr_scheduler_type", "constant")
+    argv += ["--logging_steps", "1"]
+    output, _ = run_ranks(2, main, argv, status=2)
+    assert "--learning_rate was 0.001 and is 0.0005" in output
+    assert "--resume_anyway True goes on all the same" in output
+    assert not (tmp_path / "branch").exists()
+    run_ranks(2, main, [*argv, "--resume_anyway", "True"])
+    lines = read_metrics(tmp_path / "branch")
+    assert [line["step"] for line in lines] == [4, 5, 6, 7, 8]
+    assert {line["learning_rate"] for line in lines} == {5e-4}
+
+
+def test_a_branch_that_torchrun_starts_again_before_its_first_save_is_the_same_branch(world, copy, tmp_path):
+    def main_started_again(argv: list[str]) -> int:
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
+        return main(argv)
+
+    named = ["--resume_from_checkpoint", str(copy / "checkpoint-4"), "--output_dir", str(tmp_path / "branch")]
+    output, _ = run_ranks(2, main_started_again, flags(world, "x", *named))
+    assert f"going on from {copy}/checkpoint-4, after step 4" in output
+
+
+# --- the last step, and longer trainings ------------------------------------------------------------------
+
+
+CONSTANT = ["--lr_scheduler_type", "constant", "--save_strategy", "epoch"]
+
+
+def test_a_finished_run_can_be_extended_and_is_then_the_longer_run(world, tmp_path):
+    def argv(name: str, epochs: str) -> list[str]:
+        more = ["--output_dir", str(tmp_path / name), "--max_steps", "-1", "--num_train_epochs", epochs]
+        return flags(world, "x", *CONSTANT, *more)
+
+    run_ranks(2, main, argv("long", "2"))
+    run_ranks(2, main, argv("run", "0.6"))  # 3 of the 5 steps of an epoch
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]
+    output, _ = run_ranks(2, main, argv("run", "2"))
+    assert f"going on from {tmp_path}/run/checkpoint-3, after step 3 of 10" in output
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "long"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 10
+    assert not list((tmp_path / "run").glob("metrics-*"))
+
+
+def test_an_extension_that_changes_the_learning_rates_is_refused_with_the_flag_that_insists(world, tmp_path):
+    argv = flags(world, "x", "--output_dir", str(tmp_path), "--max_steps")
+    run_ranks(2, main, [*argv, "2"])
+    before = (tmp_path / "model.safetensors").read_bytes()
+    output, _ = run_ranks(2, main, [*argv, "4"], status=2)
+    assert "total_steps was 2 and is 4, which changes the learning rate" in output
+    assert "--resume_anyway True goes on all the same" in output
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    output, _ = run_ranks(2, main, [*argv, "4", "--resume_anyway", "True"])
+    assert "going on from" in output
+    assert [line["step"] for line in read_metrics(tmp_path)] == [2, 4]
+
+
+def test_a_finished_model_without_a_checkpoint_is_not_replaced_by_a_longer_training(world, tmp_path):
+    argv = flags(world, "x", *CONSTANT, "--output_dir", str(tmp_path), "--save_strategy", "no", "--max_steps")
+    run_ranks(2, main, [*argv, "2"])
+    before = (tmp_path / "model.safetensors").read_bytes()
+    output, _ = run_ranks(2, main, [*argv, "3"], status=2)
+    assert f"{tmp_path} holds the finished model of step 2 of 3 and no checkpoint to go on from" in output
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    output, _ = run_ranks(2, main, [*argv, "3", "--resume_from_checkpoint", "none"])
+    assert "starting from scratch" in output
+    assert (tmp_path / "model.safetensors").read_bytes() != before
+
+
+def test_the_last_checkpoint_and_the_final_model_share_their_weights_on_the_disk(world, tmp_path):
+    run_ranks(2, main, flags(world, "x", "--output_dir", str(tmp_path), "--max_steps", "2"))
+    model, checkpoint = tmp_path / "model.safetensors", tmp_path / "checkpoint-2" / "model.safetensors"
+    assert model.stat().st_ino == checkpoint.stat().st_ino
+    assert (tmp_path / "config.json").stat().st_ino != (checkpoint.parent / "config.json").stat().st_ino
+    listed = json.loads((tmp_path / "complete.json").read_text())
+    assert listed["step"] == 2
+    assert {"config.json", "model.safetensors"} <= listed["files"].keys() <= set(os.listdir(tmp_path))
+    assert not (tmp_path / "resume").exists()
+
+
+def test_an_attempt_that_starts_from_scratch_says_so_and_keeps_the_metrics_before_it(world, tmp_path):
+    """Killed before its first save; twice."""
+    argv = flags(world, "x", "--output_dir", str(tmp_path), "--save_steps", "100", "--logging_steps", "1")
+    for number in (1, 2):
+        run_ranks(2, main_killed_after, 3, argv, status=-signal.SIGKILL)
+        output, _ = run_ranks(2, main_killed_after, 2, argv, status=-signal.SIGKILL)
+        assert f"starting from scratch: {tmp_path} has no checkpoints" in output
+        assert f"the metrics of an earlier attempt are in {tmp_path}/metrics-{2 * number - 1}.jsonl" in output
+    steps = [len((tmp_path / f"metrics-{n}.jsonl").read_text().splitlines()) for n in (1, 2, 3)]
+    assert steps == [3, 2, 3]
+
+
+def main_killed_after(step: int, argv: list[str]) -> int:
+    def hook(*arguments: int) -> int:
+        if arguments[1] == step + 1:
+            torch.distributed.barrier()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step_seed(*arguments)
+
+    trainer.main.step_seed = hook
+    return main(argv)
 
 
 def test_lines_of_steps_that_will_be_done_again_are_dropped(tmp_path):
@@ -209,16 +329,45 @@ def test_lines_of_steps_that_will_be_done_again_are_dropped(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text().splitlines() == lines[:4]
 
 
-def test_only_the_newest_checkpoints_stay_and_an_epoch_ends_in_one(world, tmp_path):
+def test_only_the_newest_checkpoints_stay_and_an_epoch_and_the_last_step_end_in_one(world, tmp_path):
     more = ["--output_dir", str(tmp_path), "--save_strategy", "epoch", "--save_total_limit", "2"]
     run_ranks(2, main, flags(world, "x", *more, "--max_steps", "16"))
-    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-15"]
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-15", "checkpoint-16"]
 
 
 def test_minutes_make_a_save_too(world, tmp_path):
     more = ["--output_dir", str(tmp_path), "--save_strategy", "no", "--save_minutes", "0.001"]
-    run_ranks(2, main, flags(world, "x", *more))
+    output, _ = run_ranks(2, main, flags(world, "x", *more))
+    assert "first checkpoint after 0.001 minutes" in output
     assert list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_checkpoint_of_the_clock_goes_when_the_next_is_complete_and_those_of_the_strategy_stay(
+    world, tmp_path
+):
+    more = ["--output_dir", str(tmp_path), "--save_minutes", "1e-6", "--async_save", "False"]
+    output, _ = run_ranks(2, main, flags(world, "x", *more))
+    assert "first checkpoint after step 3 or 1e-06 minutes" in output
+    left = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    assert left == ["checkpoint-3", "checkpoint-6", "checkpoint-8"]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "minutes", "said"),
+    [
+        ("epoch", None, "first checkpoint after step 63 or 30 minutes"),
+        ("steps", None, "first checkpoint after step 20 or 30 minutes"),
+        ("steps", 5.0, "first checkpoint after step 20 or 5 minutes"),
+        ("no", 5.0, "first checkpoint after 5 minutes"),
+        ("no", None, "no checkpoints (--save_strategy no): if this run is killed, it starts from scratch"),
+    ],
+)
+def test_the_start_says_when_the_first_save_comes(tmp_path, monkeypatch, strategy, minutes, said):
+    monkeypatch.setattr(torch.distributed, "new_group", lambda **_: None)
+    config = Config(output_dir=str(tmp_path), save_strategy=strategy, save_minutes=minutes, save_steps=10)
+    checkpoints = Checkpoints({}, config, Lock(tmp_path), steps_per_epoch=63, last_step=63)
+    assert checkpoints.first_save(done=12) == said
+    assert checkpoints.is_due(63) is (strategy != "no")
 
 
 def run_file(**changed) -> dict:

@@ -17,6 +17,9 @@ format: safetensors and JSON, nothing to unpickle, and any number of ranks reads
 The loop waits only until parameters and moments are copied to the host's memory; a thread writes them. Only
 when every rank has its files on the disk does rank 0 write `complete.json` and give the folder its name. A
 save that fails is reported and its folder deleted; the checkpoint before it stays, and the run goes on.
+
+The last step's checkpoint stays too, so that a longer training can go on from it. The final model in
+output_dir is that checkpoint's, by hard links: nothing is gathered or written twice.
 """
 
 import json
@@ -38,22 +41,23 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
+from trainer.config import Config
 from trainer.distributed import is_main, log
 from trainer.folders import (
+    FINAL,
     MARKER,
+    RESUME,
     Jobs,
     begin,
+    link_model,
     move_into,
     put_in_place,
     remove_old_checkpoints,
     sync_to_disk,
+    what_is_safe,
     write_json,
 )
-
-RESUME = "resume"
-"""The sub-folder that makes a model's folder a checkpoint."""
-FINAL = "complete"
-"""The folder of the final model, until its files are moved into output_dir."""
+from trainer.lock import Lock
 
 T = TypeVar("T")
 WriteModel = Callable[[Path, Jobs], None]
@@ -68,32 +72,54 @@ class Checkpoints:
     """Writes the checkpoints of one run and its final model. All ranks call all methods in the same order."""
 
     def __init__(
-        self,
-        output_dir: Path,
-        run: Mapping[str, Any],
-        keep: int | None,
-        asynchronous: bool,
-        save_minutes: float | None = None,
+        self, run: Mapping[str, Any], config: Config, lock: Lock, steps_per_epoch: int, last_step: int
     ) -> None:
-        """run: the content of run.json; keep: how many checkpoints to leave, None for all; asynchronous:
-        write in a thread; save_minutes: time between saves, for `minutes_are_over`."""
-        self.output_dir, self.run, self.keep, self.asynchronous = output_dir, run, keep, asynchronous
-        self.save_seconds = math.inf if save_minutes is None else 60 * save_minutes
+        """run: the content of run.json; lock: of output_dir, checked before anything there changes."""
+        self.output_dir, self.run, self.lock, self.last_step = Path(config.output_dir), run, lock, last_step
+        self.keep, self.asynchronous = config.save_total_limit, config.async_save
+        self.minutes = config.minutes_between_saves
+        self.every = {"no": math.inf, "steps": config.save_steps, "epoch": steps_per_epoch}[
+            config.save_strategy
+        ]
         # A group of its own, as the thread's messages must not mix with the loop's; a write may take long.
         self.group: Any = dist.new_group(backend="gloo", timeout=timedelta(days=1))
         self.failed = False
+        self.newest: Path | None = None  # that this run has completed
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._begun = time.monotonic()
 
+    def is_due(self, step: int) -> bool:
+        """Whether save_strategy wants a checkpoint of this step."""
+        return step % self.every == 0 or (step == self.last_step and self.every < math.inf)
+
+    def first_save(self, done: int) -> str:
+        """A sentence that says when the first checkpoint comes; `done` steps are done already."""
+        moments = []
+        if self.every < math.inf:
+            moments.append(f"step {min((done // self.every + 1) * self.every, self.last_step)}")
+        if self.minutes < math.inf:
+            moments.append(f"{self.minutes:g} minutes")
+        if done == self.last_step:
+            return "every step is done: what is left is to put the trained model in its place"
+        if not moments:
+            return "no checkpoints (--save_strategy no): if this run is killed, it starts from scratch"
+        return f"first checkpoint after {' or '.join(moments)}"
+
     def save(
-        self, step: int, write_model: WriteModel, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]
+        self,
+        step: int,
+        write_model: WriteModel,
+        tensors: Mapping[str, Tensor],
+        notes: Mapping[str, Any],
+        until_next: bool = False,
     ) -> None:
-        """Write `checkpoint-<step>` once the save before is done. notes: what `complete.json` also holds."""
+        """Write `checkpoint-<step>` once the save before is done. notes: what `complete.json` also holds;
+        until_next: the next checkpoint replaces this one."""
         self.wait()
         self._begun = time.monotonic()
         folder = self.output_dir / f"checkpoint-{step}"
-        content = {"step": step, **notes}
+        content = {"step": step, "until_next": until_next, **notes}
         try:
             jobs = Jobs(put_off=self.asynchronous)
             temporary = self._begin(folder, write_model, jobs)
@@ -109,7 +135,7 @@ class Checkpoints:
         def finish() -> None:
             try:
                 self._finish(temporary, folder, jobs, held, content)
-                self.failed = False
+                self.failed, self.newest = False, folder
             except SaveError as error:
                 self._report(folder, error)
             except Exception as error:  # another rank is gone, or a mistake of ours
@@ -124,7 +150,7 @@ class Checkpoints:
 
     def minutes_are_over(self) -> bool:
         """Whether it is time for a save by the clock; rank 0's clock counts."""
-        return is_main() and time.monotonic() - self._begun > self.save_seconds
+        return is_main() and time.monotonic() - self._begun > 60 * self.minutes
 
     def is_saving(self) -> bool:
         """Whether this rank's thread is still writing."""
@@ -139,23 +165,39 @@ class Checkpoints:
             raise self._error
 
     def save_final_model(self, step: int, write_model: WriteModel) -> None:
-        """Write the trained model into output_dir itself, and wait for it. SaveError if it fails."""
+        """Put the trained model into output_dir itself, from the checkpoint of the last step if there is
+        one, and wait for it. SaveError if it fails."""
         self.wait()
-        folder = self.output_dir / FINAL
-        jobs = Jobs()
-        temporary = self._begin(folder, write_model, jobs)
-        self._finish(temporary, folder, jobs, {}, {"step": step})
-        self._together(lambda: move_into(folder, self.output_dir) if is_main() else None)
+        checkpoint, folder = self.output_dir / f"checkpoint-{step}", self.output_dir / FINAL
+        try:
+            if self.newest == checkpoint:
+                self._on_main(lambda: link_model(checkpoint, folder))
+            else:
+                jobs = Jobs()
+                temporary = self._begin(folder, write_model, jobs)
+                self._finish(temporary, folder, jobs, {}, {"step": step})
+            self._on_main(lambda: move_into(folder, self.output_dir))
+        except SaveError as error:
+            raise SaveError(
+                f"the trained model is not in {self.output_dir}: {error}; make room there, or mend what the "
+                f"error names: {what_is_safe(self.output_dir)}"
+            ) from None
 
     def _report(self, folder: Path, error: SaveError) -> None:
         self.failed = True
-        log(f"warning: {folder} is not saved: {error}; training goes on, earlier checkpoints are untouched")
+        goes_on = "training goes on, and the next save tries again"
+        if folder.name == f"checkpoint-{self.last_step}":
+            goes_on = "the trained model is written next, without what a longer training would go on from"
+        log(
+            f"\nwarning: {folder} is not saved: {error}; {goes_on}: make room in {self.output_dir}, or mend "
+            f"what the error names; {what_is_safe(self.output_dir)}"
+        )
         if is_main():
             shutil.rmtree(folder.with_name(f".saving-{folder.name}"), ignore_errors=True)
 
     def _begin(self, folder: Path, write_model: WriteModel, jobs: Jobs) -> Path:
         """The temporary folder, with the model in it but for the jobs that are put off."""
-        self._together(lambda: begin(folder) if is_main() else None)
+        self._on_main(lambda: begin(folder))
         temporary = folder.with_name(f".saving-{folder.name}")
         if not all(self._together(temporary.is_dir)):
             raise SaveError(f"not every rank sees {temporary}: it must be on a file system that all share")
@@ -180,10 +222,19 @@ class Checkpoints:
         def complete() -> None:
             write_json(temporary / MARKER, content)
             put_in_place(temporary, folder)
-            if self.keep:
+            if folder.name != FINAL:
                 remove_old_checkpoints(self.output_dir, self.keep)
 
-        self._together(lambda: complete() if is_main() else None)
+        self._on_main(complete)
+
+    def _on_main(self, work: Callable[[], object]) -> None:
+        """Rank 0 changes output_dir, if the folder is still its own; if it fails, SaveError on all ranks."""
+
+        def guarded() -> None:
+            self.lock.check()
+            work()
+
+        self._together(lambda: guarded() if is_main() else None)
 
     def _together(self, work: Callable[[], T]) -> list[T]:
         """Every rank's result; if any rank failed, SaveError on all ranks."""

@@ -10,6 +10,7 @@ Output: a `Config`, or `ConfigError` with every problem at once.
 Names and defaults are those of the original scripts and of Hugging Face wherever they have one.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -141,13 +142,14 @@ class Config(DataConfig):
     logging_steps: int = 1
     """Steps between lines of metrics.jsonl."""
     save_strategy: str = "epoch"
-    """When to save besides the end: no, steps or epoch."""
+    """When to write a checkpoint: epoch or steps, and after the last step; no: the trained model alone."""
     save_steps: int = 500
     """Steps between saves when save_strategy is steps."""
     save_total_limit: int | None = None
     """Checkpoints kept; the oldest goes only when a new one is complete."""
     save_minutes: float | None = None
-    """Save after this many minutes too, whatever save_strategy is."""
+    """Save this many minutes after the last save too: 30 if absent, unless save_strategy is no. The next
+    checkpoint replaces one that is saved for this reason alone."""
     async_save: bool = True
     """Write checkpoints in a thread while training goes on, from a copy in the host's memory."""
     save_dtype: str = "auto"
@@ -190,6 +192,18 @@ class Config(DataConfig):
     def adam_betas(self) -> tuple[float, float]:
         """AdamW's decays of the first and of the second moment."""
         return self.adam_beta1, self.adam_beta2
+
+    @property
+    def minutes_between_saves(self) -> float:
+        """`save_minutes`, or what it is by default; infinite: no saves by the clock."""
+        if self.save_minutes is None:
+            return math.inf if self.save_strategy == "no" else 30.0
+        return self.save_minutes
+
+    @property
+    def makes_checkpoints(self) -> bool:
+        """Whether there may be checkpoints beside the trained model."""
+        return self.save_strategy != "no" or self.save_minutes is not None
 
     @property
     def traced_steps(self) -> range:
@@ -295,8 +309,7 @@ class Config(DataConfig):
                 "--use_dora needs --lora_dropout 0: with dropout, peft's DoRA computes something else in "
                 "training than in use where a layer is more than its weight (PLoRA)"
             )
-        saves = self.save_strategy != "no" or self.save_minutes is not None
-        if not saves and self.save_total_limit is not None:
+        if not self.makes_checkpoints and self.save_total_limit is not None:
             found.append("--save_total_limit has no effect while --save_strategy is no")
         return found
 

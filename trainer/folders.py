@@ -13,7 +13,7 @@ left of those. One rank calls these functions; all ranks must see the same file 
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,23 @@ MARKER = "complete.json"
 """Written last, and moved last: a folder that has it has everything that it lists."""
 CONFIGS = ("config.json", "adapter_config.json")
 """What makes a folder load as a model."""
+RESUME = "resume"
+"""The sub-folder that makes a model's folder a checkpoint."""
+FINAL = "complete"
+"""The folder of the final model, until its files are moved into output_dir."""
+OF_A_MODEL = (
+    *CONFIGS,
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template.*",
+)
+"""Files that the final model may bring, and so replace."""
 
 
 class Jobs:
@@ -114,6 +131,36 @@ def move_into(source: Path, folder: Path) -> None:
     source.rmdir()
 
 
+def link_model(checkpoint: Path, folder: Path) -> None:
+    """Make the complete folder `folder` of the model in `checkpoint`, without writing its weights again.
+
+    Weights are hard links, where the file system has them; small files, which users may edit, are copies.
+    """
+    marker = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
+    files = {
+        name: found
+        for name, found in marker["files"].items()
+        if name != "run.json" and not name.startswith(f"{RESUME}/")
+    }
+    temporary = begin(folder)
+    for name in files:
+        (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+        _link_or_copy(checkpoint / name, temporary / name)
+    write_json(temporary / MARKER, {"step": marker["step"], "files": files})
+    put_in_place(temporary, folder)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    if source.suffix == ".safetensors":
+        try:
+            os.link(source, target)
+            return
+        except OSError:  # a file system without hard links
+            pass
+    shutil.copyfile(source, target)
+    sync_to_disk(target)
+
+
 def numbered(output_dir: Path) -> dict[int, Path]:
     """Step → its `checkpoint-<step>` folder, the newest first."""
     found = {
@@ -124,10 +171,81 @@ def numbered(output_dir: Path) -> dict[int, Path]:
     return dict(sorted(found.items(), reverse=True))
 
 
-def remove_old_checkpoints(output_dir: Path, keep: int) -> None:
-    """Delete all but the `keep` newest `checkpoint-<step>` folders."""
-    for folder in list(numbered(output_dir).values())[keep:]:
-        remove(folder)
+def remove_old_checkpoints(output_dir: Path, keep: int | None) -> None:
+    """Delete all `checkpoint-<step>` folders but the `keep` newest (None: all), and those before the newest
+    that were made to last until the next one only."""
+    newest, *older = numbered(output_dir).values()
+    lasting = [folder for folder in older if not _lasts_until_the_next(folder)]
+    stay = {newest, *(lasting if keep is None else lasting[: keep - 1])}
+    for folder in older:
+        if folder not in stay:
+            remove(folder)
+
+
+def _lasts_until_the_next(checkpoint: Path) -> bool:
+    try:
+        return json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))["until_next"] is True
+    except (OSError, ValueError, KeyError, TypeError):  # nothing is deleted that cannot be read
+        return False
+
+
+def what_is_safe(output_dir: Path) -> str:
+    """The newest complete checkpoint and what the same command does next: the end of a message."""
+    for step, folder in numbered(output_dir).items():
+        if (folder / MARKER).is_file():
+            return f"{folder} holds step {step}, and the same command goes on from it"
+    return f"{output_dir} holds no checkpoint, and the same command starts from scratch"
+
+
+def output_dir_problems(output_dir: Path, read: Mapping[str, str | None]) -> list[str]:
+    """Why a run must not write to `output_dir`: something would be replaced that no run of ours wrote.
+
+    read: flag → the folder that the run reads a model or adapter from, if any.
+    """
+    if not output_dir.is_dir():
+        return []
+    for flag, name in read.items():
+        if not name or not Path(name).is_dir():
+            continue
+        if output_dir.samefile(name):
+            return [
+                f"--output_dir {output_dir} is the folder of --{flag}, whose files the trained model would "
+                "replace; name another folder"
+            ]
+        if Path(name).resolve() in [folder.resolve() for folder in numbered(output_dir).values()]:
+            return [
+                f"--output_dir {output_dir} holds the checkpoint that --{flag} names, which later ones would "
+                "replace; name another folder"
+            ]
+    if (output_dir / RESUME).is_dir() and _is_of_a_run(output_dir):
+        return [f"--output_dir {output_dir} is itself a checkpoint; name another folder"]
+    if _is_of_a_run(output_dir):
+        return []
+    foreign = {path.name for pattern in OF_A_MODEL for path in output_dir.glob(pattern)}
+    foreign |= {folder.name for folder in numbered(output_dir).values()}
+    foreign |= {name for name in (MARKER, "run.json", FINAL) if (output_dir / name).exists()}
+    if not foreign:
+        return []
+    names = sorted(foreign)
+    return [
+        f"--output_dir {output_dir} holds {', '.join(names[:3])}{' and more' * (len(names) > 3)}, which no "
+        "run of this trainer wrote and this one would replace; name a new folder, or one of an earlier run"
+    ]
+
+
+def _is_of_a_run(folder: Path) -> bool:
+    """Whether the trainer wrote there before: a run.json, or a complete model or checkpoint, of its own."""
+    for path, keys in (
+        (folder / "run.json", {"config", "data_plan"}),
+        *((place / MARKER, {"step", "files"}) for place in (folder, *numbered(folder).values())),
+    ):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(content, dict) and keys <= content.keys():
+            return True
+    return False
 
 
 def sweep(output_dir: Path) -> None:

@@ -49,7 +49,8 @@ from trainer.distributed import (
     step_seed,
 )
 from trainer.flops import count_flops, matmul_peak
-from trainer.folders import Jobs
+from trainer.folders import Jobs, what_is_safe
+from trainer.lock import Lock
 from trainer.lora import load_adapters
 from trainer.loss import chunked_cross_entropy
 from trainer.metrics import MetricsFile, part_of
@@ -65,8 +66,8 @@ from trainer.trained import refuse_idle
 from trainer.weights import load_weights, save_model_folder, weights_dtype
 
 
-def train(config: Config, ranks: Ranks) -> int:
-    """One run of a checked configuration; returns the exit status."""
+def train(config: Config, ranks: Ranks, lock: Lock) -> int:
+    """One run of a checked configuration, with the lock of its output_dir; returns the exit status."""
     device, output_dir, base = ranks.device, Path(config.output_dir), Path(config.model_name_or_path)
 
     # --- the plan: whatever is wrong with the files shows here, before any weight is read ----------------
@@ -75,6 +76,8 @@ def train(config: Config, ranks: Ranks) -> int:
         return BAD_INPUT
     adapters, sources, total_steps = plan.adapters, plan.sources, plan.total_steps
     run = describe_run(config, plan, ranks)
+    if agree_on_problems(lock.take() if ranks.rank == 0 else []):
+        return BAD_INPUT
     try:
         begin = choose_start(config, run)
     except ValueError as error:
@@ -126,7 +129,7 @@ def train(config: Config, ranks: Ranks) -> int:
     if begin.folder:
         load(begin.folder, resumable(trained, optimizer))
     space = bytes_of_a_save(model, trained, resumable(trained, optimizer), save_dtype, config)
-    if agree_on_problems(prepare_output_dir(output_dir, run, begin.step, space) if ranks.rank == 0 else []):
+    if agree_on_problems(prepare_output_dir(output_dir, run, begin, space) if ranks.rank == 0 else []):
         return BAD_INPUT
     metrics = MetricsFile(output_dir if ranks.rank == 0 else None, config.report_to == "tensorboard")
     described = (plan.model_config, plan.tokenizer)
@@ -150,10 +153,9 @@ def train(config: Config, ranks: Ranks) -> int:
         on_bad_sample="skip" if config.on_bad_sample == "skip" else "error",
         packing=plan.packing,
     )
-    checkpoints = Checkpoints(
-        output_dir, run, config.save_total_limit, config.async_save, config.save_minutes
-    )
-    stop = StopRequest(output_dir)
+    checkpoints = Checkpoints(run, config, lock, plan.sampler.steps_per_epoch, total_steps)
+    log(checkpoints.first_save(begin.step))
+    stop = StopRequest(output_dir, lock.release)
     flops = count_flops(model)
     peak = matmul_peak(device, config.bf16) if config.measure_mfu else None
     phases = Phases(model, plan.parts, ranks, config)
@@ -290,20 +292,19 @@ def train(config: Config, ranks: Ranks) -> int:
             return FAILED
 
         # --- save ----------------------------------------------------------------------------------------
-        steps = {"no": total_steps, "steps": config.save_steps, "epoch": plan.sampler.steps_per_epoch}
-        due = step % steps[config.save_strategy] == 0 or minutes_over or stopping
-        if due and step < total_steps:
+        due = checkpoints.is_due(step) or (stopping and step < total_steps)
+        if due or (minutes_over and step < total_steps):
             notes = {"window": window.tolist(), "epoch": epoch.tolist(), "work": work.tolist()}
             notes["counts"] = [skipped_steps, bad_steps]
             notes["clock"] = [time.perf_counter() - window_started, window_steps]
             phases("saving")
-            checkpoints.save(step, write_model, resumable(trained, optimizer), notes)
+            checkpoints.save(step, write_model, resumable(trained, optimizer), notes, not due)
         if measured := phases.stop(step, is_last=stopping or step == total_steps):
             metrics.write(kind="phases", step=step, **measured)
         if stopping and step < total_steps:
             checkpoints.wait()
             stop.honoured()
-            log(f"\nstopped after step {step} of {total_steps}, as asked; the same command goes on from it")
+            log(f"\nstopped after step {step} of {total_steps}, as asked; {what_is_safe(output_dir)}")
             return FAILED if checkpoints.failed else STOPPED
     bar.leave = True
     bar.close()
@@ -325,7 +326,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     ranks = start(60 * config.hang_minutes + 60, host_collectives=config.cpu_offload)  # after the watchdog
     try:
-        status = train(config, ranks)
+        with Lock(Path(config.output_dir)) as lock:
+            status = train(config, ranks, lock)
     except SaveError as error:  # the same on every rank
         log(f"\nerror: {error}")
         return FAILED

@@ -28,6 +28,7 @@ from data.sampler import StepSampler
 from trainer.adapter_folder import adapter_preprocessing, loads_by_itself
 from trainer.config import Config
 from trainer.distributed import Ranks, agree_on_problems, log, rank_zero_first
+from trainer.folders import output_dir_problems
 from trainer.lora import Adapters, add_adapters
 from trainer.metrics import model_table
 from trainer.models import (
@@ -107,8 +108,9 @@ def make_plan(config: Config, ranks: Ranks) -> Plan | None:
 
 
 def _machine_problems(config: Config, ranks: Ranks) -> list[str]:
-    """What the flags ask of the machine and it does not have, a sentence each."""
-    problems = []
+    """What the flags ask of the machine and of its folders and cannot have, a sentence each."""
+    read = {name: getattr(config, name) for name in ("model_name_or_path", "lora_weight_path")}
+    problems = output_dir_problems(Path(config.output_dir), read)
     if config.cpu_offload and ranks.device.type == "cpu":
         problems.append(
             "--cpu_offload: there is no accelerator here, so everything is in the host's memory already; "

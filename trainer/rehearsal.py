@@ -2,8 +2,8 @@
 
 Input: the model, the data and the folder. Output: sentences about what will not work, or nothing:
 
-    prepare_output_dir(Path("output"), run, first_step=0, needed_bytes=120_000_000_000)
-    # ["--output_dir output: a checkpoint and the model need 120.0 GB, 80.3 GB are free"]
+    prepare_output_dir(Path("output"), run, begin, needed_bytes=120_000_000_000)
+    # ["--output_dir output: what a save writes needs 120.0 GB, and 80.3 GB are free; make room, or …"]
     rehearse(model, longest_micro_batch(reader, 4, packing), device, config)
     # torch.OutOfMemoryError now and not in step 3,217
 """
@@ -25,7 +25,7 @@ from data.packing import Packing
 from trainer.config import Config
 from trainer.folders import MARKER, sweep, write_json
 from trainer.parallelize import set_communication
-from trainer.resume import drop_later_lines
+from trainer.resume import Start, drop_later_lines, set_aside
 
 PROBED = 64
 """Records of each source whose length is looked at; a record's length is not known before it is tokenised."""
@@ -38,18 +38,20 @@ def bytes_of_a_save(
     save_dtype: torch.dtype,
     config: Config,
 ) -> int:
-    """Room for a checkpoint: the saved model, and the state that it is resumed from (`resumable`)."""
+    """Room for a checkpoint: the saved model, and the state that it is resumed from (`resumable`).
+
+    The final model takes no more: its weights are those of the last checkpoint.
+    """
     saved = trained.values() if config.use_lora else model.parameters()
-    has_checkpoints = config.save_strategy != "no" or config.save_minutes is not None
-    return save_dtype.itemsize * sum(parameter.numel() for parameter in saved) + has_checkpoints * sum(
-        tensor.numel() * tensor.dtype.itemsize for tensor in state.values()
+    return save_dtype.itemsize * sum(parameter.numel() for parameter in saved) + sum(
+        config.makes_checkpoints * tensor.numel() * tensor.dtype.itemsize for tensor in state.values()
     )
 
 
 def prepare_output_dir(
-    output_dir: Path, run: Mapping[str, Any], first_step: int, needed_bytes: int
+    output_dir: Path, run: Mapping[str, Any], begin: Start, needed_bytes: int
 ) -> list[str]:
-    """Make the folder fit for a run from `first_step`: what was cut short goes, run.json is written.
+    """Make the folder fit for a run from `begin`: what was cut short goes, run.json is written.
 
     Returns why it cannot be used, in a sentence; for rank 0 alone.
     """
@@ -63,10 +65,13 @@ def prepare_output_dir(
                 f"{free / 1e9:.1f} GB are free; make room, or name a folder elsewhere"
             ]
         (output_dir / MARKER).unlink(missing_ok=True)  # of a run that ended here before
-        drop_later_lines(output_dir / "metrics.jsonl", first_step)
+        if begin.folder and begin.folder.resolve().parent == output_dir.resolve():
+            drop_later_lines(output_dir / "metrics.jsonl", begin.step)
+        else:
+            set_aside(output_dir / "metrics.jsonl")
         write_json(output_dir / "run.json", run)
     except OSError as error:
-        return [f"--output_dir {output_dir}: cannot be written: {error}"]
+        return [f"--output_dir {output_dir}: cannot be written: {error}; make it writable, or name another"]
     return []
 
 

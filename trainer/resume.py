@@ -5,6 +5,7 @@ same on every rank, or ValueError with a line a reason why the run must not go o
 
     output/checkpoint-30/    optimizer shard with a flipped byte     named and passed over
     output/checkpoint-20/    complete                                Start(step=20, folder=…)
+    output/                  no checkpoint                           Start(step=0), and the log says so
 
 A changed configuration is compared field by field with the checkpoint's `run.json`. What cannot change the
 training (folders, workers, how often to save) is noted; what does is refused, unless `--resume_anyway` is
@@ -12,6 +13,7 @@ given. A field that is not listed as harmless below counts as harmful, new ones 
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import platform
@@ -25,10 +27,10 @@ import torch
 import transformers
 
 from data.mixture import Source
-from trainer.checkpoint import FINAL, damage, read_marker
+from trainer.checkpoint import damage, read_marker
 from trainer.config import Config
 from trainer.distributed import Ranks, barrier, is_main, log
-from trainer.folders import MARKER, move_into, numbered, sync_to_disk
+from trainer.folders import FINAL, MARKER, move_into, numbered, sync_to_disk
 from trainer.plan import Plan
 
 HARMLESS = {
@@ -124,19 +126,26 @@ def describe_run(config: Config, plan: Plan, ranks: Ranks) -> dict[str, Any]:
 def choose_start(config: Config, run: Mapping[str, Any]) -> Start:
     """Find where to go on from; every rank calls it. ValueError holds the reasons not to, a line each."""
     output_dir = Path(config.output_dir)
-    # A rank that torchrun has started again goes on, whatever the command line once began from.
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    wish = "auto" if restarted else config.resume_from_checkpoint
     if is_main() and (output_dir / FINAL).is_dir():
         _finish_the_move(output_dir)
     barrier()
-    if wish == "auto" and (output_dir / MARKER).is_file() and not config.resume_anyway:
+    found = numbered(output_dir)
+    has = f"{output_dir} has {', '.join(path.name for path in found.values()) or 'no checkpoints'}"
+    # Ranks that torchrun has started again go on, whatever the command line once began from.
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    wish = "auto" if restarted and found else config.resume_from_checkpoint
+    if wish == "auto" and (output_dir / MARKER).is_file():
         start = Start(read_marker(output_dir)["step"], output_dir, finished=True)
-        _compare(output_dir, run, anyway=False)
         if start.step >= run["total_steps"]:
+            _compare(output_dir, run, config.resume_anyway)
             log(f"{output_dir} holds the finished model of this run, after step {start.step}: nothing to do")
             return start
-    found = numbered(output_dir)
+        if not found:
+            raise ValueError(
+                f"{output_dir} holds the finished model of step {start.step} of {run['total_steps']} and no "
+                "checkpoint to go on from; name another --output_dir, or set --resume_from_checkpoint none "
+                "to train from scratch and replace that model"
+            )
     passed_over: list[Path] = []
     folder = None
     if wish == "auto":
@@ -153,19 +162,24 @@ def choose_start(config: Config, run: Mapping[str, Any]) -> Start:
             )
     elif wish != "none":
         folder = Path(wish)
+        if not folder.is_dir():
+            raise ValueError(f"--resume_from_checkpoint {folder}: there is no such folder; {has}")
         if (problem := damage(folder)) is not None:
-            raise ValueError(f"--resume_from_checkpoint: {problem}")
+            raise ValueError(f"--resume_from_checkpoint: {problem}; name another checkpoint: {has}")
     marker = read_marker(folder) if folder else {"step": 0}
     start = Start(marker["step"], folder, notes=marker)
     for step, other in found.items():
         if step > start.step and other not in passed_over:
             raise ValueError(
                 f"{other} is of a later step than this run would start from ({start.step}): a later restart "
-                "would take it for this run's; remove it, or name another --output_dir"
+                "would take it for this run's; go on from it with --resume_from_checkpoint auto, remove it, "
+                "or name another --output_dir"
             )
     if folder:
         _compare(folder, run, config.resume_anyway)
         log(f"going on from {folder}, after step {start.step} of {run['total_steps']}")
+    else:
+        log(f"starting from scratch: {has}")
     return start
 
 
@@ -192,6 +206,15 @@ def drop_later_lines(path: Path, step: int) -> None:
     temporary.write_bytes(b"".join(kept))
     sync_to_disk(temporary)
     temporary.replace(path)
+
+
+def set_aside(path: Path) -> None:
+    """Rename the metrics.jsonl of an earlier attempt to metrics-1.jsonl, or to the next free number."""
+    if path.is_file() and path.stat().st_size:
+        names = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(1))
+        free = next(name for name in names if not name.exists())
+        path.rename(free)
+        log(f"the metrics of an earlier attempt are in {free} now")
 
 
 def _compare(folder: Path, run: Mapping[str, Any], anyway: bool) -> None:

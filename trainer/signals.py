@@ -17,6 +17,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -29,9 +30,12 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Listens from its construction on; only the main thread may construct one."""
+    """Listens from its construction on; only the main thread may construct one.
 
-    def __init__(self, output_dir: Path) -> None:
+    before_exit: called when a second signal, or torchrun, ends the process.
+    """
+
+    def __init__(self, output_dir: Path, before_exit: Callable[[], None] = lambda: None) -> None:
         self.file = output_dir / "STOP"
         self.is_requested = self.is_ending = False
         for number in SIGNALS:
@@ -41,7 +45,7 @@ class StopRequest:
         received, numbers = os.pipe()
         os.set_blocking(numbers, False)
         signal.set_wakeup_fd(numbers, warn_on_full_buffer=False)
-        threading.Thread(target=_listen, args=(received,), name="signals", daemon=True).start()
+        threading.Thread(target=_listen, args=(received, before_exit), name="signals", daemon=True).start()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if a_neighbour_is_gone():
@@ -59,7 +63,7 @@ class StopRequest:
             self.file.unlink(missing_ok=True)
 
 
-def _listen(received: int) -> None:
+def _listen(received: int, before_exit: Callable[[], None]) -> None:
     """End the process at a second signal, or if torchrun wants it ended; never returns."""
     first = None
     while number := os.read(received, 1):
@@ -69,9 +73,11 @@ def _listen(received: int) -> None:
             first = time.monotonic()
             if a_neighbour_is_gone():
                 time.sleep(ENDING_SECONDS)
+                before_exit()
                 os._exit(FAILED)
         elif time.monotonic() - first > ECHO_SECONDS:
             os.write(2, b"a second signal: ending at once\n")
+            before_exit()
             os._exit(FAILED)
 
 

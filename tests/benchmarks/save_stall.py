@@ -26,8 +26,10 @@ from safetensors.torch import load_file
 from tests.benchmarks.load_memory import make_checkpoint
 from tests.tiny import run_ranks, word_tokenizer
 from trainer.checkpoint import Checkpoints, resumable
+from trainer.config import Config
 from trainer.distributed import all_max, device_mesh, start
 from trainer.folders import Jobs
+from trainer.lock import Lock
 from trainer.loss import chunked_cross_entropy
 from trainer.models import build_model, load_config, load_tokenizer, parts_of
 from trainer.optim import adamw
@@ -79,7 +81,8 @@ def ours(model_folder: Path, output_dir: Path, asynchronous: bool) -> int:
     def write_model(folder: Path, jobs: Jobs) -> None:
         save_model_folder(model, config, load_tokenizer(model_folder), parts, folder, torch.float32, {}, jobs)
 
-    checkpoints = Checkpoints(output_dir, {}, keep=None, asynchronous=asynchronous)
+    flags = Config(output_dir=str(output_dir), async_save=asynchronous)
+    checkpoints = Checkpoints({}, flags, Lock(output_dir), steps_per_epoch=1, last_step=1)
     before = min(timed(step) for _ in range(STEPS_BEFORE))
     started = time.perf_counter()
     stall = timed(lambda: checkpoints.save(1, write_model, resumable(trained, optimizer), {}))
