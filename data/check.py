@@ -29,7 +29,7 @@ from data.lengths import Chunk, chunks_of, in_parallel, measure_lengths, num_cut
 from data.loader import SampleReader
 from data.mixture import Source
 from data.packing import CostModel, Packing, deal, idle_share
-from data.processors import model_families, open_data, parse_command
+from data.reader import model_families, open_data, parse_command
 from data.sampler import StepSampler
 
 MAX_SHOWN = 20

@@ -26,7 +26,7 @@ from data.images import ImageProcessor
 from data.lengths import measure_lengths
 from data.loader import SampleReader, StepLoader
 from data.packing import CostModel, Packing
-from data.processors import model_families, open_data, parse_command
+from data.reader import model_families, open_data, parse_command
 from data.sampler import StepSampler
 from data.tokens import IGNORED
 

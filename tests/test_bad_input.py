@@ -7,7 +7,7 @@ import shutil
 import pytest
 from PIL import Image
 
-import trainer.plan
+import trainer.prepare
 from tests.fault_cases import at_step
 from tests.tiny import read_metrics, run_ranks, tiny_data, tiny_model
 from trainer.main import main
@@ -250,8 +250,8 @@ def test_an_attention_kernel_that_is_not_installed_is_a_sentence(model, data, tm
 def main_and_change(path, when, arguments):
     """A run in the midst of which somebody cuts a file short: while lengths are measured, or at step 2."""
     if when == "measuring":
-        needed = trainer.plan.needed_records
-        trainer.plan.needed_records = lambda *given: (os.truncate(path, 100), needed(*given))[1]
+        needed = trainer.prepare.needed_records
+        trainer.prepare.needed_records = lambda *given: (os.truncate(path, 100), needed(*given))[1]
     else:
         at_step(2, 0, lambda: os.truncate(path, 100))
     return main(arguments)

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from data.demo import in_chinese, write_demo_data
+from data.easy_vqa import in_chinese, write_demo_data
 from data.mixture import read_mixture
 from tests.tiny import ROOT
 from trainer.demo import num_ranks

@@ -15,7 +15,7 @@ import torch
 
 import trainer.lock
 import trainer.main
-import trainer.signals
+import trainer.stopping
 from tests.fault_cases import (
     LAUNCHERS,
     STOPPED,
@@ -336,7 +336,7 @@ def test_the_lock_is_removed_however_a_run_ends(world, tmp_path, end):
         if end == "raised":
             raise RuntimeError("the boiler burst")
         if end == "signalled twice":
-            trainer.signals.ECHO_SECONDS = 0
+            trainer.stopping.ECHO_SECONDS = 0
             send(signal.SIGTERM)
             time.sleep(0.1)
             send(signal.SIGTERM)

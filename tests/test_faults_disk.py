@@ -24,8 +24,8 @@ import trainer.main
 from tests.fault_cases import STOPPED, Ranks, assert_same_model, at_step, flags, make_world, send
 from tests.tiny import ROOT, read_metrics, run_ranks
 from trainer.checkpoint import crc32
+from trainer.extras.replay import main as replay
 from trainer.main import main
-from trainer.replay import main as replay
 
 
 @pytest.fixture(scope="module")

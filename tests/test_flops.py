@@ -15,7 +15,7 @@ from data.tokens import IGNORED, Encoded
 from tests.model_cases import FAMILIES, golden
 from tests.tiny import read_metrics, run_ranks, tiny_data, tiny_model
 from trainer.distributed import finish, start
-from trainer.flops import count_flops, matmul_peak
+from trainer.extras.flops import count_flops, matmul_peak
 from trainer.lora import inject
 from trainer.main import main
 from trainer.models.xcomposer2.modeling_xcomposer2 import InternLMXComposer2ForCausalLM

@@ -9,7 +9,7 @@ from tests.test_equality import reference_world
 from tests.test_speed import sharded
 from tests.tiny import run_ranks
 from trainer.distributed import start
-from trainer.gloo import GlooAllGather, GlooReduceScatter
+from trainer.extras.gloo import GlooAllGather, GlooReduceScatter
 
 
 def numbers(rank, length, dtype):

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from data import check, preview
-from data.demo import write_demo_data
+from data.easy_vqa import write_demo_data
 from data.errors import DataError
 from data.lengths import bad_samples, measure_lengths
 from data.loader import SampleReader, StepLoader

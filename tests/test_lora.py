@@ -19,8 +19,8 @@ from tests.test_trajectory import RecordedBatches, micro_batch
 from tests.tiny import ROOT, free_port, read_metrics, run_ranks, tiny_data, tiny_model, word_tokenizer
 from trainer.config import parse
 from trainer.distributed import start
-from trainer.plan import make_plan
-from trainer.trained import refuse_idle
+from trainer.prepare import make_plan
+from trainer.trainable import refuse_idle
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 

@@ -11,8 +11,8 @@ import trainer.main
 from data.flags import ConfigError
 from tests.tiny import read_metrics, run_ranks, tiny_data, tiny_model
 from trainer.config import parse
+from trainer.extras.profile import ON_DEVICE, seconds_on_accelerator, seconds_on_cpu
 from trainer.metrics import MemoryPeak
-from trainer.phases import ON_DEVICE, seconds_on_accelerator, seconds_on_cpu
 
 SLEEP = 0.3
 

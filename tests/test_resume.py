@@ -20,7 +20,7 @@ from trainer.distributed import step_seed
 from trainer.lock import Lock
 from trainer.main import main
 from trainer.resume import changes, drop_later_lines
-from trainer.signals import StopRequest
+from trainer.stopping import StopRequest
 
 STOPPED = 75
 TIMES = ("_per_second", "seconds_", "memory_peak_bytes")

@@ -24,7 +24,9 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("kind", SMALL)
 def test_the_first_step_is_that_of_torch_exactly_and_later_ones_are_close(kind, monkeypatch):
-    monkeypatch.setattr("trainer.small_moments.AT_A_TIME", 3 * 256)  # several parts, the last one smaller
+    monkeypatch.setattr(
+        "trainer.extras.small_moments.AT_A_TIME", 3 * 256
+    )  # several parts, the last one smaller
     torch.manual_seed(0)
     start = [torch.randn(10, 512), torch.randn(7, 100), torch.randn(5)]
     ours, theirs = ([nn.Parameter(p.clone()) for p in start] for _ in range(2))

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.benchmarks.load_memory import growths, make_checkpoint
 from tests.tiny import run_ranks, tiny_data, tiny_model
+from trainer.atomic import MARKER, Jobs, move_into, remove_old_checkpoints
 from trainer.distributed import barrier, device_mesh, start
-from trainer.folders import MARKER, Jobs, move_into, remove_old_checkpoints
 from trainer.main import main
 from trainer.models import build_model, load_config, load_tokenizer, parts_of
 from trainer.parallelize import parallelize

@@ -34,10 +34,10 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from data.errors import DataError
+from trainer.atomic import Jobs
 from trainer.distributed import is_main, log
-from trainer.folders import Jobs
 from trainer.models import Parts, build_model, preprocessing_of
-from trainer.trained import is_adapter
+from trainer.trainable import is_adapter
 from trainer.weights import tensor_files
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"

@@ -41,9 +41,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
-from trainer.config import Config
-from trainer.distributed import is_main, log
-from trainer.folders import (
+from trainer.atomic import (
     FINAL,
     MARKER,
     RESUME,
@@ -57,6 +55,8 @@ from trainer.folders import (
     what_is_safe,
     write_json,
 )
+from trainer.config import Config
+from trainer.distributed import is_main, log
 from trainer.lock import Lock
 
 T = TypeVar("T")

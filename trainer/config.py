@@ -19,8 +19,8 @@ from pathlib import Path
 
 from data.config import DataConfig
 from data.flags import parse_flags
+from trainer.extras.small_moments import KINDS
 from trainer.optim import SCHEDULES
-from trainer.small_moments import KINDS
 
 
 @dataclass

@@ -4,7 +4,7 @@
 
 Input: the package easy-vqa, 5,000 pictures of one coloured shape with questions. Output in OUT (output/demo):
 
-    data/         the pictures and questions as this project's own files (data/demo.py)
+    data/         the pictures and questions as this project's own files (data/easy_vqa.py)
     base/         a randomly initialised model with its own tokenizer (trainer/demo_base.py)
     model/        that model after full fine-tuning, and predictions.jsonl on pictures that it has never seen
     adapter/      a LoRA adapter on it, after the same questions in Chinese
@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from data.demo import EASY_VQA_FILES, kind_of, write_demo_data
+from data.easy_vqa import EASY_VQA_FILES, kind_of, write_demo_data
 from data.errors import DataError
 from trainer.demo_base import make_base
 from trainer.distributed import BAD_INPUT, FAILED

@@ -46,10 +46,10 @@ from trainer.adapter_folder import (
     file_key,
     read_adapter,
 )
-from trainer.folders import MARKER, begin, put_in_place, sync_to_disk, write_json
+from trainer.atomic import MARKER, begin, put_in_place, sync_to_disk, write_json
 from trainer.lora import adapted_model
 from trainer.models import load_config, load_tokenizer, parts_of
-from trainer.trained import checkpoint_name, is_adapter
+from trainer.trainable import checkpoint_name, is_adapter
 from trainer.weights import (
     SAFETENSORS_DTYPES,
     plan_files,

@@ -31,7 +31,7 @@ from data.errors import DataError
 from trainer.adapter_folder import WEIGHTS_FILE, Adapters, file_key, parameters_in, read_adapter
 from trainer.config import Config
 from trainer.models import Parts, build_model, load_config
-from trainer.trained import trained_whole
+from trainer.trainable import trained_whole
 from trainer.weights import local_rows
 
 

@@ -29,6 +29,7 @@ from data.flags import ConfigError
 from data.ledger import ledger_rows, ledger_table, tally
 from data.loader import StepLoader
 from trainer.adapter_folder import save_adapter
+from trainer.atomic import Jobs, what_is_safe
 from trainer.checkpoint import Checkpoints, SaveError, load, resumable
 from trainer.config import Config, parse
 from trainer.distributed import (
@@ -48,21 +49,20 @@ from trainer.distributed import (
     start,
     step_seed,
 )
-from trainer.flops import count_flops, matmul_peak
-from trainer.folders import Jobs, what_is_safe
+from trainer.extras.flops import count_flops, matmul_peak
+from trainer.extras.profile import Phases
+from trainer.extras.replay import write_capsule
 from trainer.lock import Lock
 from trainer.lora import load_adapters
 from trainer.loss import chunked_cross_entropy
 from trainer.metrics import MetricsFile, part_of
 from trainer.optim import adamw, learning_rate_factor, parameter_groups
 from trainer.parallelize import allocate, parallelize, set_communication
-from trainer.phases import Phases
-from trainer.plan import make_plan, say
+from trainer.prepare import make_plan, say
 from trainer.rehearsal import bytes_of_a_save, longest_micro_batch, prepare_output_dir, rehearse
-from trainer.replay import write_capsule
 from trainer.resume import choose_start, describe_run
-from trainer.signals import StopRequest, wait_for_the_end
-from trainer.trained import refuse_idle
+from trainer.stopping import StopRequest, wait_for_the_end
+from trainer.trainable import refuse_idle
 from trainer.weights import load_weights, save_model_folder, weights_dtype
 
 
@@ -287,7 +287,7 @@ def train(config: Config, ranks: Ranks, lock: Lock) -> int:
             epoch.zero_()
 
         if bad_steps >= config.max_bad_steps:
-            log(f"\nerror: {bad_steps} steps in a row were not finite: run the capsules with trainer.replay")
+            log(f"\nerror: {bad_steps} steps in a row were not finite: see trainer/extras/replay.py")
             checkpoints.wait()
             return FAILED
 

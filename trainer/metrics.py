@@ -21,7 +21,7 @@ from torch import nn
 
 from trainer.distributed import log
 from trainer.models import Parts
-from trainer.trained import is_adapter
+from trainer.trainable import is_adapter
 
 
 class MetricsFile:

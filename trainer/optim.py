@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.small_moments import SmallMomentsAdamW, zero_moments
+from trainer.extras.small_moments import SmallMomentsAdamW, zero_moments
 
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 

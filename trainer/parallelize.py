@@ -32,9 +32,9 @@ from torch.distributed.fsdp import (
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
-from trainer.compiled import compile_blocks
 from trainer.config import Config
-from trainer.gloo import GlooAllGather, GlooReduceScatter
+from trainer.extras.compile import compile_blocks
+from trainer.extras.gloo import GlooAllGather, GlooReduceScatter
 from trainer.models import Parts
 
 aten = torch.ops.aten
@@ -144,7 +144,7 @@ def parallelize(
 
     reshard_after_forward False keeps gathered parameters for the backward pass; forward_prefetch:
     `gather_ahead`; cpu_offload: shards, gradients and optimizer stay in the host's memory; compiled: blocks
-    run as compiled code (trainer/compiled.py).
+    run as compiled code (trainer/extras/compile.py).
 
     Returns the same object, which is now an `FSDPModule` as well as a model; no static type is both.
     """

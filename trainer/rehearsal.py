@@ -22,8 +22,8 @@ from data.batch import MicroBatch, collate
 from data.errors import DataError
 from data.loader import SampleReader
 from data.packing import Packing
+from trainer.atomic import MARKER, sweep, write_json
 from trainer.config import Config
-from trainer.folders import MARKER, sweep, write_json
 from trainer.parallelize import set_communication
 from trainer.resume import Start, drop_later_lines, set_aside
 

@@ -27,11 +27,11 @@ import torch
 import transformers
 
 from data.mixture import Source
+from trainer.atomic import FINAL, MARKER, move_into, numbered, sync_to_disk
 from trainer.checkpoint import damage, read_marker
 from trainer.config import Config
 from trainer.distributed import Ranks, barrier, is_main, log
-from trainer.folders import FINAL, MARKER, move_into, numbered, sync_to_disk
-from trainer.plan import Plan
+from trainer.prepare import Plan
 
 HARMLESS = {
     "output_dir",

@@ -34,10 +34,10 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from trainer.atomic import Jobs, write_json
 from trainer.distributed import is_main
-from trainer.folders import Jobs, write_json
 from trainer.models import Parts
-from trainer.trained import checkpoint_name, is_adapter
+from trainer.trainable import checkpoint_name, is_adapter
 
 INDEX = "model.safetensors.index.json"
 SAFETENSORS_DTYPES = {

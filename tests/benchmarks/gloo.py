@@ -1,4 +1,4 @@
-"""How long a block's parameters and gradients travel between CPUs: trainer/gloo.py and gloo's own.
+"""How long a block's parameters and gradients travel between CPUs: trainer/extras/gloo.py and gloo's own.
 
     python -m tests.benchmarks.gloo --ranks 2
 
@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from tests.tiny import run_ranks
 from trainer.distributed import all_max, start
-from trainer.gloo import GlooAllGather, GlooReduceScatter
+from trainer.extras.gloo import GlooAllGather, GlooReduceScatter
 
 SIZES = (3_000_000, 6_000_000, 16_000_000)
 TURNS = 9

@@ -25,10 +25,10 @@ from safetensors.torch import load_file
 
 from tests.benchmarks.load_memory import make_checkpoint
 from tests.tiny import run_ranks, word_tokenizer
+from trainer.atomic import Jobs
 from trainer.checkpoint import Checkpoints, resumable
 from trainer.config import Config
 from trainer.distributed import all_max, device_mesh, start
-from trainer.folders import Jobs
 from trainer.lock import Lock
 from trainer.loss import chunked_cross_entropy
 from trainer.models import build_model, load_config, load_tokenizer, parts_of

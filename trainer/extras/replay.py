@@ -2,7 +2,7 @@
 
 Input: the step's micro-batches on all ranks. Output: `bad-step-12.json` in output_dir, and from it
 
-    python -m trainer.replay output/bad-step-12.json [--weights output/checkpoint-10]
+    python -m trainer.extras.replay output/bad-step-12.json [--weights output/checkpoint-10]
 
     weights of output/checkpoint-10
     rank 0, micro-batch 0: loss 2.31, gradient norm 1.72
@@ -36,11 +36,11 @@ from transformers import AutoModelForCausalLM
 import trainer.models
 from data.batch import MicroBatch
 from data.mixture import Source, read_mixture
-from data.processors import open_reader
+from data.reader import open_reader
 from trainer.adapter_folder import adapter_preprocessing
+from trainer.atomic import numbered, write_json
 from trainer.config import Config
 from trainer.distributed import is_main, step_seed
-from trainer.folders import numbered, write_json
 from trainer.loss import chunked_cross_entropy
 from trainer.models import load_config
 from trainer.rehearsal import read_batch
@@ -140,7 +140,9 @@ def run_batch(model: nn.Module, batch: MicroBatch) -> tuple[float, float, str | 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a capsule's step and say where it is not finite; 1 if it is not, as in the run."""
-    parser = argparse.ArgumentParser(prog="trainer.replay", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="trainer.extras.replay", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("capsule", type=Path, help="a bad-step-<step>.json")
     parser.add_argument("--weights", type=Path, help="folder of the weights; the newest checkpoint before")
     arguments = parser.parse_args(argv)

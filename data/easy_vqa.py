@@ -1,6 +1,6 @@
 """The embedded demo's data: easy-VQA, 5,000 pictures of one coloured shape, as this project's own files.
 
-    python -m data.demo OUT
+    python -m data.easy_vqa OUT
 
     OUT/images/train/17.png, OUT/images/test/3.png      64 × 64 pixels
     OUT/data.txt          what a base model learns: how much of each of the next three
@@ -173,7 +173,7 @@ def _write(path: Path, records: list[dict[str, Any]]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the files; 0, or 2 where easy-vqa is missing."""
-    parser = argparse.ArgumentParser(prog="data.demo", description="Write the demo's data from easy-VQA.")
+    parser = argparse.ArgumentParser(prog="data.easy_vqa", description="Write the demo's data from easy-VQA.")
     parser.add_argument("folder", type=Path, metavar="OUT", help="folder to write to")
     folder = parser.parse_args(argv).folder
     try:

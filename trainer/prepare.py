@@ -23,12 +23,12 @@ from data.lengths import bad_samples, measure_lengths, needed_records, num_cut
 from data.loader import SampleReader
 from data.mixture import Source, read_mixture
 from data.packing import CostModel, Packing
-from data.processors import open_reader
+from data.reader import open_reader
 from data.sampler import StepSampler
 from trainer.adapter_folder import adapter_preprocessing, loads_by_itself
+from trainer.atomic import output_dir_problems
 from trainer.config import Config
 from trainer.distributed import Ranks, agree_on_problems, log, rank_zero_first
-from trainer.folders import output_dir_problems
 from trainer.lora import Adapters, add_adapters
 from trainer.metrics import model_table
 from trainer.models import (
@@ -37,7 +37,7 @@ from trainer.models import (
     cost_sizes,
     parts_of,
 )
-from trainer.trained import trained_names
+from trainer.trainable import trained_names
 from trainer.weights import LoadReport, tensor_files
 
 
