@@ -24,6 +24,7 @@ from data.tokens import SampleEncoder
 from tests.model_cases import golden
 from tests.tiny import read_metrics, run_ranks, tiny_model, word_tokenizer
 from trainer import export, generate
+from trainer.config import Config
 from trainer.demo_base import make_base
 from trainer.distributed import device_mesh, start
 from trainer.generate import load_model
@@ -88,14 +89,8 @@ def gradients(
         parts = parts_of(model.config)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not (fix_vit and name.startswith(parts.vision)))
-        model = parallelize(
-            model,
-            mesh,
-            parts,
-            bf16=False,
-            gradient_checkpointing=checkpointing,
-            vision_micro_batch=bound,
-        )
+        flags = Config(bf16=False, gradient_checkpointing=checkpointing, vision_micro_batch=bound)
+        model = parallelize(model, mesh, parts, flags)
         model.to_empty(device="cpu")
         load_weights(model, folder)
         model.init_buffers()

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.test_equality import assert_same_training, reference_world, train
 from tests.test_resume import STOPPED, main_stopped_after
 from tests.tiny import run_ranks
+from trainer.config import Config
 from trainer.distributed import device_mesh, start
 from trainer.loss import chunked_cross_entropy, token_losses
 from trainer.models import build_model, load_config, parts_of
@@ -125,8 +126,8 @@ def sharded(folder, frozen=(), mesh=None, tied=False, **options):
         return losses.sum(), losses.detach()
 
     plain.loss_function = unchunked
-    defaults = {"bf16": False, "gradient_checkpointing": False}
-    return parallelize(model, mesh or device_mesh(start()), parts, **{**defaults, **options}), plain
+    flags = Config(**{"bf16": False, "gradient_checkpointing": False, "vision_micro_batch": None, **options})
+    return parallelize(model, mesh or device_mesh(start()), parts, flags), plain
 
 
 def assert_same_gradients(model, plain):

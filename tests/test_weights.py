@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tests.benchmarks.load_memory import growths, make_checkpoint
 from tests.tiny import run_ranks, tiny_data, tiny_model
 from trainer.atomic import MARKER, Jobs, move_into, remove_old_checkpoints
+from trainer.config import Config
 from trainer.distributed import barrier, device_mesh, start
 from trainer.main import main
 from trainer.models import build_model, load_config, load_tokenizer, parts_of
@@ -28,7 +29,7 @@ def copy_through_shards(source: Path, target: Path, max_file_bytes: int) -> int:
     with torch.device("meta"):
         model = build_model(config)
     mesh = device_mesh(ranks)
-    model = parallelize(model, mesh, parts, bf16=False, gradient_checkpointing=False)
+    model = parallelize(model, mesh, parts, Config(bf16=False, gradient_checkpointing=False))
     model.to_empty(device="cpu")
     loaded = load_weights(model, source, optional=parts.unused)
     model.init_buffers()

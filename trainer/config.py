@@ -19,7 +19,6 @@ from pathlib import Path
 
 from data.config import DataConfig
 from data.flags import parse_flags
-from trainer.extras.small_moments import KINDS
 from trainer.optim import SCHEDULES
 
 
@@ -155,13 +154,11 @@ class Config(DataConfig):
     save_dtype: str = "auto"
     """Of the saved weights: auto (the base checkpoint's), float32 or bfloat16."""
     measure_mfu: bool = False
-    """Measure at the start, for a second, how fast matrix products are here in the compute dtype, and report
-    the share of it that the model's own operations reach (mfu)."""
-    time_phases_every: int = 0
-    """Steps between those whose time and memory are split into phases, in lines of metrics.jsonl of the kind
-    "phases"; such a step is slower. 0: none."""
+    """Count the model's floating-point operations, measure for a second at the start how fast matrix products
+    are here in the compute dtype, and report the share of that which the model reaches (mfu)."""
     profile: str | None = None
-    """START:STOP, both included: trace these steps for chrome://tracing, in output_dir/profile/."""
+    """START:STOP, both included: trace these steps, with named ranges, into output_dir/profile/, and print a
+    table of the time in them."""
     report_to: str = "none"
     """none, or tensorboard: event files in output_dir/tensorboard (pip install -e '.[tensorboard]')."""
 
@@ -221,7 +218,7 @@ class Config(DataConfig):
             "lr_scheduler_type": SCHEDULES,
             "loss_average": ("token", "micro_batch"),
             "lora_bias": ("none", "all", "lora_only"),
-            "optim_state": KINDS,
+            "optim_state": ("float32", "bfloat16", "8bit"),
             "sharding": ("full", "hybrid", "none"),
             "gradient_checkpointing": (True, False, "selective"),
             "vision_checkpointing": (None, True, False, "selective"),
@@ -240,7 +237,6 @@ class Config(DataConfig):
             logging_steps=1,
             save_steps=1,
             save_total_limit=1,
-            time_phases_every=0,
             max_bad_steps=0,
             learning_rate=0,
             vit_learning_rate=0,

@@ -13,20 +13,19 @@ Exit status: 0 finished; 2 bad input, nothing trained; 75 stopped on request: ru
 
 import faulthandler
 import math
-import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.profiler import record_function
 from tqdm import tqdm
 
 from data.errors import DataError
 from data.flags import ConfigError
-from data.ledger import ledger_rows, ledger_table, tally
+from data.ledger import ledger_rows, ledger_table
 from data.loader import StepLoader
 from trainer.adapter_folder import save_adapter
 from trainer.atomic import Jobs, what_is_safe
@@ -38,8 +37,6 @@ from trainer.distributed import (
     STOPPED,
     Ranks,
     agree_on_problems,
-    all_max,
-    all_sum,
     device_mesh,
     finish,
     is_lost_peer,
@@ -49,13 +46,10 @@ from trainer.distributed import (
     start,
     step_seed,
 )
-from trainer.extras.flops import count_flops, matmul_peak
-from trainer.extras.profile import Phases
-from trainer.extras.replay import write_capsule
 from trainer.lock import Lock
 from trainer.lora import load_adapters
 from trainer.loss import chunked_cross_entropy
-from trainer.metrics import MetricsFile, part_of
+from trainer.metrics import MetricsFile, Window, part_of, sum_over_ranks, summary, write_capsule
 from trainer.optim import adamw, learning_rate_factor, parameter_groups
 from trainer.parallelize import allocate, parallelize, set_communication
 from trainer.prepare import make_plan, say
@@ -96,20 +90,8 @@ def train(config: Config, ranks: Ranks, lock: Lock) -> int:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in plan.training)
         parameter.data = parameter.data.to(torch.float32 if name in in_float32 else frozen_dtype)
-    model = parallelize(
-        model,
-        device_mesh(ranks, hybrid=config.sharding == "hybrid"),
-        plan.parts,
-        bf16=config.bf16,
-        gradient_checkpointing=config.gradient_checkpointing,
-        vision_checkpointing=config.vision_checkpointing,
-        vision_micro_batch=config.vision_micro_batch,
-        shard_frozen=config.sharding != "none",
-        reshard_after_forward=config.reshard_after_forward,
-        forward_prefetch=config.forward_prefetch,
-        cpu_offload=config.cpu_offload,
-        compiled=config.compile,
-    )
+    mesh = device_mesh(ranks, hybrid=config.sharding == "hybrid")
+    model = parallelize(model, mesh, plan.parts, config)
     allocate(model, device, config.cpu_offload)
     loaded = load_weights(model, base, optional=plan.parts.unused)
     if adapters:
@@ -156,9 +138,15 @@ def train(config: Config, ranks: Ranks, lock: Lock) -> int:
     checkpoints = Checkpoints(run, config, lock, plan.sampler.steps_per_epoch, total_steps)
     log(checkpoints.first_save(begin.step))
     stop = StopRequest(output_dir, lock.release)
-    flops = count_flops(model)
-    peak = matmul_peak(device, config.bf16) if config.measure_mfu else None
-    phases = Phases(model, plan.parts, ranks, config)
+    flops = peak = tracer = None
+    if config.measure_mfu:
+        from trainer.extras.flops import count_flops, matmul_peak
+
+        flops, peak = count_flops(model), matmul_peak(device, config.bf16)
+    if config.profile:
+        from trainer.extras.profile import Tracer
+
+        tracer = Tracer(config, ranks)
     if config.rehearse:
         longest = longest_micro_batch(plan.reader, config.per_device_train_batch_size, plan.packing)
         rehearse(model, longest, device, config)
@@ -166,142 +154,86 @@ def train(config: Config, ranks: Ranks, lock: Lock) -> int:
     # leave=False: what a run that ends early prints last is why, not the bar.
     options = {"unit": "step", "dynamic_ncols": True, "leave": False}
     bar = tqdm(total=total_steps, initial=begin.step, disable=no_bar(), **options)
-    # Since the last line of metrics: seconds and steps; tokens and FLOPs of vision and of language; and by
-    # source the sums of data.ledger.tally, these since the epoch began too.
-    seconds, window_steps = begin.notes.get("clock", [0.0, 0])
-    window_started = time.perf_counter() - seconds
-    work = torch.tensor(begin.notes.get("work", [0.0, 0.0, 0.0]), dtype=torch.float64)
-    window, epoch = torch.zeros(2, 4, len(sources), dtype=torch.float64)
-    window += torch.tensor(begin.notes.get("window", 0.0), dtype=torch.float64)
-    epoch += torch.tensor(begin.notes.get("epoch", 0.0), dtype=torch.float64)
-    skipped_steps, bad_steps = begin.notes.get("counts", [0, 0])
+    window = Window(sources, device, begin.notes)
     for step in range(begin.step + 1, total_steps + 1):
         faulthandler.dump_traceback_later(60 * config.hang_minutes, exit=True)
-        phases.start(step)
-        micro_batches = next(batches)
-        phases(None)
-        torch.manual_seed(step_seed(config.seed, step, ranks.rank))  # what dropout draws
-
-        # One mean over the supervised tokens of the global batch, whatever rank or micro-batch has them.
-        # The last two columns are requests that all ranks must hear in the same step.
-        rows = [(m.num_supervised, m.num_tokens, *flops.of(m), 0, 0) for m in micro_batches]
-        rows.append((0, 0, 0, 0, stop.asked(), checkpoints.minutes_are_over()))
-        counts = all_sum(torch.tensor(rows, dtype=torch.float64, device=device).sum(0))
-        num_supervised = counts[0].clamp(min=1.0)
-        sums = torch.zeros(4, len(sources), dtype=torch.float64, device=device)
+        if tracer:
+            tracer.begin(step)
+        with window.timed("data_wait"):
+            micro_batches = next(batches)
+        torch.manual_seed(step_seed(config.seed, step, ranks.rank))  # dropout
+        # The supervised tokens of the global batch, and requests that all ranks must hear in the same step.
+        totals = sum_over_ranks(micro_batches, flops, stop.asked(), checkpoints.minutes_are_over(), device)
 
         for i, micro_batch in enumerate(micro_batches):
             set_communication(model, config, is_last=i == len(micro_batches) - 1)
-            phases("host_to_device")
-            micro_batch = micro_batch.to(device)
-            outputs = model(**micro_batch.inputs)  # outputs.loss: a sum, float32
+            with record_function("host_to_device"):
+                batch = micro_batch.to(device)
+            with record_function("forward"):
+                outputs = model(**batch.inputs)  # outputs.loss: a sum, float32
+            # One mean over the supervised tokens of the global batch, whatever rank or micro-batch has them.
+            divisor = totals[0].clamp(min=1.0)
             if config.loss_average == "micro_batch":
-                divisor = max(1, micro_batch.num_supervised) * len(micro_batches) * ranks.world
-            else:
-                divisor = num_supervised
-            (outputs.loss / divisor).backward()
-            sums += tally(micro_batch, outputs.token_losses, len(sources))
+                divisor = max(1, batch.num_supervised) * len(micro_batches) * ranks.world
+            with record_function("backward"):
+                (outputs.loss / divisor).backward()
+            window.add(batch, outputs.token_losses)
 
         if step == 1:
             refuse_idle(trained)
-        # --- step, unless a number is not finite; all ranks read the same, the one wait for the device -----
-        phases("optimizer")
-        grad_norm = get_total_norm([p.grad for p in trained.values() if p.grad is not None])
-        norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
-        numbers = torch.cat([all_sum(sums).flatten(), counts, norm.to(device, torch.float64).view(1)]).cpu()
-        step_sums, step_work = numbers[:-7].view(4, -1), numbers[-6:-3]
-        stopping, minutes_over, norm = numbers[-3:].tolist()
-        factor = learning_rate_factor(config.lr_scheduler_type, step - 1, total_steps, plan.warmup_steps)
-        if math.isfinite(norm) and step_sums.isfinite().all():
-            clip_grads_with_norm_(trained.values(), config.max_grad_norm or math.inf, grad_norm)
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * factor
-            optimizer.step()
-            window += step_sums
-            epoch += step_sums
-            work += step_work
-            bad_steps = 0
-        else:
-            skipped_steps += 1
-            bad_steps += 1
-            capsule = write_capsule(step, run, sources, micro_batches, sums[3], trained, norm)
-            log(f"\nwarning: step {step} is skipped: its loss or gradient is not finite; see {capsule}")
-        optimizer.zero_grad(set_to_none=True)
-        phases(None)
-        window_steps += 1
+        # --- step, unless a number is not finite; all ranks read the same --------------------------------
+        with record_function("optimizer"):
+            norm = get_total_norm([p.grad for p in trained.values() if p.grad is not None])
+            loss_sum = window.loss_sum
+            result = window.close_step(totals, norm)  # the one wait for the device
+            rate = learning_rate_factor(config.lr_scheduler_type, step - 1, total_steps, plan.warmup_steps)
+            if result.is_finite:
+                clip_grads_with_norm_(trained.values(), config.max_grad_norm or math.inf, norm)
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak_lr"] * rate
+                optimizer.step()
+            else:
+                norm = result.grad_norm
+                capsule = write_capsule(step, run, sources, micro_batches, loss_sum, trained, norm)
+                log(f"\nwarning: step {step} is skipped: its loss or gradient is not finite; see {capsule}")
+            optimizer.zero_grad(set_to_none=True)
         bar.update()
 
-        # --- say what happened -----------------------------------------------------------------------------
+        # --- log ------------------------------------------------------------------------------------------
         if step % config.logging_steps == 0 or step == total_steps:
-            samples, left_out, supervised, loss_sum = window.sum(1).tolist()
-            by_source = zip(sources, *window[2:].tolist(), strict=True)
-            tokens, vision_flops, language_flops = work.tolist()
-            seconds = time.perf_counter() - window_started
-            mfu = (vision_flops + language_flops) / seconds / peak if peak else None
-            loss = loss_sum / supervised if supervised else math.nan
-            memory = int(all_max(phases.memory.of_window(), device))
+            line = window.flush(peak)
             metrics.write(
-                kind="train",
-                step=step,
+                "train",
+                step,
                 epoch=step / plan.sampler.steps_per_epoch,
-                loss=loss,
-                learning_rate=config.learning_rate * factor,
-                grad_norm=norm,
-                samples=int(samples),
-                tokens=int(tokens),
-                supervised_tokens=int(supervised),
-                left_out_samples=int(left_out),
-                skipped_steps=skipped_steps,
-                tokens_per_second=tokens / seconds,
-                supervised_tokens_per_second=supervised / seconds,
-                samples_per_second=samples / seconds,
-                model_flops_vision=vision_flops,
-                model_flops_language=language_flops,
-                mfu=mfu,
-                seconds_step=seconds / window_steps,
-                seconds_data_wait=phases.host_seconds["data_wait"] / window_steps,
-                seconds_saving=phases.host_seconds["saving"] / window_steps,
+                learning_rate=config.learning_rate * rate,
                 planned_idle_share=loader.idle_share(step - 1),
-                memory_peak_bytes=memory,
-                loss_by_source={source.name: total / count for source, count, total in by_source if count},
+                **line,
             )
-            summary = (
-                f"loss {loss:.4f}, lr {config.learning_rate * factor:.2e}, "
-                f"{tokens / seconds:,.0f} tokens/s ({supervised / seconds:,.0f} supervised), "
-                f"{samples / seconds:,.1f} samples/s, {f'MFU {mfu:.1%}, ' if mfu else ''}"
-                f"data wait {phases.host_seconds['data_wait'] / seconds:.1%}, memory {memory / 2**30:.1f} GiB"
-            )
-            bar.set_postfix_str(summary)
+            text = summary(line, config.learning_rate * rate)
+            bar.set_postfix_str(text)
             if no_bar():
-                log(f"step {step} of {total_steps}: {summary}")
-            window_started, window_steps = time.perf_counter(), 0
-            phases.host_seconds.clear()
-            work.zero_()
-            window.zero_()
-            skipped_steps = 0
+                log(f"step {step} of {total_steps}: {text}")
         if step % plan.sampler.steps_per_epoch == 0:
             number = step // plan.sampler.steps_per_epoch - 1
-            ledger = ledger_rows(sources, epoch, number)
-            metrics.write(kind="epoch", step=step, epoch=number, sources=ledger)
+            ledger = ledger_rows(sources, window.flush_epoch(), number)
+            metrics.write("epoch", step, epoch=number, sources=ledger)
             log(f"\nepoch {number}\n{ledger_table(ledger)}")
-            epoch.zero_()
-
-        if bad_steps >= config.max_bad_steps:
-            log(f"\nerror: {bad_steps} steps in a row were not finite: see trainer/extras/replay.py")
+        if window.bad_steps >= config.max_bad_steps:
+            log(f"\nerror: {window.bad_steps} steps in a row were not finite: see trainer/extras/replay.py")
             checkpoints.wait()
             return FAILED
 
-        # --- save ----------------------------------------------------------------------------------------
-        due = checkpoints.is_due(step) or (stopping and step < total_steps)
-        if due or (minutes_over and step < total_steps):
-            notes = {"window": window.tolist(), "epoch": epoch.tolist(), "work": work.tolist()}
-            notes["counts"] = [skipped_steps, bad_steps]
-            notes["clock"] = [time.perf_counter() - window_started, window_steps]
-            phases("saving")
-            checkpoints.save(step, write_model, resumable(trained, optimizer), notes, not due)
-        if measured := phases.stop(step, is_last=stopping or step == total_steps):
-            metrics.write(kind="phases", step=step, **measured)
-        if stopping and step < total_steps:
+        # --- save, or stop --------------------------------------------------------------------------------
+        stopping = result.stop and step < total_steps
+        due = checkpoints.is_due(step) or stopping
+        if due or (result.save and step < total_steps):
+            with window.timed("saving"):
+                state = window.state()
+                checkpoints.save(step, write_model, resumable(trained, optimizer), state, until_next=not due)
+        if tracer:
+            tracer.end(step, is_last=stopping or step == total_steps)
+        if stopping:
             checkpoints.wait()
             stop.honoured()
             log(f"\nstopped after step {step} of {total_steps}, as asked; {what_is_safe(output_dir)}")

@@ -12,14 +12,25 @@ import json
 import math
 import resource
 import sys
-from collections.abc import Collection, Mapping
+import time
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.profiler import record_function
 
-from trainer.distributed import log
+from data.batch import MicroBatch
+from data.ledger import tally
+from data.mixture import Source
+from trainer.atomic import write_json
+from trainer.distributed import all_max, all_sum, is_main, log, step_seed
 from trainer.models import Parts
 from trainer.trainable import is_adapter
 
@@ -56,40 +67,220 @@ class MetricsFile:
             self.board.flush()
 
 
-class MemoryPeak:
-    """The most memory that this rank uses: of an accelerator's allocator; on a CPU, of the resident set.
+def sum_over_ranks(
+    micro_batches: Sequence[MicroBatch], flops: Any, stop: bool, save: bool, device: torch.device
+) -> Tensor:
+    """What all ranks must know of a step before its forward pass, in one reduction: float64 [6] on the
+    device.
 
-    `take()` sees what happened since it was called last, for phases of a step; `of_window()` is for lines of
-    metrics.jsonl and is not disturbed by it. Only Linux can take the peak of a resident set anew; elsewhere
-    `take()` is 0 on a CPU.
+    Supervised tokens; tokens; operations of vision and of language (0 without `flops`, a
+    `trainer.extras.flops.ModelFlops`); and how many ranks were asked to stop, or to save by the clock.
+    """
+    mine = [0.0, 0.0, 0.0, 0.0, float(stop), float(save)]
+    for batch in micro_batches:
+        work = flops.of(batch) if flops else (0, 0)
+        for i, number in enumerate((batch.num_supervised, batch.num_tokens, *work)):
+            mine[i] += number
+    return all_sum(torch.tensor(mine, dtype=torch.float64, device=device))
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What every rank knows of a step when it is closed; the same on all of them."""
+
+    grad_norm: float
+    """Before clipping."""
+    is_finite: bool
+    """The gradient's norm and all losses are."""
+    stop: bool
+    save: bool
+
+
+class Window:
+    """Sums of the steps since the last line of metrics.jsonl, and of the epoch. It decides nothing.
+
+    window.add(batch, outputs.token_losses)       # a micro-batch: on the device, without a wait
+    result = window.close_step(totals, norm)      # the one wait for the device in a step
+    metrics.write("train", step, **window.flush())
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._highest = 0
+    def __init__(self, sources: Sequence[Source], device: torch.device, state: Mapping[str, Any]) -> None:
+        """state: `state()` of the run that this one goes on from; empty for none."""
+        self.sources, self.device = sources, device
+        self.sums, self.epoch = torch.zeros(2, 4, len(sources), dtype=torch.float64)
+        """`data.ledger.tally`: samples, samples left out, supervised tokens and losses, by source."""
+        self.sums += torch.tensor(state.get("window", 0.0), dtype=torch.float64)
+        self.epoch += torch.tensor(state.get("epoch", 0.0), dtype=torch.float64)
+        self.tokens, *self.flops = state.get("work", [0.0, 0.0, 0.0])
+        self.skipped_steps, self.bad_steps = state.get("counts", [0, 0])
+        """Steps that were not finite: in this window, and in a row."""
+        seconds, self.steps = state.get("clock", [0.0, 0])
+        self.started = time.perf_counter() - seconds
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        """Of this rank, by `timed`."""
+        self.grad_norm = math.nan
+        self._step = torch.zeros(4, len(sources), dtype=torch.float64, device=device)
 
-    def take(self) -> int:
-        """Peak bytes since the last `take()`, and begin anew."""
-        if self.device.type != "cpu":
-            peak = torch.accelerator.max_memory_allocated(self.device)
-            torch.accelerator.reset_peak_memory_stats(self.device)
-        elif sys.platform == "linux":
-            status = Path("/proc/self/status").read_text()
-            peak = 1024 * int(status.partition("VmHWM:")[2].split()[0])
-            Path("/proc/self/clear_refs").write_text("5")  # of proc_pid_clear_refs(5): resets VmHWM alone
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add up the seconds that the block takes; in a trace it is a range of this name."""
+        begun = time.perf_counter()
+        with record_function(name):
+            yield
+        self.seconds[name] += time.perf_counter() - begun
+
+    def add(self, batch: MicroBatch, token_losses: Tensor) -> None:
+        """A micro-batch of the step; token_losses: [num_supervised], on the device."""
+        self._step += tally(batch, token_losses, len(self.sources))
+
+    @property
+    def loss_sum(self) -> Tensor:
+        """Of this rank's tokens in the step that is not closed yet."""
+        return self._step[3].sum()
+
+    def close_step(self, totals: Tensor, norm: Tensor) -> StepResult:
+        """The sums of all ranks, and what they know together; every rank calls it.
+
+        totals: of `sum_over_ranks`; norm: of the whole gradient. A step that is not finite adds to no sum.
+        """
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        sums = all_sum(self._step)
+        numbers = torch.cat([sums.flatten(), totals, norm.to(sums).view(1)]).cpu()
+        sums, rest = numbers[: sums.numel()].view_as(sums), numbers[sums.numel() :].tolist()
+        _, tokens, vision, language, stop, save, self.grad_norm = rest
+        is_finite = math.isfinite(self.grad_norm) and bool(sums.isfinite().all())
+        if is_finite:
+            self.sums += sums
+            self.epoch += sums
+            self.tokens += tokens
+            self.flops = [self.flops[0] + vision, self.flops[1] + language]
+            self.bad_steps = 0
         else:
-            peak = 0
-        self._highest = max(self._highest, peak)
-        return peak
+            self.skipped_steps += 1
+            self.bad_steps += 1
+        self.steps += 1
+        self._step = torch.zeros_like(self._step)
+        return StepResult(self.grad_norm, is_finite, stop > 0, save > 0)
 
-    def of_window(self) -> int:
-        """Peak bytes since the last call; on a CPU, of the whole run."""
-        if self.device.type != "cpu":
-            self.take()
-            highest, self._highest = self._highest, 0
-            return highest
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return max(self._highest, peak if sys.platform == "darwin" else peak * 1024)
+    def flush(self, peak_flops: float | None = None) -> dict[str, Any]:
+        """The numbers of a line of metrics.jsonl, and a new window; every rank calls it.
+
+        peak_flops: operations a second that these ranks could do; None where that was not measured.
+        """
+        samples, left_out, supervised, loss = self.sums.sum(1).tolist()
+        seconds = time.perf_counter() - self.started
+        by_source = zip(self.sources, *self.sums[2:].tolist(), strict=True)
+        line = {
+            "loss": loss / supervised if supervised else math.nan,
+            "grad_norm": self.grad_norm,
+            "samples": int(samples),
+            "tokens": int(self.tokens),
+            "supervised_tokens": int(supervised),
+            "left_out_samples": int(left_out),
+            "skipped_steps": self.skipped_steps,
+            "tokens_per_second": self.tokens / seconds,
+            "supervised_tokens_per_second": supervised / seconds,
+            "samples_per_second": samples / seconds,
+            "seconds_step": seconds / self.steps,
+            "seconds_data_wait": self.seconds["data_wait"] / self.steps,
+            "seconds_saving": self.seconds["saving"] / self.steps,
+            "memory_peak_bytes": int(all_max(memory_peak(self.device), self.device)),
+            "loss_by_source": {source.name: total / count for source, count, total in by_source if count},
+        }
+        if peak_flops:
+            line |= {"model_flops_vision": self.flops[0], "model_flops_language": self.flops[1]}
+            line["mfu"] = sum(self.flops) / seconds / peak_flops
+        self.sums.zero_()
+        self.tokens, self.flops, self.skipped_steps, self.steps = 0.0, [0.0, 0.0], 0, 0
+        self.started = time.perf_counter()
+        self.seconds.clear()
+        return line
+
+    def flush_epoch(self) -> Tensor:
+        """The sums of the epoch that ends, [4, sources], for `data.ledger.ledger_rows`; a new one begins."""
+        sums, self.epoch = self.epoch, torch.zeros_like(self.epoch)
+        return sums
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it, as JSON values."""
+        return {
+            "window": self.sums.tolist(),
+            "epoch": self.epoch.tolist(),
+            "work": [self.tokens, *self.flops],
+            "counts": [self.skipped_steps, self.bad_steps],
+            "clock": [time.perf_counter() - self.started, self.steps],
+        }
+
+
+def summary(line: Mapping[str, Any], learning_rate: float) -> str:
+    """A line of metrics.jsonl for the terminal."""
+    mfu = f"MFU {line['mfu']:.1%}, " if "mfu" in line else ""
+    return (
+        f"loss {line['loss']:.4f}, lr {learning_rate:.2e}, {line['tokens_per_second']:,.0f} tokens/s "
+        f"({line['supervised_tokens_per_second']:,.0f} supervised), "
+        f"{line['samples_per_second']:,.1f} samples/s, {mfu}"
+        f"data wait {line['seconds_data_wait'] / line['seconds_step']:.1%}, "
+        f"memory {line['memory_peak_bytes'] / 2**30:.1f} GiB"
+    )
+
+
+def memory_peak(device: torch.device) -> int:
+    """The most bytes that this rank used: since the last call, of an accelerator's allocator; on a CPU, of
+    the resident set and of the whole run."""
+    if device.type != "cpu":
+        peak = torch.accelerator.max_memory_allocated(device)
+        torch.accelerator.reset_peak_memory_stats(device)
+        return peak
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+MAX_NAMED = 20
+"""Parameters with a bad gradient that a capsule names."""
+
+
+def write_capsule(
+    step: int,
+    run: Mapping[str, Any],
+    sources: Sequence[Source],
+    micro_batches: Sequence[MicroBatch],
+    loss_sum: Tensor,
+    trained: Mapping[str, nn.Parameter],
+    grad_norm: float,
+) -> Path:
+    """Write what a step that was not finite was made of, for trainer/extras/replay.py; all ranks call it.
+
+    loss_sum: this rank's; the gradients must not be clipped yet. Returns the file, which rank 0 writes.
+    """
+    rank = dist.get_rank()
+    bad = [
+        name
+        for name, parameter in trained.items()
+        if parameter.grad is not None and not _local(parameter.grad).isfinite().all()
+    ]
+    mine = {
+        "rank": rank,
+        "seed": step_seed(run["config"]["seed"], step, rank),
+        "loss_sum": repr(loss_sum.item()),
+        "not_finite_gradients": bad[:MAX_NAMED],
+        "micro_batches": [
+            [
+                {"source": sources[s].name, "path": str(sources[s].records.path), "record": r}
+                for s, r in m.sample_ids
+            ]
+            for m in micro_batches
+        ],
+    }
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, mine)
+    path = Path(run["config"]["output_dir"]) / f"bad-step-{step}.json"
+    if is_main():
+        write_json(path, {"step": step, "grad_norm": repr(grad_norm), "ranks": ranks, "run": run})
+    return path
+
+
+def _local(gradient: Tensor) -> Tensor:
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
 def part_of(name: str, parts: Parts) -> str:

@@ -14,12 +14,11 @@ warm-up has rate 0, as in the original scripts.
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
-
-from trainer.extras.small_moments import SmallMomentsAdamW, zero_moments
+from torch import Tensor, nn
 
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 
@@ -92,12 +91,23 @@ def adamw(
 
     Its moments are allocated here and not in the first step, so that a checkpoint can be read into them, and
     too little memory for them shows before any work is done. moments: how they are kept, one of
-    `small_moments.KINDS`.
+    float32, bfloat16 and 8bit (trainer/extras/small_moments.py).
     """
     fused = device.type in ("cpu", "cuda", "xpu", "mps")
-    kind = torch.optim.AdamW if moments == "float32" else SmallMomentsAdamW
+    kind, zero_moments = torch.optim.AdamW, float32_moments
+    if moments != "float32":
+        from trainer.extras.small_moments import SmallMomentsAdamW, zero_moments_of
+
+        kind, zero_moments = SmallMomentsAdamW, partial(zero_moments_of, kind=moments)
     optimizer = kind(groups, betas=betas, eps=eps, fused=fused, foreach=None if fused else True)
     for parameter in (parameter for group in groups for parameter in group["params"]):
         step = torch.zeros((), device=parameter.device if fused else "cpu")
-        optimizer.state[parameter] = {"step": step, **zero_moments(parameter, moments)}
+        optimizer.state[parameter] = {"step": step, **zero_moments(parameter)}
     return optimizer
+
+
+def float32_moments(parameter: nn.Parameter) -> dict[str, Tensor]:
+    """AdamW's state of a parameter before its first step, sharded as it is."""
+    return {
+        name: torch.zeros_like(parameter.detach(), dtype=torch.float32) for name in ("exp_avg", "exp_avg_sq")
+    }

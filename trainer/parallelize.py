@@ -5,7 +5,7 @@ stay; a vision block runs it a few tiles at a time; `fully_shard` hooks the outs
 block's parameters is not done twice when a block is computed again, and happens once however many tiles a
 rank has.
 
-    model = parallelize(build_model(config), mesh, parts, ...)    # on the meta device: nothing allocated yet
+    model = parallelize(build_model(config), mesh, parts, config) # on the meta device: nothing allocated yet
     allocate(model, device, cpu_offload=False)                    # each rank its part
     load_weights(model, folder)
 
@@ -17,6 +17,7 @@ a parameter is sharded over 8 ranks, and 4 ranks hold the same shard.
 import functools
 import itertools
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -33,8 +34,6 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from transformers import PreTrainedModel
 
 from trainer.config import Config
-from trainer.extras.compile import compile_blocks
-from trainer.extras.gloo import GlooAllGather, GlooReduceScatter
 from trainer.models import Parts
 
 aten = torch.ops.aten
@@ -109,82 +108,62 @@ def gather_ahead(blocks: Sequence[Any]) -> None:
         block.set_modules_to_forward_prefetch([following])
 
 
-def parallelize(
-    model: PreTrainedModel,
-    mesh: DeviceMesh,
-    parts: Parts,
-    *,
-    bf16: bool,
-    gradient_checkpointing: bool | str,
-    vision_checkpointing: bool | str | None = None,
-    vision_micro_batch: int | None = None,
-    shard_frozen: bool = True,
-    reshard_after_forward: bool = True,
-    forward_prefetch: bool = False,
-    cpu_offload: bool = False,
-    compiled: bool = False,
-) -> Any:
-    """Shard `model` over `mesh`: a group for every vision and language block, one for the token embeddings,
-    and one for all the rest.
+def parallelize(model: PreTrainedModel, mesh: DeviceMesh, parts: Parts, config: Config) -> Any:
+    """Compile, checkpoint and shard `model` over `mesh`: a group for every vision and language block, one for
+    the token embeddings, and one for all the rest.
 
-    mesh: one dimension, or (replicate, shard).
+    mesh: one dimension, or (replicate, shard). What the flags do stands under them in trainer/config.py.
 
-    bf16: parameters are gathered and used in bfloat16; their shards, the gradients' reduction and the
+    With bf16, parameters are gathered and used in bfloat16; their shards, the gradients' reduction and the
     optimizer keep the stored dtype. Gradients are summed over ranks, never averaged: the loop divides the
-    loss by the number of supervised tokens of all ranks itself.
-
-    gradient_checkpointing: of blocks: True, False or "selective"; vision_checkpointing: of vision blocks, if
-    other. A tower that does not train keeps nothing anyway.
-
-    vision_micro_batch: images or tiles that the patch embedding and each vision block compute at a time; None
-    for all of a micro-batch.
-
-    shard_frozen False, for adapters: frozen parameters stay whole on every rank, in the compute dtype, and
-    are never gathered. All that trains is one group: gathered once, its gradients reduced once.
-
-    reshard_after_forward False keeps gathered parameters for the backward pass; forward_prefetch:
-    `gather_ahead`; cpu_offload: shards, gradients and optimizer stay in the host's memory; compiled: blocks
-    run as compiled code (trainer/extras/compile.py).
+    loss by the number of supervised tokens of all ranks itself. With sharding "none" frozen parameters stay
+    whole on every rank, in the compute dtype, and are never gathered; all that trains is one group, gathered
+    once, its gradients reduced once.
 
     Returns the same object, which is now an `FSDPModule` as well as a model; no static type is both.
     """
     vision_blocks = list(model.get_submodule(parts.vision_blocks).children())
     language_blocks = list(model.get_submodule(parts.language_blocks).children())
     vision_trains = any(p.requires_grad for n, p in model.named_parameters() if n.startswith(parts.vision))
-    if compiled:
+    if config.compile:
+        from trainer.extras.compile import compile_blocks
+
         compile_blocks(model, parts)
+    vision_checkpointing = config.vision_checkpointing
     if vision_checkpointing is None:
-        vision_checkpointing = gradient_checkpointing
+        vision_checkpointing = config.gradient_checkpointing
     for blocks, mode in (
-        (language_blocks, gradient_checkpointing),
+        (language_blocks, config.gradient_checkpointing),
         (vision_blocks, vision_trains and vision_checkpointing),
     ):
         for block in blocks if mode else ():
             checkpoint_activations(block, selective=mode == "selective")
-    if vision_micro_batch is not None:
+    if config.vision_micro_batch is not None:
         for module in (model.get_submodule(parts.vision_embeddings), *vision_blocks):
-            split_tiles(module, vision_micro_batch)
+            split_tiles(module, config.vision_micro_batch)
 
-    compute_dtype, reduce_dtype = (torch.bfloat16, torch.float32) if bf16 else (None, None)
+    compute_dtype, reduce_dtype = (torch.bfloat16, torch.float32) if config.bf16 else (None, None)
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype)
     # Inside the model nothing is cast on entry: a block's rotary cosines and sines stay in float32.
     inner = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
     )
-    offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if cpu_offload else OffloadPolicy()
+    offload = (
+        CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if config.cpu_offload else OffloadPolicy()
+    )
     place: dict[str, Any] = {"mesh": mesh, "offload_policy": offload}
     whole: set[nn.Parameter] = set()
+    shard_frozen = config.sharding != "none"
     if not shard_frozen:
         used = compute_dtype or torch.float32
         whole = {p for p in model.parameters() if not p.requires_grad and p.dtype == used}
         vision_blocks, language_blocks = [], []
     for block in vision_blocks:
         # The backward pass never comes to a frozen tower, so nothing would use what is kept for it.
-        fully_shard(
-            block, mp_policy=inner, reshard_after_forward=reshard_after_forward or not vision_trains, **place
-        )
+        reshards = config.reshard_after_forward or not vision_trains
+        fully_shard(block, mp_policy=inner, reshard_after_forward=reshards, **place)
     for block in language_blocks:
-        fully_shard(block, mp_policy=inner, reshard_after_forward=reshard_after_forward, **place)
+        fully_shard(block, mp_policy=inner, reshard_after_forward=config.reshard_after_forward, **place)
     modules: list[Any] = [*vision_blocks, *language_blocks]
     embeddings: Any = model.get_input_embeddings()
     output: Any = model.get_output_embeddings()
@@ -195,14 +174,17 @@ def parallelize(
         modules[-1].set_unshard_in_backward(False)
     sharded: Any = fully_shard(model, mp_policy=policy, ignored_params=whole, **place)
     modules.append(sharded)
-    if forward_prefetch:
+    if config.forward_prefetch:
         gather_ahead(language_blocks)
         gather_ahead(vision_blocks)
     for module in modules:
         # A plain sum is exact for any number of ranks; an average would have to be undone in the loss.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-        if mesh.device_type == "cpu":
+    if mesh.device_type == "cpu" and find_spec("trainer.extras"):
+        from trainer.extras.gloo import GlooAllGather, GlooReduceScatter
+
+        for module in modules:
             module.set_custom_all_gather(GlooAllGather())
             module.set_custom_reduce_scatter(GlooReduceScatter())
     return sharded

@@ -62,7 +62,6 @@ HARMLESS = {
     "hang_minutes",
     "report_to",
     "measure_mfu",
-    "time_phases_every",
     "profile",
 }
 """Fields that the training's numbers do not depend on, rounding apart."""

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from tests.tiny import run_ranks
+from trainer.config import Config
 from trainer.distributed import device_mesh, start
 from trainer.models import build_model, load_config, parts_of
 from trainer.models.xcomposer2.configuration_xcomposer2 import InternLMXcomposer2Config
@@ -63,7 +64,7 @@ def load(folder: Path) -> int:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    model = parallelize(model, mesh, parts_of(config), bf16=True, gradient_checkpointing=False)
+    model = parallelize(model, mesh, parts_of(config), Config(gradient_checkpointing=False))
     model.to_empty(device="cpu")
     load_weights(model, folder)
     done.set()

@@ -62,7 +62,7 @@ def ours(model_folder: Path, output_dir: Path, asynchronous: bool) -> int:
     with torch.device("meta"):
         model = build_model(config)
     mesh = device_mesh(ranks)
-    model = parallelize(model, mesh, parts, bf16=False, gradient_checkpointing=False)
+    model = parallelize(model, mesh, parts, Config(bf16=False, gradient_checkpointing=False))
     model.to_empty(device="cpu")
     load_weights(model, model_folder)
     model.init_buffers()

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from tests.tiny import run_ranks
+from trainer.config import Config
 from trainer.distributed import device_mesh, start
 from trainer.models import build_model, parts_of
 from trainer.models.xcomposer2.configuration_xcomposer2 import InternLMXcomposer2Config
@@ -58,14 +59,8 @@ def grow(tiles: int, bound: int | None, trains: bool) -> int:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trains or not name.startswith("vit."))
     mesh = device_mesh(ranks)
-    model = parallelize(
-        model,
-        mesh,
-        parts_of(model.config),
-        bf16=False,
-        gradient_checkpointing=True,
-        vision_micro_batch=bound,
-    )
+    flags = Config(bf16=False, gradient_checkpointing=True, vision_micro_batch=bound)
+    model = parallelize(model, mesh, parts_of(model.config), flags)
     model.to_empty(device=ranks.device)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)

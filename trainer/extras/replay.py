@@ -20,77 +20,27 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from transformers import AutoModelForCausalLM
 
 import trainer.models
 from data.batch import MicroBatch
-from data.mixture import Source, read_mixture
+from data.mixture import read_mixture
 from data.reader import open_reader
 from trainer.adapter_folder import adapter_preprocessing
-from trainer.atomic import numbered, write_json
+from trainer.atomic import numbered
 from trainer.config import Config
-from trainer.distributed import is_main, step_seed
 from trainer.loss import chunked_cross_entropy
 from trainer.models import load_config
 from trainer.rehearsal import read_batch
-
-MAX_NAMED = 20
-"""Parameters with a bad gradient that a capsule names."""
-
-
-def write_capsule(
-    step: int,
-    run: Mapping[str, Any],
-    sources: Sequence[Source],
-    micro_batches: Sequence[MicroBatch],
-    loss_sums: Tensor,
-    trained: Mapping[str, nn.Parameter],
-    grad_norm: float,
-) -> Path:
-    """Write down what a step was made of, on rank 0; all ranks call it. Returns the file.
-
-    loss_sums: this rank's, by source; the gradients must not be clipped yet.
-    """
-    rank = dist.get_rank()
-    bad = [
-        name
-        for name, parameter in trained.items()
-        if parameter.grad is not None and not _local(parameter.grad).isfinite().all()
-    ]
-    mine = {
-        "rank": rank,
-        "seed": step_seed(run["config"]["seed"], step, rank),
-        "loss_sum": repr(loss_sums.sum().item()),
-        "not_finite_gradients": bad[:MAX_NAMED],
-        "micro_batches": [
-            [
-                {"source": sources[s].name, "path": str(sources[s].records.path), "record": r}
-                for s, r in m.sample_ids
-            ]
-            for m in micro_batches
-        ],
-    }
-    ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, mine)
-    path = Path(run["config"]["output_dir"]) / f"bad-step-{step}.json"
-    if is_main():
-        write_json(path, {"step": step, "grad_norm": repr(grad_norm), "ranks": ranks, "run": run})
-    return path
-
-
-def _local(gradient: Tensor) -> Tensor:
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
 def load_model(base: Path, weights: Path, config: Config) -> nn.Module:

@@ -26,14 +26,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
-KINDS = ("float32", "bfloat16", "8bit")
 BLOCK = 256
 AT_A_TIME = 1024 * BLOCK
 """Numbers of a parameter whose moments are in float32 at a time on a CPU, whose caches hold so many; 16 times
 that on an accelerator. Quantising takes some 40 bytes for each."""
 
 
-def zero_moments(parameter: nn.Parameter, kind: str) -> dict[str, Tensor]:
+def zero_moments_of(parameter: nn.Parameter, kind: str) -> dict[str, Tensor]:
     """The state of a parameter before its first step, sharded as it is: `exp_avg`, `exp_avg_sq`, and with
     8 bits `exp_avg_scale` and `exp_avg_sq_scale`, [rows, columns / 256]."""
     weight, moments = parameter.detach(), {}
@@ -48,7 +47,7 @@ def zero_moments(parameter: nn.Parameter, kind: str) -> dict[str, Tensor]:
 
 
 class SmallMomentsAdamW(torch.optim.AdamW):
-    """torch's AdamW for a state of `zero_moments`."""
+    """torch's AdamW for a state of `zero_moments_of`."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import record_function
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -383,12 +384,13 @@ class InternLMXComposer2ForCausalLM(XComposer2GenerationMixin, PreTrainedModel):
         if labels is not None:
             targets = labels[:, 1:]
             supervised = targets != -100
-            loss, losses = self.loss_function(
-                hidden[:, :-1][supervised],
-                targets[supervised],
-                lm_head=self.output,
-                num_items_in_batch=num_items_in_batch,
-            )
+            with record_function("loss"):
+                loss, losses = self.loss_function(
+                    hidden[:, :-1][supervised],
+                    targets[supervised],
+                    lm_head=self.output,
+                    num_items_in_batch=num_items_in_batch,
+                )
         if labels is None or not self.training:
             logits = self.output(slice_logits_to_keep(hidden, logits_to_keep)).float()
         return XComposer2Output(
@@ -401,7 +403,8 @@ class InternLMXComposer2ForCausalLM(XComposer2GenerationMixin, PreTrainedModel):
 
     def image_features(self, pixel_values: Tensor | list[Tensor]) -> Tensor:
         """Images → [slots, D], in the order of the images."""
-        return self.vision_proj(self.vit(pixel_values, *self._separators()))
+        with record_function("vision"):
+            return self.vision_proj(self.vit(pixel_values, *self._separators()))
 
     def _separators(self) -> tuple[Tensor, ...]:
         return (self.plora_sub_GN, self.plora_glb_GN) if self.config.high_resolution else ()
