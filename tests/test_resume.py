@@ -335,6 +335,16 @@ def test_only_the_newest_checkpoints_stay_and_an_epoch_and_the_last_step_end_in_
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-15", "checkpoint-16"]
 
 
+def test_what_a_run_killed_after_its_last_save_did_not_remove_goes_when_it_is_finished(world, tmp_path):
+    more = ["--output_dir", str(tmp_path), "--save_total_limit", "1", "--max_steps", "3", "--save_steps", "1"]
+    run_ranks(2, main, flags(world, "x", *more))
+    (tmp_path / "complete.json").unlink()  # killed before the model was in its place
+    shutil.copytree(tmp_path / "checkpoint-3", tmp_path / "checkpoint-2")
+    run_ranks(2, main, flags(world, "x", *more))
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert (tmp_path / "complete.json").exists()
+
+
 def test_minutes_make_a_save_too(world, tmp_path):
     more = ["--output_dir", str(tmp_path), "--save_strategy", "no", "--save_minutes", "0.001"]
     output, _ = run_ranks(2, main, flags(world, "x", *more))

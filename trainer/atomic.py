@@ -174,9 +174,9 @@ def numbered(output_dir: Path) -> dict[int, Path]:
 def remove_old_checkpoints(output_dir: Path, keep: int | None) -> None:
     """Delete all `checkpoint-<step>` folders but the `keep` newest (None: all), and those before the newest
     that were made to last until the next one only."""
-    newest, *older = numbered(output_dir).values()
+    older = list(numbered(output_dir).values())[1:]
     lasting = [folder for folder in older if not _lasts_until_the_next(folder)]
-    stay = {newest, *(lasting if keep is None else lasting[: keep - 1])}
+    stay = lasting if keep is None else lasting[: keep - 1]
     for folder in older:
         if folder not in stay:
             remove(folder)

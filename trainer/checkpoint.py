@@ -222,8 +222,7 @@ class Checkpoints:
         def complete() -> None:
             write_json(temporary / MARKER, content)
             put_in_place(temporary, folder)
-            if folder.name != FINAL:
-                remove_old_checkpoints(self.output_dir, self.keep)
+            remove_old_checkpoints(self.output_dir, self.keep)  # also those that a killed run did not come to
 
         self._on_main(complete)
 
