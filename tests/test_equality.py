@@ -94,5 +94,5 @@ def test_text_alone_trains_when_vision_is_frozen_and_is_refused_when_it_should_t
     assert read_metrics(world / "text")[-1]["loss"] < read_metrics(world / "text")[0]["loss"]
     train(world, "text-bf16", 2, 2, "data/text.json", *frozen, "--bf16", "True")
     assert read_metrics(world / "text-bf16")[-1]["loss"] < read_metrics(world / "text-bf16")[0]["loss"]
-    with pytest.raises(AssertionError, match="got no gradient in the first step, first vi"):
+    with pytest.raises(AssertionError, match="the vision tower would get no gradient"):
         train(world, "text-vit", 1, 1, "data/text.json")

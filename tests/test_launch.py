@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -211,3 +212,22 @@ def test_the_installed_project_works_where_there_is_a_folder_named_data(world, t
         assert done.returncode == 0, done.stderr
     code = {path.name for path in (ROOT / "trainer/models/xcomposer2").glob("*_xcomposer2.py")}
     assert code <= {path.name for path in (here / "out").glob("*.py")}
+
+
+def test_without_the_extras_training_still_runs(world, tmp_path):
+    for package in ("trainer", "data"):
+        ignored = shutil.ignore_patterns("__pycache__", "extras")
+        shutil.copytree(ROOT / package, tmp_path / "project" / package, ignore=ignored)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path / "project")}
+    launch = ["-m", "trainer.launch", "--standalone", "--nproc_per_node", "2", "-m", "trainer.main"]
+    done = subprocess.run(
+        [sys.executable, *launch, *flags(world, tmp_path / "run", "--max_steps", "2")],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    ours, straight = (read_metrics(folder)[0]["loss"] for folder in (tmp_path / "run", world / "straight"))
+    assert ours == pytest.approx(straight, rel=1e-6)
