@@ -172,7 +172,9 @@ def test_torchrun_starts_a_killed_run_again_and_it_goes_on(world, tmp_path):
     assert_same_model(tmp_path / "run", world / "straight")
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize(
+    "launcher", ["trainer.launch", pytest.param("torch.distributed.run", marks=pytest.mark.slow)]
+)
 def test_a_killed_rank_ends_the_job_at_once_and_leaves_no_data_worker(world, tmp_path, launcher):
     """Workers whose results nobody reads do not see that their rank is gone, and hold its connections."""
     patch = f"""

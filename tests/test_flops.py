@@ -130,8 +130,8 @@ def test_every_rank_learns_the_same_peak_of_all_ranks():
 def test_a_run_reports_the_same_operations_on_any_ranks_packed_or_padded(tmp_path):
     model, data = tiny_model(tmp_path / "model"), tiny_data(tmp_path / "data")
     flags = f"--model_name_or_path {model} --data_path {data} --bf16 False --max_length 128 --max_steps 2"
-    flags += " --save_strategy no --dataloader_num_workers 0 --rehearse False"
-    packed = f"{flags} --output_dir {tmp_path}/packed --per_device_train_batch_size 2 --measure_mfu True"
+    flags += " --save_strategy no --dataloader_num_workers 0 --rehearse False --measure_mfu True"
+    packed = f"{flags} --output_dir {tmp_path}/packed --per_device_train_batch_size 2"
     padded = f"{flags} --output_dir {tmp_path}/padded --per_device_train_batch_size 4 --packing False"
     run_ranks(2, main, packed.split())
     run_ranks(1, main, padded.split())
@@ -139,7 +139,7 @@ def test_a_run_reports_the_same_operations_on_any_ranks_packed_or_padded(tmp_pat
         for name in ("model_flops_vision", "model_flops_language"):
             assert a[name] == b[name] > 0
         assert 0 < a["mfu"] < 1
-        assert b["mfu"] is None
+        assert 0 < b["mfu"] < 1
         seconds = a["tokens"] / a["tokens_per_second"]
         assert a["supervised_tokens"] / a["supervised_tokens_per_second"] == pytest.approx(seconds)
         assert a["samples"] / a["samples_per_second"] == pytest.approx(seconds)

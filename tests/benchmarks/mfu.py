@@ -7,8 +7,8 @@ rows of 1,024 tokens, first in bfloat16, then in float32, without activation che
 say so. Output for each: the speed of matrix products measured on all ranks at once, and
 
     mfu of a step         model operations / (seconds of a step × that speed), the median of the plain steps
-    mfu of the blocks     the operations of the language blocks / (seconds of language, communication of the
-                          whole step included × that speed), in traced steps, which are slower
+    mfu of the blocks     the operations of the language blocks / (seconds of forward and backward, without
+                          vision and loss × that speed), in traced steps, which are slower
 
 and from rank 0's trace, by the kind of operation, the shares of its traced steps that are not model
 operations at full speed: the three largest are what to work on.
@@ -29,7 +29,7 @@ import torch
 from tests.benchmarks.load_memory import make_checkpoint
 from tests.tiny import read_metrics, torchrun, word_tokenizer
 from trainer.extras.flops import count_flops
-from trainer.extras.profile import ON_DEVICE, ON_HOST, union
+from trainer.extras.profile import RANGES
 from trainer.models import build_model, load_config
 
 SIZES: dict[str, Any] = {
@@ -92,19 +92,36 @@ def kind_of(name: str) -> str:
     return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "elementwise")
 
 
-def shares(trace: Path, wall: float) -> dict[str, float]:
-    """Kind → share of the `wall` seconds of the traced steps, on the thread of the step loop."""
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """The time within any of the spans (begin, end): [(0, 2), (1, 3), (5, 6)] → 4."""
+    total, until = 0.0, float("-inf")
+    for begin, end in sorted(spans):
+        total += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return total
+
+
+def read_trace(trace: Path) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """(named range → its seconds, the operations in them) on the thread of the step loop."""
     with gzip.open(trace) as file:
         events = [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
     thread = next(event["tid"] for event in events if event["name"] == "optimizer")
-    phases = {*ON_HOST, *ON_DEVICE}  # they overlap with operations at their edges
-    own = [event for event in events if event["tid"] == thread and event["name"] not in phases]
-    own = [event for event in own if event.get("cat") in ("cpu_op", "user_annotation")]
+    names = {name.strip() for name in RANGES}
+    own = [e for e in events if e["tid"] == thread and e.get("cat") in ("cpu_op", "user_annotation")]
+    seconds: Counter[str] = Counter()
+    for event in own:
+        if event["name"] in names:
+            seconds[event["name"]] += event["dur"] / 1e6
+    return dict(seconds), [event for event in own if event["name"] not in names]
+
+
+def shares(operations: Sequence[dict[str, Any]], wall: float) -> dict[str, float]:
+    """Kind → share of the `wall` seconds of the traced steps."""
     times: Counter[str] = Counter()
-    for name, microseconds in self_times(own).items():
+    for name, microseconds in self_times(operations).items():
         times[kind_of(name)] += microseconds / 1e6 / wall
-    covered = union([(event["ts"], event["ts"] + event["dur"]) for event in own])
-    times["Python and dispatch"] += 1 - sum(end - begin for begin, end in covered) / 1e6 / wall
+    spans = ((event["ts"], event["ts"] + event["dur"]) for event in operations)
+    times["Python and dispatch"] += 1 - covered(spans) / 1e6 / wall
     return dict(times)
 
 
@@ -121,8 +138,8 @@ def measure(folder: Path, ranks: int, bf16: bool, steps: int, flags: Sequence[st
     assert done.returncode == 0, done.stderr
     lines = read_metrics(output)
     plain, traced = lines[1 : steps + 1], lines[steps + 1 :]
-    (phases,) = read_metrics(output, "phases")
-    seconds = phases["seconds"]
+    seconds, operations = read_trace(output / "profile" / "rank0.json.gz")
+    wall = sum(line["seconds_step"] for line in traced)
     first = plain[0]
     flops = first["model_flops_vision"] + first["model_flops_language"]
     peak = flops / first["seconds_step"] / first["mfu"]
@@ -130,10 +147,11 @@ def measure(folder: Path, ranks: int, bf16: bool, steps: int, flags: Sequence[st
         model = build_model(load_config(folder / "model"))
     head = count_flops(model).per["supervised"]
     blocks = sum(line["model_flops_language"] - head * line["supervised_tokens"] for line in traced)
-    in_language = sum(seconds[name] for name in ("language_forward", "language_backward", "communication"))
-    by_kind = shares(output / "profile" / "rank0.json.gz", sum(seconds.values()) * phases["steps"])
-    at_full_speed = sum(line["model_flops_language"] for line in traced) / peak / phases["steps"]
-    at_full_speed /= sum(seconds.values())
+    # The tower is frozen and the loss forms its gradients in the forward pass, so backward is the blocks'
+    # alone.
+    in_language = seconds["forward"] - seconds.get("vision", 0.0) - seconds["loss"] + seconds["backward"]
+    by_kind = shares(operations, wall)
+    at_full_speed = sum(line["model_flops_language"] for line in traced) / peak / wall
     losses = {**by_kind, "matrix products below full speed": by_kind["matrix products"] - at_full_speed}
     del losses["matrix products"]
     return {
@@ -141,7 +159,7 @@ def measure(folder: Path, ranks: int, bf16: bool, steps: int, flags: Sequence[st
         "tokens_per_second": statistics.median(line["tokens_per_second"] for line in plain),
         "mfu_step": statistics.median(line["mfu"] for line in plain),
         "mfu_step_best": max(line["mfu"] for line in plain),
-        "mfu_blocks": blocks / phases["steps"] / in_language / peak,
+        "mfu_blocks": blocks / in_language / peak,
         "at_full_speed": at_full_speed,
         "losses": dict(sorted(losses.items(), key=lambda item: -item[1])),
         "seconds": seconds,
