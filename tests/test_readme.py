@@ -1,20 +1,49 @@
-"""The README names only what exists: files, flags, modules."""
+"""The READMEs name only files, flags and modules that exist, and the same ones in both languages."""
 
 import importlib.util
 import re
 from dataclasses import fields
 
+import pytest
+
 from tests.tiny import ROOT
 from trainer.config import Config
 from trainer.generate import Questions
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+ENGLISH, CHINESE, BENCHMARKS = "README.md", "README_zh-CN.md", "tests/benchmarks/README.md"
+in_both = pytest.mark.parametrize("name", [ENGLISH, CHINESE])
+in_all = pytest.mark.parametrize("name", [ENGLISH, CHINESE, BENCHMARKS])
 
 
-def test_every_file_of_the_tree_exists_and_every_module_is_in_it():
-    tree = README.split("## The files")[1].split("```")[1]
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def blocks(name: str) -> list[tuple[str, str]]:
+    """(language, text) of every fenced block; the language of the file tree is empty."""
+    return re.findall(r"^```(\w*)\n(.*?)^```$", read(name), re.DOTALL | re.MULTILINE)
+
+
+def tree(name: str) -> str:
+    (found,) = [text for language, text in blocks(name) if not language]
+    return found
+
+
+def without_comments(language: str, text: str) -> list[str]:
+    """The lines of a block; in the file tree, what stands behind two spaces is a comment."""
+    comment = r"\s+#(?!SBATCH|!).*" if language else r"(?<=\S)\s{2,}.*"
+    return [re.sub(comment, "", line).rstrip() for line in text.splitlines()]
+
+
+def code_spans(name: str) -> set[str]:
+    prose = re.sub(r"^```.*?^```$", "", read(name), flags=re.DOTALL | re.MULTILINE)
+    return {" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)}
+
+
+@in_both
+def test_every_file_of_the_tree_exists_and_every_module_is_in_it(name):
     folder, named = "", set()
-    for line in tree.strip().splitlines():
+    for line in tree(name).strip().splitlines():
         if not line.startswith(" "):
             folder = line.split()[0]
             continue
@@ -28,12 +57,14 @@ def test_every_file_of_the_tree_exists_and_every_module_is_in_it():
     assert modules - named <= {"trainer/__init__.py", "data/__init__.py", "data/errors.py"}
 
 
-def test_every_module_that_is_run_exists():
-    for module in set(re.findall(r"-m ((?:trainer|data|tests)(?:\.\w+)+)", README)):
+@in_all
+def test_every_module_that_is_run_exists(name):
+    for module in set(re.findall(r"-m ((?:trainer|data|tests)(?:\.[a-z]\w*)+)", read(name))):
         assert importlib.util.find_spec(module), module
 
 
-def test_every_flag_exists():
+@in_all
+def test_every_flag_exists(name):
     known = {field.name for kind in (Config, Questions) for field in fields(kind)} | {"help", "config"}
     known |= {"merge", "modernise", "adapter", "checkpoint"}  # of export
     known |= {"out", "epochs", "high_resolution"}  # of preview, of the demo
@@ -41,10 +72,51 @@ def test_every_flag_exists():
     torchrun = {"nproc_per_node", "signals-to-handle", "shutdown-timeout", "max-restarts"}
     slurm = {"signal", "requeue", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "time"}
     slurm |= {"open-mode", "output"}
-    used = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", README))
+    used = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", read(name)))
+    assert used
     assert used - known - torchrun - slurm == set()
 
 
-def test_every_link_leads_to_a_file():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+@in_all
+def test_every_link_leads_to_a_file(name):
+    targets = re.findall(r"\]\((?!http)([^)#]+)\)", read(name))
+    assert targets
+    for target in targets:
+        assert ((ROOT / name).parent / target).exists(), target
+
+
+@in_both
+def test_every_source_file_in_the_text_exists(name):
+    files = {span for span in code_spans(name) if re.fullmatch(r"(?:trainer|data|tests)/[\w/.-]+", span)}
+    assert files
+    assert all((ROOT / file).exists() for file in files), files
+
+
+def test_the_two_languages_link_to_each_other_in_the_first_line():
+    assert f"]({CHINESE})" in read(ENGLISH).splitlines()[0]
+    assert f"]({ENGLISH})" in read(CHINESE).splitlines()[0]
+    for name in (ENGLISH, CHINESE):
+        assert f"]({BENCHMARKS})" in read(name), name
+
+
+def test_both_languages_have_the_same_code_blocks_apart_from_comments():
+    english = [(language, without_comments(language, text)) for language, text in blocks(ENGLISH)]
+    assert len(english) > 10
+    assert [(language, without_comments(language, text)) for language, text in blocks(CHINESE)] == english
+
+
+def test_both_languages_name_the_same_commands_flags_and_files_in_the_text():
+    assert code_spans(ENGLISH) - code_spans(CHINESE) == set()
+    assert code_spans(CHINESE) - code_spans(ENGLISH) == set()
+
+
+def test_both_languages_give_the_same_figures():
+    """Percentages, sizes in MB and GB, and ratios."""
+    pattern = r"\d[\d,.]*(?= ?(?:%|GB\b|MB\b|×))"
+    figures = [re.findall(pattern, read(name)) for name in (ENGLISH, CHINESE)]
+    assert figures[0]
+    assert sorted(figures[0]) == sorted(figures[1])
+
+
+def test_the_readme_is_short_enough_to_be_read_from_top_to_bottom():
+    assert len(read(ENGLISH).splitlines()) <= 230
