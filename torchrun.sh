@@ -34,5 +34,6 @@ else
   meeting=(--nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}")
   meeting+=(--master_addr "${MASTER_ADDR:-localhost}" --master_port "${MASTER_PORT:-6001}")
 fi
+echo "starting $ranks ranks on this machine" >&2
 exec python -m trainer.launch --nproc_per_node "$ranks" "${meeting[@]}" -m trainer.main \
     ${MODEL:+--model_name_or_path "$MODEL"} ${DATA:+--data_path "$DATA"} "${extra[@]}" "$@"

@@ -16,6 +16,9 @@ def test_a_log_file_gets_a_line_a_step_and_tensorboard_the_losses_by_source(tmp_
     result = torchrun(2, flags)
     assert result.returncode == 0, result.stderr
     assert re.findall(r"^step (\d) of 3: loss \d", result.stderr, re.MULTILINE) == ["1", "2", "3"]
+    assert result.stderr.index("loading PyTorch") < result.stderr.index("step 1 of 3"), (
+        "no silence at the start"
+    )
     assert "\r" not in result.stderr, "a bar that redraws itself fills a log file"
     lines = read_metrics(tmp_path / "out")
     board = EventAccumulator(str(tmp_path / "out/tensorboard"))

@@ -13,10 +13,15 @@ Exit status: 0 finished; 2 bad input, nothing trained; 75 stopped on request: ru
 
 import faulthandler
 import math
+import os
+import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
+    print("loading PyTorch and transformers", file=sys.stderr, flush=True)  # it takes some seconds
 
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
