@@ -52,10 +52,6 @@ class MicroBatch:
     def num_samples(self) -> int:
         return len(self.sample_ids)
 
-    @property
-    def num_left_out(self) -> int:
-        return len(self.skipped) + len(self.unsupervised)
-
     def to(self, device: torch.device | str) -> "MicroBatch":
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 

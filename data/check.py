@@ -29,7 +29,7 @@ from data.lengths import Chunk, chunks_of, in_parallel, measure_lengths, num_cut
 from data.loader import SampleReader
 from data.mixture import Source
 from data.packing import CostModel, Packing, deal, idle_share
-from data.reader import model_families, open_data, parse_command
+from data.reader import cost_model, model_families, open_data, parse_command
 from data.sampler import StepSampler
 
 MAX_SHOWN = 20
@@ -361,8 +361,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         reader, model_config = open_data(config)
-        sizes = model_families().cost_sizes(model_config)
-        report = check(reader, config, CostModel.from_sizes(**sizes, trains_vision=not config.fix_vit))
+        cost = cost_model(model_families(), model_config, config.fix_vit)
+        report = check(reader, config, cost)
     except DataError as error:
         report = {"errors": str(error).splitlines()}
         print(f"error: {error}")

@@ -26,7 +26,7 @@ from data.images import ImageProcessor
 from data.lengths import measure_lengths
 from data.loader import SampleReader, StepLoader
 from data.packing import CostModel, Packing
-from data.reader import model_families, open_data, parse_command
+from data.reader import cost_model, model_families, open_data, parse_command
 from data.sampler import StepSampler
 from data.tokens import IGNORED
 
@@ -208,8 +208,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         reader, model_config = open_data(config)
-        sizes = model_families().cost_sizes(model_config)
-        page = preview(reader, config, CostModel.from_sizes(**sizes, trains_vision=not config.fix_vit))
+        cost = cost_model(model_families(), model_config, config.fix_vit)
+        page = preview(reader, config, cost)
         Path(config.out).write_text(page, encoding="utf-8")
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -17,6 +17,7 @@ from data.errors import DataError
 from data.flags import ConfigError, parse_flags
 from data.loader import OnLongSample, SampleReader
 from data.mixture import Source, read_mixture
+from data.packing import CostModel
 from data.tokens import SampleEncoder
 
 T = TypeVar("T", bound=DataConfig)
@@ -47,6 +48,11 @@ def open_reader(
         config.fit_images,
     )
     return reader, model_config
+
+
+def cost_model(models: Any, model_config: Any, fix_vit: bool) -> CostModel:
+    """What a sample costs this model; fix_vit: whether its vision tower is frozen."""
+    return CostModel.from_sizes(**models.cost_sizes(model_config), trains_vision=not fix_vit)
 
 
 def model_families() -> Any:

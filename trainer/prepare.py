@@ -22,8 +22,8 @@ from data.errors import DataError
 from data.lengths import bad_samples, measure_lengths, needed_records, num_cut
 from data.loader import SampleReader
 from data.mixture import Source, read_mixture
-from data.packing import CostModel, Packing
-from data.reader import open_reader
+from data.packing import Packing
+from data.reader import cost_model, open_reader
 from data.sampler import StepSampler
 from trainer.adapter_folder import adapter_preprocessing, loads_by_itself
 from trainer.atomic import output_dir_problems
@@ -34,7 +34,6 @@ from trainer.metrics import model_table
 from trainer.models import (
     Parts,
     build_model,
-    cost_sizes,
     parts_of,
 )
 from trainer.trainable import trained_names
@@ -103,7 +102,7 @@ def make_plan(config: Config, ranks: Ranks) -> Plan | None:
         problems = str(error).splitlines()
     if agree_on_problems(problems):
         return None
-    cost = CostModel.from_sizes(**cost_sizes(plan.model_config), trains_vision=not config.fix_vit)
+    cost = cost_model(trainer.models, plan.model_config, config.fix_vit)
     return replace(plan, packing=Packing(lengths, config.max_length, cost))
 
 
