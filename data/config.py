@@ -10,8 +10,18 @@
 Names and defaults are those of the original scripts and of Hugging Face wherever they have one.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+
+def may_change(default: Any) -> Any:
+    """A flag that may differ between a run and the run that resumes it: the training's numbers do not depend
+    on it, rounding apart, or resuming compares what it comes to (the data, the steps) instead of its value.
+
+    A flag without this is part of the training; a resumed run that changes it is refused.
+    """
+    return field(default=default, metadata={"may_change": True})
 
 
 @dataclass
@@ -19,18 +29,18 @@ class DataConfig:
     """Which model, which data, and how an optimizer step is made of it."""
 
     # --- model and data ------------------------------------------------------------------------------
-    model_name_or_path: str = ""
+    model_name_or_path: str = may_change("")
     """Folder of the model to start from: config.json, *.safetensors and a tokenizer."""
     img_size: int | None = None
     """Side of the square that images are resized to, in pixels; the checkpoint's own by default."""
     hd_num: int | None = None
     """High-resolution models: the most tiles an image is cut into; -1 or absent: as the model was trained.
     Stored with the trained model."""
-    data_path: str = "data.txt"
+    data_path: str = may_change("data.txt")
     """data.txt (lines `<json path> <number>`), or one .json / .jsonl file."""
-    given_num: bool = True
+    given_num: bool = may_change(True)
     """Numbers in data.txt are thousands of samples an epoch; False: ratios of each file."""
-    image_root: str | None = None
+    image_root: str | None = may_change(None)
     """Folder that image paths are relative to; each JSON file's own folder by default."""
     images_as_viewed: bool | None = None
     """Turn images as their EXIF data says, and lay transparent ones on white. By default as the model to
@@ -44,14 +54,14 @@ class DataConfig:
     fit_images: bool = False
     """High-resolution models: take the images of a sample over max_length at a smaller hd_num, the largest
     that fits, and log it; on_long_sample is for what still does not."""
-    packing: bool = True
+    packing: bool = may_change(True)
     """Pack whole samples into rows of max_length tokens without padding, and balance the ranks by their cost;
     samples do not see each other, and the loss is the same. False: padded micro-batches."""
 
     # --- what a step is made of ----------------------------------------------------------------------
-    per_device_train_batch_size: int = 1
+    per_device_train_batch_size: int = may_change(1)
     """Samples a rank computes at once; packed, its share of a step only sets how many samples a step has."""
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: int = may_change(1)
     """Micro-batches a rank sums before a step; global batch = this × per-device batch × ranks."""
     seed: int = 42
     """Of the data order, dropout, and newly made weights."""

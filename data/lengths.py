@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data.errors import DataError, FileChangedError
+from data.files import cache_paths, write_cache
 from data.loader import SampleReader, end_workers_at_exit, start_worker
-from data.records import index_paths, write_atomically
 from data.sampler import StepSampler
 
 CHUNK_RECORDS = 256
@@ -66,7 +66,7 @@ def measure_lengths(
             bar.update(len(records))
     for number, paths in enumerate(caches):
         if len(missing[number]):
-            any(write_atomically(path, lengths[number].data) for path in paths)  # the first that can be
+            write_cache(paths, lengths[number].data)
     return lengths
 
 
@@ -181,7 +181,7 @@ def _cache_paths(reader: SampleReader, number: int) -> list[Path]:
         reader.fit_images,
     )
     key = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
-    return index_paths(source.records.path, suffix=f".{key}.lengths")
+    return cache_paths(source.records.path, suffix=f".{key}.lengths")
 
 
 def _read(paths: list[Path], num_records: int) -> np.ndarray:

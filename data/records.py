@@ -23,7 +23,6 @@ import logging
 import os
 import re
 import stat
-import tempfile
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +32,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.errors import DataError, FileChangedError
+from data.files import cache_paths, write_cache
 from data.json_errors import explain
 from data.sample import parse_sample
 
@@ -69,11 +69,11 @@ class Records:
         size, mtime_ns, content = self._file.size, self._file.mtime_ns, _content_hash(self._file)
         key = {"version": INDEX_VERSION, "size": size, "mtime_ns": mtime_ns, "hash": content}
         self.fingerprint = f"{size}-{mtime_ns}-{content}"
-        places = index_paths(self.path)
+        places = cache_paths(self.path, ".index")
         index = next((index for place in places if (index := _read_index(place, key))), None)
         if index is None:
             index = _build_index(self._file, key, show_progress)
-            if not any(_write_index(place, *index) for place in places):
+            if not write_cache(places, *_index_content(*index)):
                 logger.warning("%s: its index can be kept nowhere and is built at every start", self.path)
         header, self._offsets, self._lengths = index
         self.num_images: int = header["num_images"]
@@ -95,32 +95,6 @@ class Records:
         self.__init__(state["path"], show_progress=False)
         if self.fingerprint != state["fingerprint"]:
             raise self._file.changed()
-
-
-def index_paths(path: Path, suffix: str = ".index") -> list[Path]:
-    """Where something derived from `path` is kept: beside it, else in the user's cache folder."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xcomposer-fsdp"
-    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:24]
-    return [path.with_name(path.name + suffix), cache / f"{path.stem}-{name}{suffix}"]
-
-
-def write_atomically(path: Path, *parts: bytes | memoryview) -> bool:
-    """Writes a file in one step, whoever else does; False if the folder cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            try:
-                for part in parts:
-                    file.write(part)
-                file.close()
-                os.chmod(file.name, 0o644)
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
-    except OSError:
-        return False
-    return True
 
 
 class _File:
@@ -210,10 +184,12 @@ def _read_index(path: Path, key: dict[str, Any]) -> tuple[dict[str, Any], np.nda
     return header, offsets, lengths
 
 
-def _write_index(path: Path, header: dict[str, Any], offsets: np.ndarray, lengths: np.ndarray) -> bool:
+def _index_content(
+    header: dict[str, Any], offsets: np.ndarray, lengths: np.ndarray
+) -> tuple[bytes, memoryview, memoryview]:
     line = json.dumps(header).encode()
     line += b" " * (-(len(line) + 1) % 64) + b"\n"
-    return write_atomically(path, line, offsets.astype("<i8").data, lengths.astype("<i4").data)
+    return line, offsets.astype("<i8").data, lengths.astype("<i4").data
 
 
 def _build_index(

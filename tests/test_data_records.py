@@ -289,7 +289,9 @@ def test_the_index_goes_to_the_cache_folder_where_the_data_cannot_be_written(tmp
 
 
 def test_records_work_where_no_index_can_be_kept(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(records_module, "index_paths", lambda path: [tmp_path / "a.json" / "no folder"])
+    monkeypatch.setattr(
+        records_module, "cache_paths", lambda path, suffix: [tmp_path / "a.json" / "no folder"]
+    )
     records = Records(write_json(tmp_path / "a.json", GOOD))
     assert records[1] == GOOD[1]
     assert "built at every start" in caplog.text

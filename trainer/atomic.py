@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from data.files import UNFINISHED, replace_file, sync_to_disk
+
 Job = Callable[[], object]
 MARKER = "complete.json"
 """Written last, and moved last: a folder that has it has everything that it lists."""
@@ -70,27 +72,14 @@ class Jobs:
             raise self._error[0]
 
 
-def sync_to_disk(path: Path) -> None:
-    """Return only when the file's (or folder's) content has reached the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def write_json(path: Path, content: Any) -> None:
     """Replace a JSON file in one step: whoever reads it, whenever, finds the old or the new content."""
-    temporary = path.with_name(f".saving-{path.name}")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    sync_to_disk(temporary)
-    temporary.replace(path)
-    sync_to_disk(path.parent)
+    replace_file(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def begin(folder: Path) -> Path:
     """An empty folder to fill in place of `folder`."""
-    temporary = folder.parent / f".saving-{folder.name}"
+    temporary = folder.parent / f"{UNFINISHED}{folder.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     return temporary
@@ -250,5 +239,5 @@ def _is_of_a_run(folder: Path) -> bool:
 
 def sweep(output_dir: Path) -> None:
     """Delete what a killed run left half written or half removed."""
-    for path in [*output_dir.glob(".saving-*"), *output_dir.glob(".removing-*")]:
+    for path in [*output_dir.glob(f"{UNFINISHED}*"), *output_dir.glob(".removing-*")]:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)

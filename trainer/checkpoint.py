@@ -41,6 +41,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
+from data.files import sync_to_disk
 from trainer.atomic import (
     FINAL,
     MARKER,
@@ -51,7 +52,6 @@ from trainer.atomic import (
     move_into,
     put_in_place,
     remove_old_checkpoints,
-    sync_to_disk,
     what_is_safe,
     write_json,
 )

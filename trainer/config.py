@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
 
-from data.config import DataConfig
+from data.config import DataConfig, may_change
 from data.flags import parse_flags
 from trainer.optim import SCHEDULES
 
@@ -27,7 +27,7 @@ class Config(DataConfig):
     """Everything that a run can be told; `trainer.main` reads it and nothing else."""
 
     # --- model ---------------------------------------------------------------------------------------
-    attn_implementation: str = "sdpa"
+    attn_implementation: str = may_change("sdpa")
     """Attention kernel, by transformers' name: sdpa, eager, flash_attention_2, …"""
     plora_dropout: float = 0.05
     """Dropout in the model's own partial LoRA at image positions, while training."""
@@ -35,7 +35,7 @@ class Config(DataConfig):
     # --- data ----------------------------------------------------------------------------------------
     on_bad_sample: str = "error"
     """A sample that cannot be read in mid-training: `error` ends the run, `skip` counts it and goes on."""
-    dataloader_num_workers: int = 2
+    dataloader_num_workers: int = may_change(2)
     """Processes a rank that decode images ahead of the step; 0 works in the training process."""
 
     # --- what trains ---------------------------------------------------------------------------------
@@ -74,9 +74,9 @@ class Config(DataConfig):
     """LoRA+: peak learning rate of the B matrices = this × learning_rate."""
 
     # --- optimisation --------------------------------------------------------------------------------
-    num_train_epochs: float = 1.0
+    num_train_epochs: float = may_change(1.0)
     """Passes over the samples that data_path declares for an epoch."""
-    max_steps: int = -1
+    max_steps: int = may_change(-1)
     """Optimizer steps; overrides num_train_epochs when positive."""
     learning_rate: float = 1e-5
     """Peak learning rate."""
@@ -92,7 +92,7 @@ class Config(DataConfig):
     """How AdamW keeps its moments: float32; bfloat16, half of that; 8bit, a quarter (needs torchao)."""
     max_grad_norm: float = 1.0
     """Largest norm of the whole gradient; 0 turns clipping off."""
-    warmup_ratio: float = 0.01
+    warmup_ratio: float = may_change(0.01)
     """Share of all steps over which the learning rate rises from 0."""
     lr_scheduler_type: str = "cosine"
     """cosine, linear, constant or constant_with_warmup."""
@@ -103,75 +103,75 @@ class Config(DataConfig):
     """Decay RMSNorm weights too, as the original did, for comparison with old runs."""
 
     # --- memory and speed ----------------------------------------------------------------------------
-    sharding: str = "full"
+    sharding: str = may_change("full")
     """full: every parameter is sharded over the ranks; hybrid: over the ranks of a node, and nodes hold the
     same shards, so that only gradients travel between them; none (with use_lora): the frozen base is whole on
     every rank, which saves gathering it, and only what trains is sharded."""
-    reshard_after_forward: bool = True
+    reshard_after_forward: bool = may_change(True)
     """Drop a block's gathered parameters after its forward pass and gather them again in the backward pass.
     False keeps them to the end of the step: half the gathers or fewer, the whole model in memory."""
-    forward_prefetch: bool = False
+    forward_prefetch: bool = may_change(False)
     """Ask for the next block's parameters before a block runs, not after; it costs the memory of a block, and
     pays where the processor does not run far ahead of the accelerator."""
-    reduce_every_micro_batch: bool = False
+    reduce_every_micro_batch: bool = may_change(False)
     """Sum gradients over the ranks in every micro-batch, not in a step's last one alone: then no rank holds
     the whole gradient in float32 while micro-batches accumulate."""
-    compile: bool = False
+    compile: bool = may_change(False)
     """Compile the blocks with torch.compile, once, for rows of any length; it takes a minute or more before
     the first step."""
-    cpu_offload: bool = False
+    cpu_offload: bool = may_change(False)
     """Keep parameters, gradients and the optimizer in the host's memory, and step there; a block's parameters
     travel to the accelerator when it runs."""
     bf16: bool = True
     """Compute in bfloat16; parameters that train, reductions and the optimizer stay in float32."""
-    gradient_checkpointing: bool | str = True
+    gradient_checkpointing: bool | str = may_change(True)
     """Keep only each block's input for the backward pass and compute the block again there; `selective` keeps
     the results of matrix products and attention too, and computes only the rest again."""
-    vision_checkpointing: bool | str | None = None
+    vision_checkpointing: bool | str | None = may_change(None)
     """The same for the blocks of the vision tower, if it trains; as gradient_checkpointing by default."""
-    vision_micro_batch: int | None = 16
+    vision_micro_batch: int | None = may_change(16)
     """Images or tiles that a block of the vision tower computes at a time; it bounds memory and changes no
     number. none: all of a micro-batch at once."""
-    loss_chunk_tokens: int = 1024
+    loss_chunk_tokens: int = may_change(1024)
     """Rows of logits that exist at a time."""
 
     # --- output --------------------------------------------------------------------------------------
-    output_dir: str = "output"
+    output_dir: str = may_change("output")
     """Where the model, checkpoints, metrics.jsonl and run.json go; on a file system that all ranks see."""
-    logging_steps: int = 1
+    logging_steps: int = may_change(1)
     """Steps between lines of metrics.jsonl."""
-    save_strategy: str = "epoch"
+    save_strategy: str = may_change("epoch")
     """When to write a checkpoint: epoch or steps, and after the last step; no: the trained model alone."""
-    save_steps: int = 500
+    save_steps: int = may_change(500)
     """Steps between saves when save_strategy is steps."""
-    save_total_limit: int | None = None
+    save_total_limit: int | None = may_change(None)
     """Checkpoints kept; the oldest goes only when a new one is complete."""
-    save_minutes: float | None = None
+    save_minutes: float | None = may_change(None)
     """Save this many minutes after the last save too: 30 if absent, unless save_strategy is no. The next
     checkpoint replaces one that is saved for this reason alone."""
-    async_save: bool = True
+    async_save: bool = may_change(True)
     """Write checkpoints in a thread while training goes on, from a copy in the host's memory."""
-    save_dtype: str = "auto"
+    save_dtype: str = may_change("auto")
     """Of the saved weights: auto (the base checkpoint's), float32 or bfloat16."""
-    measure_mfu: bool = False
+    measure_mfu: bool = may_change(False)
     """Count the model's floating-point operations, measure for a second at the start how fast matrix products
     are here in the compute dtype, and report the share of that which the model reaches (mfu)."""
-    profile: str | None = None
+    profile: str | None = may_change(None)
     """START:STOP, both included: trace these steps, with named ranges, into output_dir/profile/, and print a
     table of the time in them."""
-    report_to: str = "none"
+    report_to: str = may_change("none")
     """none, or tensorboard: event files in output_dir/tensorboard (pip install -e '.[tensorboard]')."""
 
     # --- stopping and going on -----------------------------------------------------------------------
-    resume_from_checkpoint: str = "auto"
+    resume_from_checkpoint: str = may_change("auto")
     """auto: the newest complete checkpoint in output_dir, if any; none; or a checkpoint's folder."""
-    resume_anyway: bool = False
+    resume_anyway: bool = may_change(False)
     """Go on from the checkpoint even if data or configuration have changed what the training does."""
-    rehearse: bool = True
+    rehearse: bool = may_change(True)
     """Run a long micro-batch once before the first step, so that too little memory shows at once."""
-    max_bad_steps: int = 3
+    max_bad_steps: int = may_change(3)
     """Steps in a row that a loss or gradient that is not finite may cost before the run ends."""
-    hang_minutes: float = 30.0
+    hang_minutes: float = may_change(30.0)
     """A step (its save included) or a collective that takes longer prints every thread's stack and ends the
     job."""
 

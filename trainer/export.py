@@ -39,6 +39,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.errors import DataError
+from data.files import sync_to_disk
 from trainer.adapter_folder import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -46,7 +47,7 @@ from trainer.adapter_folder import (
     file_key,
     read_adapter,
 )
-from trainer.atomic import MARKER, begin, put_in_place, sync_to_disk, write_json
+from trainer.atomic import MARKER, begin, put_in_place, write_json
 from trainer.lora import adapted_model
 from trainer.models import load_config, load_tokenizer, parts_of
 from trainer.trainable import checkpoint_name, is_adapter

@@ -16,7 +16,6 @@ from it. A single question's answer goes to the standard output.
 """
 
 import json
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from data.errors import DataError
+from data.files import replace_file
 from data.flags import ConfigError, parse_flags
 from data.loader import SampleReader
 from data.mixture import Source, read_mixture
@@ -295,9 +295,8 @@ class PartialOutput:
     def finish(self) -> None:
         """Put the rows in place, without the first line."""
         self.file.close()
-        rest = self.partial.read_bytes().partition(b"\n")[2]
-        self.partial.write_bytes(rest)
-        os.replace(self.partial, self.path)
+        replace_file(self.path, self.partial.read_bytes().partition(b"\n")[2])
+        self.partial.unlink()
 
 
 def answer_all(

@@ -8,8 +8,8 @@ same on every rank, or ValueError with a line a reason why the run must not go o
     output/                  no checkpoint                           Start(step=0), and the log says so
 
 A changed configuration is compared field by field with the checkpoint's `run.json`. What cannot change the
-training (folders, workers, how often to save) is noted; what does is refused, unless `--resume_anyway` is
-given. A field that is not listed as harmless below counts as harmful, new ones too.
+training (folders, workers, how often to save) is logged; what does is refused, unless `--resume_anyway` is
+given. The fields that may change are declared so in the configuration (`may_change`); all others may not.
 """
 
 import dataclasses
@@ -26,57 +26,13 @@ from typing import Any
 import torch
 import transformers
 
+from data.files import replace_file
 from data.mixture import Source
-from trainer.atomic import FINAL, MARKER, move_into, numbered, sync_to_disk
+from trainer.atomic import FINAL, MARKER, move_into, numbered
 from trainer.checkpoint import damage, read_marker
 from trainer.config import Config
 from trainer.distributed import Ranks, barrier, is_main, log
 from trainer.prepare import Plan
-
-HARMLESS = {
-    "output_dir",
-    "dataloader_num_workers",
-    "packing",
-    "sharding",
-    "reshard_after_forward",
-    "forward_prefetch",
-    "reduce_every_micro_batch",
-    "compile",
-    "cpu_offload",
-    "gradient_checkpointing",
-    "vision_checkpointing",
-    "vision_micro_batch",
-    "attn_implementation",
-    "loss_chunk_tokens",
-    "logging_steps",
-    "save_strategy",
-    "save_steps",
-    "save_minutes",
-    "save_total_limit",
-    "save_dtype",
-    "async_save",
-    "resume_from_checkpoint",
-    "resume_anyway",
-    "rehearse",
-    "max_bad_steps",
-    "hang_minutes",
-    "report_to",
-    "measure_mfu",
-    "profile",
-}
-"""Fields that the training's numbers do not depend on, rounding apart."""
-IN_THE_PLAN = {
-    "model_name_or_path",
-    "data_path",
-    "given_num",
-    "image_root",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "num_train_epochs",
-    "max_steps",
-    "warmup_ratio",
-}
-"""Fields that matter by what they come to, which is in run.json too: other paths may hold the same data."""
 
 
 @dataclass(frozen=True)
@@ -201,10 +157,7 @@ def drop_later_lines(path: Path, step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue  # cut off when the run was killed
-    temporary = path.with_name(f".saving-{path.name}")
-    temporary.write_bytes(b"".join(kept))
-    sync_to_disk(temporary)
-    temporary.replace(path)
+    replace_file(path, *kept)
 
 
 def set_aside(path: Path) -> None:
@@ -246,10 +199,10 @@ def _compare(folder: Path, run: Mapping[str, Any], anyway: bool) -> None:
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """(harmless, harmful) differences between two run.json, a sentence each."""
     harmless, harmful = [], []
+    may_change = {field.name for field in dataclasses.fields(Config) if field.metadata.get("may_change")}
     for name in sorted(old["config"].keys() & new["config"].keys()):
         if (was := old["config"][name]) != (now := new["config"][name]):
-            known = name in HARMLESS or name in IN_THE_PLAN
-            (harmless if known else harmful).append(f"--{name} was {was} and is {now}")
+            (harmless if name in may_change else harmful).append(f"--{name} was {was} and is {now}")
     schedule = new["config"]["lr_scheduler_type"]
     for name in ("total_steps", "warmup_steps"):
         if old[name] != new[name]:
