@@ -11,7 +11,7 @@ from data.easy_vqa import in_chinese, write_demo_data
 from data.mixture import read_mixture
 from tests.tiny import ROOT
 from trainer.demo import num_ranks
-from trainer.demo_base import make_tokenizer
+from trainer.models.xcomposer2.demo_base import make_tokenizer
 
 pytest.importorskip("easy_vqa", reason="the demo's pictures: pip install -e '.[demo]'")
 

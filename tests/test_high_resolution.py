@@ -25,11 +25,11 @@ from tests.model_cases import golden
 from tests.tiny import read_metrics, run_ranks, tiny_model, word_tokenizer
 from trainer import export, generate
 from trainer.config import Config
-from trainer.demo_base import make_base
 from trainer.distributed import device_mesh, start
 from trainer.generate import load_model
 from trainer.main import main
 from trainer.models import build_model, load_config, load_conversation, load_image_processor, parts_of
+from trainer.models.xcomposer2.demo_base import make_base
 from trainer.parallelize import parallelize
 from trainer.weights import load_weights
 

@@ -390,7 +390,7 @@ def run_file(**changed) -> dict:
     }
     source = {"path": "a.json", "records": 10, "samples_per_epoch": 10, "fingerprint": "10-ab"}
     run = {"config": config, "global_batch": 16, "total_steps": 100, "warmup_steps": 3, "ranks": 4}
-    run |= {"data_plan": [source], "base_model": "00", "versions": {"torch": "2.13.0"}}
+    run |= {"data_plan": [source], "base_checksum": "00", "versions": {"torch": "2.13.0"}}
     for name, value in changed.items():
         run["config" if name in config else name] = {**config, name: value} if name in config else value
     return run
@@ -403,7 +403,7 @@ def run_file(**changed) -> dict:
         ({"save_steps": 20}, False, "--save_steps was 10 and is 20"),
         ({"data_path": "b.txt"}, False, "--data_path was a.txt and is b.txt"),
         ({"total_steps": 200}, True, "total_steps was 100 and is 200"),
-        ({"base_model": "01"}, True, "the base model's weights are others"),
+        ({"base_checksum": "01"}, True, "the base model has other weights"),
         ({"data_plan": []}, True, "the data had 1 files and has 0"),
         ({"ranks": 3, "global_batch": 12}, True, "3 ranks cannot share 16 evenly: use 1, 2, 4, 8, 16 ranks"),
         ({"ranks": 8, "global_batch": 32}, True, "keep it with --gradient_accumulation_steps 1"),

@@ -17,7 +17,6 @@ loads biases.
 """
 
 import copy
-import hashlib
 import json
 import re
 import warnings
@@ -38,7 +37,7 @@ from trainer.atomic import Jobs
 from trainer.distributed import is_main, log
 from trainer.models import Parts, build_model, preprocessing_of
 from trainer.trainable import is_adapter
-from trainer.weights import tensor_files
+from trainer.weights import base_checksum
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -93,13 +92,15 @@ def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, list[int]]]:
     return peft_config, shapes
 
 
-def adapter_preprocessing(folder: Path) -> dict[str, Any]:
+def adapter_preprocessing(folder: str | Path | None) -> dict[str, Any]:
     """How the adapter in `folder` was trained to see images and conversations; empty if the folder does not
-    say.
+    say, or if there is none.
 
-    DataError as of `read_adapter`.
+    DataError as in `read_adapter`.
     """
-    return (read_adapter(folder)[0].auto_mapping or {}).get("preprocessing", {})
+    if folder is None:
+        return {}
+    return (read_adapter(Path(folder))[0].auto_mapping or {}).get("preprocessing", {})
 
 
 def parameters_in(model: nn.Module, folder: Path, base: Path) -> set[str]:
@@ -118,24 +119,10 @@ def parameters_in(model: nn.Module, folder: Path, base: Path) -> set[str]:
     if unknown := sorted(shapes.keys() - by_key.keys()):
         raise DataError(f"{complaint}: {base} has no place for {unknown[0]}")
     with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
-        fingerprint = (file.metadata() or {}).get("base_fingerprint")  # stock peft writes none
-    if fingerprint and fingerprint != base_fingerprint(base):
+        checksum = (file.metadata() or {}).get("base_checksum")  # stock peft writes none
+    if checksum and checksum != base_checksum(base):
         raise DataError(f"{complaint}: its weights are not those of {base}")
     return {by_key[key][0] for key in shapes}
-
-
-def base_fingerprint(base: Path) -> str:
-    """A hash of the base's vectors (norms and biases), which tell two models of one architecture apart.
-
-    Taken in bfloat16, so that a copy of the base in another dtype is the same base.
-    """
-    digest = hashlib.sha256()
-    for name, path in sorted(tensor_files(base).items()):
-        with safe_open(path, framework="pt") as file:
-            if len(file.get_slice(name).get_shape()) == 1:
-                vector = file.get_tensor(name).bfloat16().view(torch.int16)
-                digest.update(name.encode() + vector.numpy().tobytes())
-    return digest.hexdigest()
 
 
 # --- write and prove ----------------------------------------------------------------------------------
@@ -164,7 +151,7 @@ def save_adapter(
                 tensors[file_key(name)] = whole.cpu().contiguous()
 
     def write() -> None:
-        metadata = {"base_fingerprint": base_fingerprint(adapters.base), "format": "pt"}
+        metadata = {"base_checksum": base_checksum(adapters.base), "format": "pt"}
         save_file(tensors, folder / WEIGHTS_FILE, metadata=metadata)
         _sort_metadata(folder / WEIGHTS_FILE)
         written = copy.copy(adapters.peft_config)

@@ -178,14 +178,6 @@ def _lasts_until_the_next(checkpoint: Path) -> bool:
         return False
 
 
-def what_is_safe(output_dir: Path) -> str:
-    """The newest complete checkpoint and what the same command does next: the end of a message."""
-    for step, folder in numbered(output_dir).items():
-        if (folder / MARKER).is_file():
-            return f"{folder} holds step {step}, and the same command goes on from it"
-    return f"{output_dir} holds no checkpoint, and the same command starts from scratch"
-
-
 def output_dir_problems(output_dir: Path, read: Mapping[str, str | None]) -> list[str]:
     """Why a run must not write to `output_dir`: something would be replaced that no run of ours wrote.
 

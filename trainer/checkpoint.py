@@ -50,9 +50,9 @@ from trainer.atomic import (
     begin,
     link_model,
     move_into,
+    numbered,
     put_in_place,
     remove_old_checkpoints,
-    what_is_safe,
     write_json,
 )
 from trainer.config import Config
@@ -164,6 +164,13 @@ class Checkpoints:
         if self._error:
             raise self._error
 
+    def what_is_safe(self) -> str:
+        """The newest complete checkpoint and what the same command does next: the end of a message."""
+        for step, folder in numbered(self.output_dir).items():
+            if (folder / MARKER).is_file():
+                return f"{folder} holds step {step}, and the same command goes on from it"
+        return f"{self.output_dir} holds no checkpoint, and the same command starts from scratch"
+
     def save_final_model(self, step: int, write_model: WriteModel) -> None:
         """Put the trained model into output_dir itself, from the checkpoint of the last step if there is
         one, and wait for it. SaveError if it fails."""
@@ -180,7 +187,7 @@ class Checkpoints:
         except SaveError as error:
             raise SaveError(
                 f"the trained model is not in {self.output_dir}: {error}; make room there, or mend what the "
-                f"error names: {what_is_safe(self.output_dir)}"
+                f"error names: {self.what_is_safe()}"
             ) from None
 
     def _report(self, folder: Path, error: SaveError) -> None:
@@ -190,7 +197,7 @@ class Checkpoints:
             goes_on = "the trained model is written next, without what a longer training would go on from"
         log(
             f"\nwarning: {folder} is not saved: {error}; {goes_on}: make room in {self.output_dir}, or mend "
-            f"what the error names; {what_is_safe(self.output_dir)}"
+            f"what the error names; {self.what_is_safe()}"
         )
         if is_main():
             shutil.rmtree(folder.with_name(f".saving-{folder.name}"), ignore_errors=True)

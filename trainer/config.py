@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from data.config import DataConfig, may_change
+from data.flags import ConfigError as ConfigError
 from data.flags import parse_flags
 from trainer.optim import SCHEDULES
 

@@ -5,7 +5,7 @@
 Input: the package easy-vqa, 5,000 pictures of one coloured shape with questions. Output in OUT (output/demo):
 
     data/         the pictures and questions as this project's own files (data/easy_vqa.py)
-    base/         a randomly initialised model with its own tokenizer (trainer/demo_base.py)
+    base/         a randomly initialised model with its own tokenizer (trainer/models/xcomposer2/demo_base.py)
     model/        that model after full fine-tuning, and predictions.jsonl on pictures that it has never seen
     adapter/      a LoRA adapter on it, after the same questions in Chinese
     demo.json     what is printed at the end
@@ -33,8 +33,8 @@ import torch
 
 from data.easy_vqa import EASY_VQA_FILES, kind_of, write_demo_data
 from data.errors import DataError
-from trainer.demo_base import make_base
 from trainer.distributed import BAD_INPUT, FAILED
+from trainer.models.xcomposer2.demo_base import make_base
 
 TRAIN = """
     --bf16 False --gradient_checkpointing False --plora_dropout 0 --max_length 256

@@ -12,6 +12,7 @@ Exit status: 0 finished; 2 bad input, nothing trained; 75 stopped on request: ru
 """
 
 import faulthandler
+import functools
 import math
 import os
 import sys
@@ -29,13 +30,8 @@ from torch.profiler import record_function
 from tqdm import tqdm
 
 from data.errors import DataError
-from data.flags import ConfigError
-from data.ledger import ledger_rows, ledger_table
-from data.loader import StepLoader
-from trainer.adapter_folder import save_adapter
-from trainer.atomic import Jobs, what_is_safe
 from trainer.checkpoint import Checkpoints, SaveError, load, resumable
-from trainer.config import Config, parse
+from trainer.config import Config, ConfigError, parse
 from trainer.distributed import (
     BAD_INPUT,
     FAILED,
@@ -52,28 +48,27 @@ from trainer.distributed import (
     step_seed,
 )
 from trainer.lock import Lock
-from trainer.lora import load_adapters
 from trainer.loss import chunked_cross_entropy
-from trainer.metrics import MetricsFile, Window, part_of, sum_over_ranks, summary, write_capsule
+from trainer.metrics import MetricsFile, Window, sum_over_ranks, summary, write_capsule
+from trainer.model_files import load_model, save_model
 from trainer.optim import adamw, learning_rate_factor, parameter_groups
 from trainer.parallelize import allocate, parallelize, set_communication
-from trainer.prepare import make_plan, say
+from trainer.prepare import log_plan, make_plan, open_loader
 from trainer.rehearsal import bytes_of_a_save, longest_micro_batch, prepare_output_dir, rehearse
 from trainer.resume import choose_start, describe_run
 from trainer.stopping import StopRequest, wait_for_the_end
-from trainer.trainable import refuse_idle
-from trainer.weights import load_weights, save_model_folder, weights_dtype
+from trainer.trainable import part_of, refuse_idle
 
 
 def train(config: Config, ranks: Ranks, lock: Lock) -> int:
     """One run of a checked configuration, with the lock of its output_dir; returns the exit status."""
-    device, output_dir, base = ranks.device, Path(config.output_dir), Path(config.model_name_or_path)
+    device, output_dir = ranks.device, Path(config.output_dir)
 
     # --- the plan: whatever is wrong with the files shows here, before any weight is read ----------------
     plan = make_plan(config, ranks)
     if plan is None:
         return BAD_INPUT
-    adapters, sources, total_steps = plan.adapters, plan.sources, plan.total_steps
+    sources, total_steps = plan.sources, plan.total_steps
     run = describe_run(config, plan, ranks)
     if agree_on_problems(lock.take() if ranks.rank == 0 else []):
         return BAD_INPUT
@@ -86,60 +81,31 @@ def train(config: Config, ranks: Ranks, lock: Lock) -> int:
         return 0
 
     # --- the model: sharded while it has no memory, then every rank reads its own part -------------------
-    model: Any = plan.model
-    base_dtype = weights_dtype(base)
-    # A full model is saved with its frozen parts as they were; a base under adapters is not saved.
-    frozen_dtype = torch.float32 if not config.bf16 else torch.bfloat16 if adapters else base_dtype
-    in_float32 = plan.training | (adapters.saved if adapters else set())
-    parts_by_name = {name: part_of(name, plan.parts) for name, _ in model.named_parameters()}
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in plan.training)
-        parameter.data = parameter.data.to(torch.float32 if name in in_float32 else frozen_dtype)
     mesh = device_mesh(ranks, hybrid=config.sharding == "hybrid")
-    model = parallelize(model, mesh, plan.parts, config)
+    model: Any = parallelize(plan.model, mesh, plan.parts, config)
     allocate(model, device, config.cpu_offload)
-    loaded = load_weights(model, base, optional=plan.parts.unused)
-    if adapters:
-        load_adapters(model, adapters, config.seed)
-    model.init_buffers()
+    loaded = load_model(model, plan, config)
     model.loss_function = chunked_cross_entropy(config.loss_chunk_tokens)
     model.train()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parts_by_name = {name: part_of(name, plan.parts) for name in trained}
     groups = parameter_groups(
         trained, parts_by_name, config.learning_rates, config.weight_decay, config.original_weight_decay
     )
     optimizer = adamw(groups, config.adam_betas, config.adam_epsilon, device, config.optim_state)
 
     # --- say what will happen -----------------------------------------------------------------------------
-    say(plan, config, ranks, loaded)
-    save_dtype = base_dtype if config.save_dtype == "auto" else getattr(torch, config.save_dtype)
+    log_plan(plan, config, ranks, loaded)
     if begin.folder:
         load(begin.folder, resumable(trained, optimizer))
-    space = bytes_of_a_save(model, trained, resumable(trained, optimizer), save_dtype, config)
+    space = bytes_of_a_save(model, trained, resumable(trained, optimizer), plan.save_dtype, config)
     if agree_on_problems(prepare_output_dir(output_dir, run, begin, space) if ranks.rank == 0 else []):
         return BAD_INPUT
     metrics = MetricsFile(output_dir if ranks.rank == 0 else None, config.report_to == "tensorboard")
-    described = (plan.model_config, plan.tokenizer)
-
-    def write_model(folder: Path, jobs: Jobs) -> None:
-        if adapters:
-            save_adapter(model, adapters, *described, folder, jobs)
-        else:
-            save_model_folder(model, *described, plan.parts, folder, save_dtype, loaded.carried, jobs)
+    write_model = functools.partial(save_model, model, plan, loaded)
 
     # --- the loop ----------------------------------------------------------------------------------------
-    loader = StepLoader(
-        plan.reader,
-        plan.sampler,
-        rank=ranks.rank,
-        num_ranks=ranks.world,
-        samples_per_micro_batch=config.per_device_train_batch_size,
-        num_steps=total_steps,
-        first_step=begin.step,
-        num_workers=config.dataloader_num_workers,
-        on_bad_sample="skip" if config.on_bad_sample == "skip" else "error",
-        packing=plan.packing,
-    )
+    loader = open_loader(plan, config, ranks, begin.step)
     checkpoints = Checkpoints(run, config, lock, plan.sampler.steps_per_epoch, total_steps)
     log(checkpoints.first_save(begin.step))
     stop = StopRequest(output_dir, lock.release)
@@ -220,10 +186,8 @@ def train(config: Config, ranks: Ranks, lock: Lock) -> int:
             if no_bar():
                 log(f"step {step} of {total_steps}: {text}")
         if step % plan.sampler.steps_per_epoch == 0:
-            number = step // plan.sampler.steps_per_epoch - 1
-            ledger = ledger_rows(sources, window.flush_epoch(), number)
-            metrics.write("epoch", step, epoch=number, sources=ledger)
-            log(f"\nepoch {number}\n{ledger_table(ledger)}")
+            epoch = step // plan.sampler.steps_per_epoch - 1
+            log(metrics.write_epoch(step, epoch, sources, window.flush_epoch()))
         if window.bad_steps >= config.max_bad_steps:
             log(f"\nerror: {window.bad_steps} steps in a row were not finite: see trainer/extras/replay.py")
             checkpoints.wait()
@@ -241,7 +205,7 @@ def train(config: Config, ranks: Ranks, lock: Lock) -> int:
         if stopping:
             checkpoints.wait()
             stop.honoured()
-            log(f"\nstopped after step {step} of {total_steps}, as asked; {what_is_safe(output_dir)}")
+            log(f"\nstopped after step {step} of {total_steps}, as asked; {checkpoints.what_is_safe()}")
             return FAILED if checkpoints.failed else STOPPED
     bar.leave = True
     bar.close()
@@ -250,7 +214,7 @@ def train(config: Config, ranks: Ranks, lock: Lock) -> int:
     faulthandler.cancel_dump_traceback_later()
     checkpoints.save_final_model(total_steps, write_model)
     stop.honoured()
-    log(f"the trained {'adapter' if adapters else 'model'} is in {output_dir}")
+    log(f"the trained {'adapter' if plan.adapters else 'model'} is in {output_dir}")
     return 0
 
 

@@ -1,11 +1,10 @@
-"""What was measured and what will run: metrics.jsonl, the table at the start, memory.
+"""The numbers of a run: sums over a window of steps, metrics.jsonl, memory, and the file of a bad step.
 
 Input: numbers that the loop already has. Output: files in `output_dir` and text for the terminal:
 
-    part                    parameters  trains  learning rate  dtype     saved
-    vision tower           303,507,456  no      -              bfloat16  as loaded
-    projector               20,979,712  yes     1.0e-05        float32   yes
-    …
+    window.add(batch, token_losses)                       # a micro-batch, on the device, without waiting
+    result = window.close_step(totals, norm)              # a step: the one wait
+    metrics.write("train", step, **window.flush(peak))    # a line of metrics.jsonl
 """
 
 import json
@@ -14,7 +13,7 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +26,10 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 
 from data.batch import MicroBatch
-from data.ledger import tally
+from data.ledger import ledger_rows, ledger_table, tally
 from data.mixture import Source
 from trainer.atomic import write_json
 from trainer.distributed import all_max, all_sum, is_main, log, step_seed
-from trainer.models import Parts
-from trainer.trainable import is_adapter
 
 
 class MetricsFile:
@@ -65,6 +62,12 @@ class MetricsFile:
                     if isinstance(number, int | float):
                         self.board.add_scalar("/".join(filter(None, (kind, name, key))), number, step)
             self.board.flush()
+
+    def write_epoch(self, step: int, epoch: int, sources: Sequence[Source], sums: Tensor) -> str:
+        """The line of an epoch (from 0) that ends with `step`, and its table; sums as in `ledger_rows`."""
+        rows = ledger_rows(sources, sums, epoch)
+        self.write("epoch", step, epoch=epoch, sources=rows)
+        return f"\nepoch {epoch}\n{ledger_table(rows)}"
 
 
 def sum_over_ranks(
@@ -281,63 +284,3 @@ def write_capsule(
 
 def _local(gradient: Tensor) -> Tensor:
     return gradient.to_local() if isinstance(gradient, DTensor) else gradient
-
-
-def part_of(name: str, parts: Parts) -> str:
-    """The part of the model that a parameter belongs to: vision, projector, language, or an adapter."""
-    if is_adapter(name):
-        return "adapter_b" if ".lora_B." in name else "adapter"
-    if name.startswith(parts.vision):
-        return "vision"
-    return "projector" if name.startswith(parts.projector) else "language"
-
-
-def _group_of(name: str, parts: Parts) -> str:
-    """The row of the start table that a parameter counts in."""
-    part = part_of(name, parts)
-    if part != "language":
-        rows = {
-            "vision": "vision tower",
-            "projector": "projector",
-            "adapter": "adapters",
-            "adapter_b": "adapters: B",
-        }
-        return rows[part]
-    if "Plora_" in name:
-        return "language: PLoRA"
-    return (
-        "language: blocks" if name.startswith(parts.language_blocks + ".") else "language: embeddings, head"
-    )
-
-
-def model_table(
-    model: nn.Module,
-    parts: Parts,
-    learning_rates: Mapping[str, float],
-    in_adapter: Collection[str] | None = None,
-) -> str:
-    """Group of modules → parameters, whether they train, peak learning rate, dtype, and if they are saved.
-
-    in_adapter: names of the parameters that an adapter's folder holds; None where the whole model is saved.
-    """
-    rows: dict[tuple[str, str, bool, torch.dtype, str], int] = {}
-    for name, parameter in model.named_parameters():
-        trains = parameter.requires_grad
-        saved = "trained" if trains else "as loaded"
-        if in_adapter is not None:
-            saved = "in the adapter" if name in in_adapter else "no"
-        key = (_group_of(name, parts), part_of(name, parts), trains, parameter.dtype, saved)
-        rows[key] = rows.get(key, 0) + parameter.numel()
-    lines = [
-        f"{'part':<28}{'parameters':>15}  {'trains':<8}{'learning rate':<15}{'stored as':<11}saved",
-    ]
-    for (group, part, trains, dtype, saved), count in rows.items():
-        rate = f"{learning_rates[part]:.2e}" if trains else "-"
-        lines.append(
-            f"{group:<28}{count:>15,}  {'yes' if trains else 'no':<8}{rate:<15}"
-            f"{str(dtype).removeprefix('torch.'):<11}{saved}"
-        )
-    total = sum(rows.values())
-    trained = sum(count for (_, _, trains, *_), count in rows.items() if trains)
-    lines.append(f"{'all':<28}{total:>15,}  {trained:,} train")
-    return "\n".join(lines)

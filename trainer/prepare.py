@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 import trainer.models
 from data.errors import DataError
 from data.lengths import bad_samples, measure_lengths, needed_records, num_cut
-from data.loader import SampleReader
+from data.loader import SampleReader, StepLoader
 from data.mixture import Source, read_mixture
 from data.packing import Packing
 from data.reader import cost_model, open_reader
@@ -30,14 +30,9 @@ from trainer.atomic import output_dir_problems
 from trainer.config import Config
 from trainer.distributed import Ranks, agree_on_problems, log, rank_zero_first
 from trainer.lora import Adapters, add_adapters
-from trainer.metrics import model_table
-from trainer.models import (
-    Parts,
-    build_model,
-    parts_of,
-)
-from trainer.trainable import trained_names
-from trainer.weights import LoadReport, tensor_files
+from trainer.models import Parts, build_model, parts_of
+from trainer.trainable import model_table, set_trainable, trained_names
+from trainer.weights import LoadReport, weights_dtype
 
 
 @dataclass(frozen=True)
@@ -47,11 +42,13 @@ class Plan:
     tokenizer: PreTrainedTokenizerBase
     model_config: PreTrainedConfig
     model: PreTrainedModel
-    """On the meta device."""
+    """On the meta device; its parameters know whether they train, and their dtypes."""
     parts: Parts
     adapters: Adapters | None
     training: set[str]
     """Names of the parameters that train."""
+    save_dtype: torch.dtype
+    """Of the saved weights."""
     reader: SampleReader
     sampler: StepSampler
     packing: Packing | None
@@ -150,8 +147,8 @@ def _problems_of_text_alone(plan: Plan, config: Config) -> list[str]:
 
 def _describe_model(config: Config, ranks: Ranks, sources: list[Source]) -> Plan:
     base = Path(config.model_name_or_path)
-    tensor_files(base)
-    kept = adapter_preprocessing(Path(config.lora_weight_path)) if config.lora_weight_path else None
+    base_dtype = weights_dtype(base)
+    kept = adapter_preprocessing(config.lora_weight_path)
     reader, model_config = open_reader(config, sources, trainer.models, kept)
     model_config.plora_dropout = config.plora_dropout
     model_config._attn_implementation = config.attn_implementation
@@ -166,6 +163,9 @@ def _describe_model(config: Config, ranks: Ranks, sources: list[Source]) -> Plan
             ) from error
         adapters = add_adapters(model, parts, config) if config.use_lora else None
     training = trained_names(model, parts, config)
+    # A full model is saved with its frozen parts as they were; a base under adapters is not saved.
+    frozen_dtype = torch.float32 if not config.bf16 else torch.bfloat16 if adapters else base_dtype
+    set_trainable(model, training, training | (adapters.saved if adapters else set()), frozen_dtype)
     global_batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * ranks.world
     sampler = StepSampler(sources, config.seed, global_batch)
     total_steps = math.ceil(config.num_train_epochs * sampler.steps_per_epoch)
@@ -178,6 +178,7 @@ def _describe_model(config: Config, ranks: Ranks, sources: list[Source]) -> Plan
         parts=parts,
         adapters=adapters,
         training=training,
+        save_dtype=base_dtype if config.save_dtype == "auto" else getattr(torch, config.save_dtype),
         reader=reader,
         sampler=sampler,
         packing=None,
@@ -187,7 +188,23 @@ def _describe_model(config: Config, ranks: Ranks, sources: list[Source]) -> Plan
     )
 
 
-def say(plan: Plan, config: Config, ranks: Ranks, loaded: LoadReport) -> None:
+def open_loader(plan: Plan, config: Config, ranks: Ranks, first_step: int) -> StepLoader:
+    """The micro-batches of this rank, a list a step, from `first_step` (counted from 0) on."""
+    return StepLoader(
+        plan.reader,
+        plan.sampler,
+        rank=ranks.rank,
+        num_ranks=ranks.world,
+        samples_per_micro_batch=config.per_device_train_batch_size,
+        num_steps=plan.total_steps,
+        first_step=first_step,
+        num_workers=config.dataloader_num_workers,
+        on_bad_sample="skip" if config.on_bad_sample == "skip" else "error",
+        packing=plan.packing,
+    )
+
+
+def log_plan(plan: Plan, config: Config, ranks: Ranks, loaded: LoadReport) -> None:
     """Log what trains, the sources and the arithmetic of a batch; `loaded` is what the base brought."""
     adapters, base = plan.adapters, Path(config.model_name_or_path)
     log(model_table(plan.model, plan.parts, config.learning_rates, adapters.saved if adapters else None))

@@ -17,7 +17,6 @@ import itertools
 import json
 import os
 import platform
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +32,7 @@ from trainer.checkpoint import damage, read_marker
 from trainer.config import Config
 from trainer.distributed import Ranks, barrier, is_main, log
 from trainer.prepare import Plan
+from trainer.weights import base_checksum
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def describe_run(config: Config, plan: Plan, ranks: Ranks) -> dict[str, Any]:
         ],
         "conversation_format": plan.model_config.conversation_format,
         "image_processor": repr(plan.reader.image_processor),
-        "base_model": _fingerprint_of_weights(Path(config.model_name_or_path)),
+        "base_checksum": base_checksum(Path(config.model_name_or_path)),
         "ranks": ranks.world,
         "device": ranks.device.type,
         "versions": {
@@ -211,8 +211,8 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], 
             where.append(f"{name} was {old[name]} and is {new[name]}, which changes the learning rate")
     if old["global_batch"] != new["global_batch"]:
         harmful.append(_batch_sentence(old["global_batch"], new))
-    if old["base_model"] != new["base_model"]:
-        harmful.append("the base model's weights are others: frozen parts would be those of another model")
+    if "base_checksum" in old and old["base_checksum"] != new["base_checksum"]:
+        harmful.append("the base model has other weights: frozen parameters would be those of another model")
     for name, what in (
         ("conversation_format", "the conversation format"),
         ("image_processor", "how images become tensors"),
@@ -265,12 +265,3 @@ def _fingerprint(source: Source) -> str:
     """That of the file without its modification time: a copy holds the same data."""
     size, _, content = source.records.fingerprint.split("-")
     return f"{size}-{content}"
-
-
-def _fingerprint_of_weights(base: Path) -> str:
-    """A checksum of the first megabyte (names, shapes, first values) of each weights file."""
-    checksum = 0
-    for path in sorted(base.glob("*.safetensors")):
-        with path.open("rb") as file:
-            checksum = zlib.crc32(file.read(1 << 20), checksum)
-    return f"{checksum:08x}"

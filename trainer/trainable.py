@@ -1,10 +1,15 @@
-"""What trains as it is, by the flags: the vision tower, the projector, and whatever `--train_modules` names.
+"""Which parameters train, at which rate, in which dtype, and which are saved: decided here and nowhere else.
 
-Input: the model, on any device, and the configuration. Output: names of modules with their parameters.
+Input: the model on the meta device and the configuration. Output: names of modules with their parameters, and
+the table at the start of a run.
 
     trained_whole(model, parts, config)        # --fix_vit True --train_modules model.norm,Plora_B
     # {"vision_proj": ["vision_proj.0.weight", …], "model.norm": ["model.norm.weight"],
     #  "model.layers.0.attention.wqkv.Plora_B": ["model.layers.0.attention.wqkv.Plora_B.weight"], …}
+
+    part                    parameters  trains  learning rate  stored as  saved
+    vision tower           303,507,456  no      -              bfloat16   as loaded
+    projector               20,979,712  yes     1.00e-05       float32    trained
 
 A name means every module or parameter whose dotted name ends with it, as peft's names do.
 
@@ -12,9 +17,10 @@ peft puts an adapted layer one level down: `wo.weight` is `wo.base_layer.weight`
 `checkpoint_name` takes that back, so the flags, a checkpoint and the model speak of the same layer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from data.errors import DataError
@@ -82,6 +88,15 @@ def trained_names(model: nn.Module, parts: Parts, config: "Config") -> set[str]:
     return {name for name in names if not name.startswith(parts.unused)}
 
 
+def set_trainable(
+    model: nn.Module, training: Collection[str], in_float32: Collection[str], frozen_dtype: torch.dtype
+) -> None:
+    """Set on a model without memory which parameters get gradients, and every parameter's dtype."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in training)
+        parameter.data = parameter.data.to(torch.float32 if name in in_float32 else frozen_dtype)
+
+
 def refuse_idle(trained: Mapping[str, nn.Parameter]) -> None:
     """ValueError if parameters that are set to train have no gradient after a backward pass."""
     if idle := [name for name, parameter in trained.items() if parameter.grad is None]:
@@ -89,3 +104,63 @@ def refuse_idle(trained: Mapping[str, nn.Parameter]) -> None:
             f"{len(idle)} parameters are set to train but got no gradient in the first step, "
             f"first {idle[0]}; freeze them, or give data that reaches them"
         )
+
+
+def part_of(name: str, parts: Parts) -> str:
+    """The part of the model that a parameter belongs to: vision, projector, language, or an adapter."""
+    if is_adapter(name):
+        return "adapter_b" if ".lora_B." in name else "adapter"
+    if name.startswith(parts.vision):
+        return "vision"
+    return "projector" if name.startswith(parts.projector) else "language"
+
+
+def _group_of(name: str, parts: Parts) -> str:
+    """The row of the start table that a parameter counts in."""
+    part = part_of(name, parts)
+    if part != "language":
+        rows = {
+            "vision": "vision tower",
+            "projector": "projector",
+            "adapter": "adapters",
+            "adapter_b": "adapters: B",
+        }
+        return rows[part]
+    if "Plora_" in name:
+        return "language: PLoRA"
+    return (
+        "language: blocks" if name.startswith(parts.language_blocks + ".") else "language: embeddings, head"
+    )
+
+
+def model_table(
+    model: nn.Module,
+    parts: Parts,
+    learning_rates: Mapping[str, float],
+    in_adapter: Collection[str] | None = None,
+) -> str:
+    """Group of modules → parameters, whether they train, peak learning rate, dtype, and if they are saved.
+
+    in_adapter: names of the parameters that an adapter's folder holds; None where the whole model is saved.
+    """
+    rows: dict[tuple[str, str, bool, torch.dtype, str], int] = {}
+    for name, parameter in model.named_parameters():
+        trains = parameter.requires_grad
+        saved = "trained" if trains else "as loaded"
+        if in_adapter is not None:
+            saved = "in the adapter" if name in in_adapter else "no"
+        key = (_group_of(name, parts), part_of(name, parts), trains, parameter.dtype, saved)
+        rows[key] = rows.get(key, 0) + parameter.numel()
+    lines = [
+        f"{'part':<28}{'parameters':>15}  {'trains':<8}{'learning rate':<15}{'stored as':<11}saved",
+    ]
+    for (group, part, trains, dtype, saved), count in rows.items():
+        rate = f"{learning_rates[part]:.2e}" if trains else "-"
+        lines.append(
+            f"{group:<28}{count:>15,}  {'yes' if trains else 'no':<8}{rate:<15}"
+            f"{str(dtype).removeprefix('torch.'):<11}{saved}"
+        )
+    total = sum(rows.values())
+    trained = sum(count for (_, _, trains, *_), count in rows.items() if trains)
+    lines.append(f"{'all':<28}{total:>15,}  {trained:,} train")
+    return "\n".join(lines)

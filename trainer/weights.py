@@ -16,10 +16,12 @@ makes the folder load with `AutoModelForCausalLM.from_pretrained(folder, trust_r
 that has transformers and torch but not this project: config.json, the tokenizer and the model's own code.
 """
 
+import hashlib
 import json
 import math
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -85,6 +87,27 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path}: cannot be read as safetensors: {error}") from None
     return files
+
+
+def base_checksum(base: Path) -> str:
+    """A hash that tells models of one architecture apart: of every vector and of every matrix's first row.
+
+    Taken in bfloat16, so that a copy of the base in another dtype, or split into other files, is the same
+    base.
+    """
+    digest = hashlib.sha256()
+    files = tensor_files(base)
+    with ExitStack() as stack, torch.device("cpu"):  # callers build models on the meta device
+        opened = {
+            path: stack.enter_context(safe_open(path, framework="pt")) for path in sorted(set(files.values()))
+        }
+        for name, path in sorted(files.items()):
+            tensor = opened[path].get_slice(name)
+            shape = tensor.get_shape()
+            values = opened[path].get_tensor(name) if len(shape) < 2 else tensor[:1]
+            digest.update(f"{name} {shape}".encode())
+            digest.update(values.bfloat16().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def weights_dtype(folder: Path) -> torch.dtype:

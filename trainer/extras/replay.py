@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sources = read_mixture(
         config.data_path, config.given_num, config.image_root, skip_bad=config.on_bad_sample == "skip"
     )
-    kept = adapter_preprocessing(Path(config.lora_weight_path)) if config.lora_weight_path else None
+    kept = adapter_preprocessing(config.lora_weight_path)
     reader, _ = open_reader(config, sources, trainer.models, kept)
     numbers = {source.name: number for number, source in enumerate(sources)}
     num_bad = 0
