@@ -1,4 +1,5 @@
-"""One thread a process: tests run several ranks, and on two cores more threads only wait. And a fixture."""
+"""One thread a process: tests run several ranks, and on two cores more threads only wait. And what all tests
+of a session share."""
 
 import os
 
@@ -21,3 +22,26 @@ def published_tokenizer() -> Path:
     if not path.is_file():
         pytest.skip("needs the published tokenizer.model: set XCOMPOSER2_TOKENIZER to it")
     return path
+
+
+@pytest.fixture(scope="session")
+def same_world(tmp_path_factory) -> Path:
+    """A tiny model, data, and `reference`: what the runs of tests/same_training.py are compared with."""
+    from tests.same_training import train
+    from tests.tiny import tiny_world
+
+    folder = tiny_world(tmp_path_factory.mktemp("same"))
+    train(folder, "reference", ranks=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def fault_world(tmp_path_factory) -> Path:
+    """A tiny model, data, and `straight`: the run of tests/fault_cases.py that nothing happens to."""
+    from tests.fault_cases import fault_flags
+    from tests.tiny import run_ranks, tiny_world
+    from trainer.main import main
+
+    folder = tiny_world(tmp_path_factory.mktemp("faults"), samples=24)
+    run_ranks(2, main, fault_flags(folder, "straight"))
+    return folder

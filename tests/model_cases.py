@@ -4,10 +4,12 @@ golden = Golden("xcomposer2-hd")
 golden.model()                              # our model with its weights, in evaluation mode
 golden.inputs("one_image_2x2")              # the keyword arguments of forward, labels among them
 golden.tensors["one_image_2x2/logits"]      # every 5th of the 320 logits
+golden_folder("xcomposer2", tmp_path)       # its folder, and a tokenizer, to start a run from
 """
 
 import functools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.tiny import GOLDEN, word_tokenizer
 from trainer.models.xcomposer2.modeling_xcomposer2 import InternLMXComposer2ForCausalLM
 
-GOLDEN = Path(__file__).resolve().parent / "golden"
 FAMILIES = ("xcomposer2", "xcomposer2-hd")
+SQUARE = ("text_only", "one_image_front", "two_images_apart")
+HD = ("text_only", "one_image_wide_1x3", "two_images_multi_turn")
+SAMPLES = {"xcomposer2": SQUARE, "xcomposer2-hd": HD}
+"""Cases that are put into one batch."""
 
 torch.set_num_threads(1)  # on models this small a second thread only waits
 
@@ -56,3 +62,38 @@ class Golden:
 @functools.cache
 def golden(family: str) -> Golden:
     return Golden(family)
+
+
+def golden_folder(family: str, folder: Path) -> Path:
+    """Make a model folder of the golden weights with a word-level tokenizer."""
+    folder.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(golden(family).folder / name, folder)
+    word_tokenizer(folder)
+    return folder
+
+
+def samples(family):
+    parts = [golden(family).inputs(case) for case in SAMPLES[family]]
+    return [{**part, "attention_mask": None} for part in parts]
+
+
+def images_of(parts):
+    return [image for part in parts for image in part["pixel_values"] or []]
+
+
+def padded(parts, side):
+    """One batch of all samples, padded with </s> on `side`."""
+    width = max(part["input_ids"].shape[1] for part in parts)
+
+    def pad(tensor, value):
+        gap = width - tensor.shape[1]
+        return torch.nn.functional.pad(tensor, (gap, 0) if side == "left" else (0, gap), value=value)
+
+    batch = {
+        "input_ids": torch.cat([pad(part["input_ids"], 2) for part in parts]),
+        "attention_mask": torch.cat([pad(torch.ones_like(part["input_ids"]), 0) for part in parts]),
+        "im_mask": torch.cat([pad(part["im_mask"], False) for part in parts]),
+        "labels": torch.cat([pad(part["labels"], -100) for part in parts]),
+    }
+    return {**batch, "pixel_values": images_of(parts)}

@@ -3,13 +3,14 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 import trainer.prepare
 from tests.fault_cases import at_step
-from tests.tiny import read_metrics, run_ranks, tiny_data, tiny_model
+from tests.tiny import flags, read_metrics, run_ranks, tiny_data, tiny_model
 from trainer.main import main
 
 
@@ -24,12 +25,10 @@ def data(tmp_path):
     return tmp_path / "data"
 
 
-def run(status, model, data_path, output_dir, *flags, ranks=1):
-    arguments = f"""
-        --model_name_or_path {model} --data_path {data_path} --output_dir {output_dir} --bf16 False
-        --max_steps 3 --per_device_train_batch_size 4 --save_strategy no --dataloader_num_workers 0
-    """
-    return run_ranks(ranks, main, [*arguments.split(), *flags], status=status)
+def run(status, model, data_path, output_dir, *more, ranks=1, **changes):
+    options = {"model_name_or_path": model, "data_path": data_path, "max_steps": 3, "learning_rate": None}
+    argv = flags(Path(), output_dir, *more, **{**options, "per_device_train_batch_size": 4, **changes})
+    return run_ranks(ranks, main, argv, status=status)
 
 
 def errors_of(output):
@@ -168,8 +167,8 @@ def test_an_output_dir_with_notes_and_the_folder_of_an_earlier_run_are_used(mode
 
 
 def test_contradictory_flags_are_refused_before_anything_is_read(model, data, tmp_path):
-    flags = ["--img_size", "70", "--hd_num", "4", "--vit_learning_rate", "1e-5", "--deepspeed", "zero2.json"]
-    (output,) = run(2, model, data / "data.txt", tmp_path / "out", *flags)
+    more = ["--img_size", "70", "--hd_num", "4", "--vit_learning_rate", "1e-5", "--deepspeed", "zero2.json"]
+    (output,) = run(2, model, data / "data.txt", tmp_path / "out", *more)
     assert len(errors_of(output)) == 3
 
 
@@ -187,8 +186,8 @@ def test_unreadable_images_are_all_named_before_training(model, data, tmp_path):
 def test_an_image_that_breaks_in_mid_training_ends_the_run_with_its_place(model, data, tmp_path, workers):
     """Without packing no image is looked at before its turn."""
     (data / "red40.png").write_bytes(b"not an image")
-    flags = ["--dataloader_num_workers", workers, "--packing", "False", "--rehearse", "False"]
-    (output,) = run(1, model, data / "data.txt", tmp_path / "out", *flags)
+    more = ["--dataloader_num_workers", workers, "--packing", "False", "--rehearse", "False"]
+    (output,) = run(1, model, data / "data.txt", tmp_path / "out", *more)
     (error,) = errors_of(output)
     assert "colour.json: record" in error or "both.json: record" in error
     assert "red40.png" in error
@@ -197,8 +196,8 @@ def test_an_image_that_breaks_in_mid_training_ends_the_run_with_its_place(model,
 
 def test_unreadable_images_are_skipped_and_counted_when_asked_for(model, data, tmp_path):
     (data / "red40.png").write_bytes(b"not an image")
-    flags = ["--on_bad_sample", "skip", "--max_steps", "-1"]
-    (output,) = run(0, model, data / "data.txt", tmp_path / "out", *flags)
+    more = ["--on_bad_sample", "skip", "--max_steps", "-1"]
+    (output,) = run(0, model, data / "data.txt", tmp_path / "out", *more)
     lines = read_metrics(tmp_path / "out")
     bad = [
         record["id"]
@@ -213,8 +212,8 @@ def test_unreadable_images_are_skipped_and_counted_when_asked_for(model, data, t
 
 def test_a_sample_that_truncation_leaves_without_an_answer_is_named_and_trains_nothing(model, data, tmp_path):
     image_tokens, question = 25, 12
-    flags = f"--max_length {image_tokens + question} --max_steps -1 --dataloader_num_workers 0".split()
-    (output,) = run(0, model, data / "data.txt", tmp_path / "out", *flags)
+    more = f"--max_length {image_tokens + question} --max_steps -1 --dataloader_num_workers 0".split()
+    (output,) = run(0, model, data / "data.txt", tmp_path / "out", *more)
     lines = read_metrics(tmp_path / "out")
     assert sum(line["left_out_samples"] for line in lines) > 0
     assert "keeps no answer token within max_length=37" in output
@@ -228,8 +227,8 @@ def test_a_bomb_of_an_image_is_refused(model, data, tmp_path):
 
 
 def test_text_alone_with_parts_that_only_images_reach_is_refused_with_all_else(model, data, tmp_path):
-    flags = ["--fix_vit", "False", "--attn_implementation", "flex_attention", "--image_root", str(tmp_path)]
-    (output,) = run(2, model, data / "text.json", tmp_path / "out", *flags)
+    more = ["--fix_vit", "False", "--attn_implementation", "flex_attention", "--image_root", str(tmp_path)]
+    (output,) = run(2, model, data / "text.json", tmp_path / "out", *more)
     flex, vision, projector = errors_of(output)
     assert "flex_attention has no backward pass on a CPU" in flex
     assert "the vision tower would get no gradient: freeze it with --fix_vit True" in vision
@@ -260,12 +259,16 @@ def main_and_change(path, when, arguments):
 @pytest.mark.parametrize(("when", "workers", "status"), [("measuring", 0, 2), ("step", 0, 1), ("step", 2, 1)])
 def test_a_json_file_that_changes_ends_the_run_in_a_sentence(model, data, tmp_path, when, workers, status):
     """Also where bad samples are skipped: not one of its records can be trusted."""
-    arguments = f"""
-        --model_name_or_path {model} --data_path {data / "data.txt"} --output_dir {tmp_path / "out"}
-        --bf16 False --max_steps 60 --per_device_train_batch_size 4 --save_strategy no --on_bad_sample skip
-        --dataloader_num_workers {workers}
-    """.split()
-    (output,) = run_ranks(1, main_and_change, data / "text.json", when, arguments, status=status)
+    argv = flags(
+        tmp_path,
+        "out",
+        model_name_or_path=model,
+        max_steps=60,
+        per_device_train_batch_size=4,
+        on_bad_sample="skip",
+        dataloader_num_workers=workers,
+    )
+    (output,) = run_ranks(1, main_and_change, data / "text.json", when, argv, status=status)
     (error,) = errors_of(output)
     assert error.endswith(f"{data}/text.json: the file has changed while it was in use; start again")
     assert "Traceback" not in output

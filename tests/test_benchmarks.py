@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-import trainer.main
 from tests.benchmarks.workloads import WORKLOADS, make_data
-from tests.tiny import read_metrics, run_ranks, tiny_model
+from tests.tiny import flags, read_metrics, run_ranks, tiny_model
+from trainer.main import main
 
 pytest.importorskip("accelerate")
 
@@ -18,15 +18,12 @@ STEPS, BATCH, RANKS = 2, 2, 2
 def work(tmp_path_factory):
     """A tiny model and a realistic mixture for it, shorter than the real one; and what ours makes of them."""
     folder = tmp_path_factory.mktemp("benchmark")
-    model = tiny_model(folder / "model", plora_dropout=0.0)
+    tiny_model(folder / "model", plora_dropout=0.0)
     shapes = WORKLOADS["realistic"].shapes
     data = make_data(folder / "data", shapes, STEPS * BATCH * RANKS, num_words=190)
-    flags = f"""
-        --model_name_or_path {model} --data_path {data} --output_dir {folder}/ours --max_steps {STEPS}
-        --per_device_train_batch_size {BATCH} --max_length 2048 --lr_scheduler_type constant
-        --learning_rate 1e-4 --plora_dropout 0 --bf16 False --save_strategy no --dataloader_num_workers 0
-    """
-    run_ranks(RANKS, trainer.main.main, flags.split())
+    options = {"max_length": 2048, "lr_scheduler_type": "constant", "learning_rate": 1e-4}
+    options |= {"data_path": data, "max_steps": STEPS, "per_device_train_batch_size": BATCH}
+    run_ranks(RANKS, main, flags(folder, "ours", **options))
     return folder, read_metrics(folder / "ours")
 
 

@@ -5,14 +5,14 @@ import torch
 import torch._dynamo.utils
 import torch._inductor.config
 
-from tests.test_equality import assert_same_training, reference_world, train
+from tests.same_training import assert_same_training, train
 from tests.tiny import read_metrics
 from trainer.main import main
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return reference_world(tmp_path_factory.mktemp("compiled"))
+def world(same_world):
+    return same_world
 
 
 def main_with_few_graphs(arguments):
@@ -37,8 +37,10 @@ def main_with_few_graphs(arguments):
     [(1, 1, "--packing True --max_length 120"), (2, 2, "--gradient_checkpointing True")],
 )
 def test_compiled_blocks_make_their_graphs_once_and_train_as_plain_ones_do(world, ranks, accumulation, flags):
+    """Ten minutes, for a machine whose cache of compiled code is empty."""
     flags = ["--compile", "True", *flags.split()]
-    train(world, f"compiled-{ranks}", ranks, accumulation, "data/data.txt", *flags, run=main_with_few_graphs)
+    options = {"run": main_with_few_graphs, "timeout": 600}
+    train(world, f"compiled-{ranks}", ranks, accumulation, "data/data.txt", *flags, **options)
     assert_same_training(world, f"compiled-{ranks}")
 
 
@@ -49,7 +51,8 @@ def main_without_a_compiler(arguments):
 
 
 def test_a_block_that_cannot_be_compiled_ends_the_run_before_its_first_step(world):
+    flags = ("--compile", "True")
     with pytest.raises(AssertionError, match=r"statuses \[1, 1\]") as failure:
-        train(world, "plain", 2, 1, "data/data.txt", "--compile", "True", run=main_without_a_compiler)
+        train(world, "not-compiled", 2, 1, "data/data.txt", *flags, run=main_without_a_compiler)
     assert "/nowhere/c++" in str(failure.value)
-    assert not read_metrics(world / "plain")
+    assert not read_metrics(world / "not-compiled")

@@ -20,7 +20,7 @@ from data.loader import SampleReader
 from data.mixture import read_mixture
 from data.sample import parse_sample
 from data.tokens import SampleEncoder
-from tests.tiny import ROOT, run_ranks, tiny_data, tiny_model, word_tokenizer
+from tests.tiny import ROOT, flags, run_ranks, tiny_model, tiny_world, word_tokenizer
 from trainer.generate import load_model
 from trainer.main import main
 from trainer.models import load_config, load_conversation, load_image_processor
@@ -138,13 +138,14 @@ def test_an_edited_format_is_that_of_training_answers_caches_and_the_saved_model
     assert text.count("_146]' + message.role") == text.count("_146]assistant\\\\n' }}") == 1
     text = text.replace("_146]' + message.role", "_146]the ' + message.role")
     edited.write_text(text.replace("_146]assistant\\\\n' }}", "_146]the assistant\\\\n' }}"))
-    tiny_model(tmp_path / "model")
-    tiny_data(tmp_path / "data")
-    words = f"""
-        --model_name_or_path {tmp_path}/model --data_path {tmp_path}/data/text.json --bf16 False --max_steps 1
-        --dataloader_num_workers 0 --fix_sampler True --rehearse False --save_strategy no
-    """.split()
-    run_ranks(1, main, [*words, "--output_dir", str(tmp_path / "before")])
+    options = {
+        "data_path": tmp_path / "data/text.json",
+        "max_steps": 1,
+        "fix_sampler": True,
+        "rehearse": False,
+    }
+    tiny_world(tmp_path)
+    run_ranks(1, main, flags(tmp_path, "before", **options))
 
     def python(*arguments: str) -> str:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path / "project")}
@@ -155,7 +156,7 @@ def test_an_edited_format_is_that_of_training_answers_caches_and_the_saved_model
         assert result.returncode == 0, result.stderr
         return result.stdout.splitlines()[-1] if result.stdout else ""
 
-    python("-m", "trainer.main", *words, "--output_dir", str(tmp_path / "after"))
+    python("-m", "trainer.main", *flags(tmp_path, "after", **options))
     ids = {}
     for name in ("before", "after"):
         ids[name], rendered, imported = json.loads(python("-c", CHAT, str(tmp_path / name)))
@@ -191,12 +192,8 @@ def hidden_green(folder: Path) -> Path:
 @pytest.mark.parametrize("lora", [False, True])
 def test_pictures_are_answered_about_as_they_were_trained_on(tmp_path, lora):
     base, data = tiny_model(tmp_path / "model"), hidden_green(tmp_path / "data")
-    words = f"""
-        --model_name_or_path {base} --data_path {data} --output_dir {tmp_path}/out --bf16 False --max_steps 1
-        --dataloader_num_workers 0 --images_as_viewed True --save_strategy no --use_lora {lora}
-        --rehearse False --fix_sampler {lora}
-    """.split()
-    run_ranks(1, main, words)
+    options = {"data_path": data, "images_as_viewed": True, "max_steps": 1, "rehearse": False}
+    run_ranks(1, main, flags(tmp_path, "out", use_lora=lora, fix_sampler=lora, **options))
     model, folder = load_model(tmp_path / "out", None, torch.float32)
     reader = SampleReader(
         read_mixture(data), SampleEncoder(load_conversation(folder), 256), load_image_processor(model.config)

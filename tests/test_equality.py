@@ -1,64 +1,14 @@
-"""The same global batch gives the same training, however it is split over ranks and micro-batches.
-
-Every run trains all parts in float32 for ten steps on the same samples; only who computes what changes. A
-different order of summation leaves relative differences of about 1e-7 in a gradient. Adam divides by the
-gradient's size, which would turn rounding noise where the true gradient is zero into whole steps, so these
-runs take an epsilon of 1e-5.
-"""
+"""The same global batch gives the same training, however it is split over ranks and micro-batches."""
 
 import pytest
-from safetensors.torch import load_file
 
-from tests.tiny import read_metrics, run_ranks, tiny_data, tiny_model
-from trainer.main import main
-
-GLOBAL_BATCH = 4
+from tests.same_training import assert_same_training, train
+from tests.tiny import read_metrics
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return reference_world(tmp_path_factory.mktemp("equality"))
-
-
-def reference_world(folder):
-    """A tiny model, tiny data, and the run that the others must equal: one rank, one micro-batch."""
-    tiny_model(folder / "model")
-    tiny_data(folder / "data")
-    train(folder, "reference", ranks=1)
-    return folder
-
-
-def train(
-    folder, name, ranks, accumulation=1, data="data/data.txt", *flags, batch=GLOBAL_BATCH, run=main, status=0
-):
-    per_device = batch // ranks // accumulation
-    arguments = f"""
-        --model_name_or_path {folder}/model --data_path {folder}/{data} --output_dir {folder}/{name}
-        --bf16 False --fix_vit False --plora_dropout 0 --gradient_checkpointing False --packing False
-        --learning_rate 1e-3 --adam_epsilon 1e-5 --warmup_ratio 0.2 --max_steps 10 --save_strategy no
-        --per_device_train_batch_size {per_device} --gradient_accumulation_steps {accumulation}
-        --dataloader_num_workers 0
-    """
-    run_ranks(ranks, run, [*arguments.split(), *flags], status=status)
-
-
-def assert_same_training(folder, name, reference="reference", weights="model.safetensors"):
-    ours, theirs = read_metrics(folder / name), read_metrics(folder / reference)
-    assert len(ours) == len(theirs) == 10
-    for a, b in zip(ours, theirs, strict=True):
-        assert (a["samples"], a["tokens"], a["supervised_tokens"]) == (
-            b["samples"],
-            b["tokens"],
-            b["supervised_tokens"],
-        )
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
-        assert a["loss_by_source"] == pytest.approx(b["loss_by_source"], rel=1e-6)
-    ours, theirs = (load_file(folder / run / weights) for run in (name, reference))
-    assert ours.keys() == theirs.keys()
-    for key in ours:
-        difference = (ours[key] - theirs[key]).norm() / theirs[key].norm().clamp(min=1e-3)
-        assert difference < 1e-6, key
+def world(same_world):
+    return same_world
 
 
 @pytest.mark.parametrize(
@@ -90,9 +40,9 @@ def test_a_rank_without_images_neither_hangs_nor_changes_the_gradients(world):
 
 def test_text_alone_trains_when_vision_is_frozen_and_is_refused_when_it_should_train(world):
     frozen = ("--fix_vit", "True", "--fix_sampler", "True")
-    train(world, "text", 2, 1, "data/text.json", *frozen)
-    assert read_metrics(world / "text")[-1]["loss"] < read_metrics(world / "text")[0]["loss"]
-    train(world, "text-bf16", 2, 2, "data/text.json", *frozen, "--bf16", "True")
-    assert read_metrics(world / "text-bf16")[-1]["loss"] < read_metrics(world / "text-bf16")[0]["loss"]
+    for name, accumulation, bf16 in (("text", 1, "False"), ("text-bf16", 2, "True")):
+        train(world, name, 2, accumulation, "data/text.json", *frozen, "--bf16", bf16)
+        losses = [line["loss"] for line in read_metrics(world / name)]
+        assert losses[-1] < losses[0]
     with pytest.raises(AssertionError, match="the vision tower would get no gradient"):
         train(world, "text-vit", 1, 1, "data/text.json")

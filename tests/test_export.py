@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trainer.export
 from data.errors import DataError
-from tests.model_cases import golden
-from tests.test_lora import FILES, adapter, golden_model, train
+from tests.adapter_cases import FILES, adapter, train_adapter
+from tests.model_cases import golden, golden_folder
 from tests.tiny import ROOT, read_metrics, run_ranks, tiny_data
 from trainer.export import main
 from trainer.generate import load_model
@@ -30,7 +30,7 @@ from trainer.models import load_config, parts_of
 def world(tmp_path_factory):
     """A published model: the golden weights, a configuration that names code of its own, and no code."""
     folder = tmp_path_factory.mktemp("export")
-    golden_model("xcomposer2", folder / "model")
+    golden_folder("xcomposer2", folder / "model")
     config = json.loads((folder / "model/config.json").read_text())
     config["auto_map"] = {"AutoModelForCausalLM": "modeling_gone.InternLMXComposer2ForCausalLM"}
     (folder / "model/config.json").write_text(json.dumps(config))
@@ -45,7 +45,7 @@ WHOLE = ("--fix_vit", "False")
 def trained(world):
     """An adapter, and modules trained beside it in every way that its folder can hold them."""
     flags = (*WHOLE, "--use_rslora", "True", "--train_modules", "Plora_A", "Plora_B", "model.norm")
-    return train(world, "trained", *flags, ranks=2)[0]
+    return train_adapter(world, "trained", *flags, ranks=2)[0]
 
 
 def reload(base, folder):
@@ -71,7 +71,7 @@ CASES = ("two_images_apart", "text_only", "batch2_images_equal_length")
 )
 def test_a_merged_model_computes_what_base_and_adapter_do(world, tmp_path, flags):
     name = "merge-" + "-".join(flag.strip("-") for flag in flags)
-    folder, _ = train(world, name, *flags, ranks=2)
+    folder, _ = train_adapter(world, name, *flags, ranks=2)
     assert main(["--merge", str(folder), str(tmp_path / "merged")]) == 0
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     plain = AutoModelForCausalLM.from_pretrained(world / "model").eval()
@@ -93,13 +93,13 @@ def test_a_merged_model_is_written_in_files_reloads_and_trains_on(world, trained
     model.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
     assert all(torch.equal(a, b) for a, b in zip(logits(model, *CASES), logits(again, *CASES), strict=True))
-    going_on, _ = train(world, "going-on", model="merged", ranks=2)
+    going_on, _ = train_adapter(world, "going-on", model="merged", ranks=2)
     losses = [line["loss"] for line in read_metrics(going_on)]
     assert losses[-1] < losses[0]
 
 
 def test_merging_in_bf16_rounds_once(world, tmp_path):
-    folder, _ = train(world, "bf16", "--fix_sampler", "True")
+    folder, _ = train_adapter(world, "bf16", "--fix_sampler", "True")
     shutil.copytree(world / "model", tmp_path / "model")
     weights = {n: t.bfloat16() for n, t in load_file(tmp_path / "model/model.safetensors").items()}
     save_file(weights, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
@@ -233,7 +233,7 @@ def test_a_modern_base_links_the_weights_and_brings_all_else(world, portable):
     assert config["base_model_name_or_path"] == str(modern)
     # The adapter goes on training on it: the same weights are the same base.
     flags = ("--lora_weight_path", str(portable / "output/adapter"), "--model_name_or_path", str(modern))
-    train(world, "on-modern", *flags, *WHOLE, steps=1)
+    train_adapter(world, "on-modern", *flags, *WHOLE, steps=1)
 
 
 def test_a_base_in_several_files_is_linked_with_an_index(world, tmp_path):
@@ -259,7 +259,7 @@ def test_a_checkpoint_becomes_a_folder_of_its_model_alone(world, tmp_path, flags
     flags = ("--save_strategy", "steps", "--save_steps", "2", *flags)
     if flags[4:]:
         flags += ("--lora_dropout", "0.05")
-    folder, _ = train(world, f"checkpoints-{len(flags)}", *flags, ranks=2)
+    folder, _ = train_adapter(world, f"checkpoints-{len(flags)}", *flags, ranks=2)
     assert main(["--checkpoint", str(folder / "checkpoint-2"), str(tmp_path / "out")]) == 0
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert not names & {"resume", "run.json", "complete.json"}

@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import trainer.lock
-import trainer.main
 import trainer.stopping
 from tests.fault_cases import (
     LAUNCHERS,
@@ -22,19 +20,19 @@ from tests.fault_cases import (
     Ranks,
     assert_same_model,
     at_step,
-    flags,
+    fault_flags,
     is_gone,
-    make_world,
+    launch,
+    model_with_bad_word,
     send,
-    torchrun,
 )
 from tests.tiny import read_metrics, run_ranks
 from trainer.main import main
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    return make_world(tmp_path_factory.mktemp("faults"))
+def world(fault_world) -> Path:
+    return fault_world
 
 
 # --- killed -----------------------------------------------------------------------------------------------
@@ -46,14 +44,14 @@ def world(tmp_path_factory) -> Path:
 def test_killed_at_random_moments_the_model_is_the_same(world, tmp_path, moments):
     chance = random.Random(moments)
     started = time.monotonic()
-    run_ranks(2, main, flags(world, tmp_path / "timed"))
+    run_ranks(2, main, fault_flags(world, tmp_path / "timed"))
     seconds = time.monotonic() - started
     output_dir, kills, whole_runs = tmp_path / "run", 0, 0
     while kills < moments:
         if chance.random() < 0.3:
             for index in (world / "data").glob("*.index"):
                 index.unlink()
-        ranks = Ranks(2, main, flags(world, output_dir))
+        ranks = Ranks(2, main, fault_flags(world, output_dir))
         finished = ranks.wait(chance.uniform(0, seconds))
         if not finished:
             assert [p.exitcode for p in ranks.processes] != [1, 1], ranks.output()
@@ -66,7 +64,7 @@ def test_killed_at_random_moments_the_model_is_the_same(world, tmp_path, moments
             assert_same_model(output_dir, world / "straight")
             shutil.rmtree(output_dir)
             whole_runs += 1
-    run_ranks(2, main, flags(world, output_dir))
+    run_ranks(2, main, fault_flags(world, output_dir))
     assert_same_model(output_dir, world / "straight")
     assert [line["step"] for line in read_metrics(output_dir)] == list(range(1, 9))
     print(f"{kills} kills, {whole_runs + 1} whole runs")
@@ -96,8 +94,8 @@ def killed_at_call(number: int, argv: list[str]) -> int:
 
 @pytest.mark.parametrize("every", [40, pytest.param(3, marks=pytest.mark.slow)])
 def test_killed_between_any_two_changes_of_a_folder_the_model_is_the_same(world, tmp_path, every):
-    argv = flags(world, tmp_path / "run", "--max_steps", "4")
-    output, _ = run_ranks(2, killed_at_call, 0, flags(world, tmp_path / "straight", "--max_steps", "4"))
+    argv = fault_flags(world, tmp_path / "run", "--max_steps", "4")
+    output, _ = run_ranks(2, killed_at_call, 0, fault_flags(world, tmp_path / "straight", "--max_steps", "4"))
     calls = int(output.split()[-1])
     assert calls > 60
     for number in range(1, calls, every):
@@ -129,7 +127,7 @@ def test_a_request_to_stop_ends_all_ranks_after_the_same_step(world, tmp_path, r
             at_step(3, 1, lambda: send(signal.Signals[request_]))
         return main(argv)
 
-    argv = flags(world, tmp_path, "--save_steps", "100", "--logging_steps", "2")
+    argv = fault_flags(world, tmp_path, "--save_steps", "100", "--logging_steps", "2")
     output, _ = run_ranks(2, run, argv, status=STOPPED)
     assert "stopped after step 3 of 8, as asked" in output
     assert not (tmp_path / "STOP").exists()
@@ -151,7 +149,7 @@ def test_a_second_signal_ends_at_once_and_an_echo_does_not(world, tmp_path):
         at_step(2, 0, twice)
         return main(argv)
 
-    ranks = Ranks(2, run, flags(world, tmp_path))
+    ranks = Ranks(2, run, fault_flags(world, tmp_path))
     assert not ranks.wait(30)
     assert (tmp_path / "alive").exists()
     assert ranks.processes[0].exitcode == 1
@@ -160,12 +158,12 @@ def test_a_second_signal_ends_at_once_and_an_echo_does_not(world, tmp_path):
 
 
 def test_torchrun_starts_a_killed_run_again_and_it_goes_on(world, tmp_path):
-    patch = """
+    hook = """
     if (step, rank) == (5, 1) and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         time.sleep(1)
         os.kill(os.getpid(), signal.SIGKILL)"""
-    argv = flags(world, tmp_path / "run", "--resume_from_checkpoint", "none")
-    process = torchrun(tmp_path, patch, ["--max-restarts", "1"], argv)
+    argv = fault_flags(world, tmp_path / "run", "--resume_from_checkpoint", "none")
+    process = launch(tmp_path, hook, ["--max-restarts", "1"], argv)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     assert "going on from" in output
@@ -177,13 +175,13 @@ def test_torchrun_starts_a_killed_run_again_and_it_goes_on(world, tmp_path):
 )
 def test_a_killed_rank_ends_the_job_at_once_and_leaves_no_data_worker(world, tmp_path, launcher):
     """Workers whose results nobody reads do not see that their rank is gone, and hold its connections."""
-    patch = f"""
+    hook = f"""
     pass
 
 import data.loader
 data.loader.PREFETCHED_PER_WORKER = 2000
 
-def hook(s, step, rank):
+def hook(step, rank):
     if step == 40:
         with open("/proc/thread-self/children") as children, open({str(tmp_path / "workers")!r}, "a") as file:
             file.write(children.read())
@@ -191,7 +189,7 @@ def hook(s, step, rank):
         os.write(1, b"killed at %f\\n" % time.time())  # at once: other ranks print too
         os.kill(os.getpid(), signal.SIGKILL)"""
     more = ["--max_steps", "10000", "--save_steps", "10000", "--dataloader_num_workers", "2"]
-    process = torchrun(tmp_path, patch, [], flags(world, tmp_path / "run", *more), launcher)
+    process = launch(tmp_path, hook, [], fault_flags(world, tmp_path / "run", *more), launcher)
     output, _ = process.communicate(timeout=120)
     ended = time.time()
     assert "killed at" in output, output
@@ -209,7 +207,7 @@ def hook(s, step, rank):
 
 def test_a_rank_in_a_c_call_does_not_hold_up_the_end_after_a_kill(world, tmp_path):
     """As in a collective of NCCL, which waits for the killed rank and lets no signal handler run."""
-    patch = """
+    hook = """
     if (step, rank) == (5, 0):
         mutex, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)
         libc.pthread_mutex_lock(mutex)
@@ -218,18 +216,18 @@ def test_a_rank_in_a_c_call_does_not_hold_up_the_end_after_a_kill(world, tmp_pat
         time.sleep(1)
         os.write(1, b"killed at %f\\n" % time.time())  # at once: other ranks print too
         os.kill(os.getpid(), signal.SIGKILL)"""
-    process = torchrun(tmp_path, patch, [], flags(world, tmp_path / "run"), "trainer.launch")
+    process = launch(tmp_path, hook, [], fault_flags(world, tmp_path / "run"), "trainer.launch")
     output, _ = process.communicate(timeout=120)
     assert time.time() - float(output.partition("killed at ")[2].split()[0]) < 20, output
     assert "was killed by SIGKILL" in output.rstrip().splitlines()[-1]
 
 
 def test_torchrun_starts_rank_0_again_after_a_kill_without_waiting_for_its_lock(world, tmp_path):
-    patch = """
+    hook = """
     if (step, rank) == (5, 0) and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         time.sleep(1)
         os.kill(os.getpid(), signal.SIGKILL)"""
-    process = torchrun(tmp_path, patch, ["--max-restarts", "1"], flags(world, tmp_path / "run"))
+    process = launch(tmp_path, hook, ["--max-restarts", "1"], fault_flags(world, tmp_path / "run"))
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     assert f"taking over output_dir {tmp_path}/run from process" in output
@@ -239,12 +237,12 @@ def test_torchrun_starts_rank_0_again_after_a_kill_without_waiting_for_its_lock(
 
 def test_sigterm_to_torchrun_saves_and_its_workers_do_not_break_it(world, tmp_path):
     """torchrun signals the whole process group of each rank: the data workers must not die of it first."""
-    patch = """
+    hook = """
     if (step, rank) == (3, 0):
         os.kill(os.getppid(), signal.SIGTERM)
         time.sleep(1)"""
-    argv = flags(world, tmp_path / "run", "--dataloader_num_workers", "1", "--save_steps", "100")
-    process = torchrun(tmp_path, patch, [], argv)
+    argv = fault_flags(world, tmp_path / "run", "--dataloader_num_workers", "1", "--save_steps", "100")
+    process = launch(tmp_path, hook, [], argv)
     output, _ = process.communicate(timeout=120)
     assert "stopped after step 3 of 8, as asked" in output, output
     assert (tmp_path / "status").read_text() == "75"
@@ -253,10 +251,10 @@ def test_sigterm_to_torchrun_saves_and_its_workers_do_not_break_it(world, tmp_pa
 
 
 def test_a_stop_is_not_undone_by_restarts(world, tmp_path):
-    patch = """
+    hook = """
     if (step, rank) == (3, 1):
         os.kill(os.getpid(), signal.SIGUSR1)"""
-    process = torchrun(tmp_path, patch, ["--max-restarts", "3"], flags(world, tmp_path / "run"))
+    process = launch(tmp_path, hook, ["--max-restarts", "3"], fault_flags(world, tmp_path / "run"))
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     assert (tmp_path / "status").read_text() == "75"
@@ -278,13 +276,13 @@ def test_a_second_run_in_a_folder_in_use_is_refused_and_changes_nothing(world, t
         at_step(4, 0, wait)
         return main(argv)
 
-    first = Ranks(2, run, flags(world, output_dir, "--async_save", "False"))
+    first = Ranks(2, run, fault_flags(world, output_dir, "--async_save", "False"))
     until = time.monotonic() + 60
     while not waiting.exists():
         assert time.monotonic() < until, first.output()
         time.sleep(0.05)
     before = {path: path.read_bytes() for path in output_dir.rglob("*") if path.is_file()}
-    output, other = run_ranks(2, main, flags(world, output_dir), status=2)
+    output, other = run_ranks(2, main, fault_flags(world, output_dir), status=2)
     assert f"error: --output_dir {output_dir} is in use by process {first.processes[0].pid} on host" in output
     assert "error" not in other
     assert before == {path: path.read_bytes() for path in output_dir.rglob("*") if path.is_file()}
@@ -304,7 +302,7 @@ def test_a_run_whose_folder_was_taken_over_while_it_was_suspended_ends_and_write
             at_step(4, 0, lambda: send(signal.SIGSTOP))
         return main(argv)
 
-    argv = flags(world, output_dir)
+    argv = fault_flags(world, output_dir)
     first = Ranks(2, with_short_times, argv, True)
     until = time.monotonic() + 60
     while "T (stopped)" not in Path(f"/proc/{first.processes[0].pid}/status").read_text():
@@ -330,11 +328,9 @@ def test_a_run_whose_folder_was_taken_over_while_it_was_suspended_ends_and_write
 def test_the_lock_is_removed_however_a_run_ends(world, tmp_path, end):
     output_dir, held = tmp_path / "run", tmp_path / "held"
 
-    def act(*args: Any) -> Any:
+    def act() -> None:
         if (output_dir / "run.lock").exists():
             held.touch()
-        if end == "bad steps":
-            return torch.tensor(torch.nan)
         if end == "raised":
             raise RuntimeError("the boiler burst")
         if end == "signalled twice":
@@ -342,16 +338,17 @@ def test_the_lock_is_removed_however_a_run_ends(world, tmp_path, end):
             send(signal.SIGTERM)
             time.sleep(0.1)
             send(signal.SIGTERM)
-        return send(signal.SIGINT)
+        if end == "interrupted":
+            send(signal.SIGINT)
 
     def run(argv: list[str]) -> int:
-        if end == "bad steps":
-            trainer.main.get_total_norm = act
-        else:
-            at_step(3, 0, act)
+        at_step(3, 0, act)
         return main(argv)
 
-    ranks = Ranks(1, run, flags(world, output_dir))
+    model = world / "model"
+    if end == "bad steps":  # all, of which the third is the last
+        model = model_with_bad_word(world, tmp_path / "model", "user")
+    ranks = Ranks(1, run, fault_flags(world, output_dir, model_name_or_path=model))
     assert not ranks.wait(60)
     ranks.processes[0].join(30)
     ranks.end()
@@ -365,11 +362,11 @@ def test_the_lock_is_removed_however_a_run_ends(world, tmp_path, end):
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_rank_that_raises_ends_the_job_soon_and_its_traceback_is_shown_once(world, tmp_path, launcher):
-    patch = """
+    hook = """
     if (step, rank) == (3, 1):
         os.write(1, b"raised at %f\\n" % time.time())  # at once: other ranks print too
         raise RuntimeError("the boiler burst")"""
-    process = torchrun(tmp_path, patch, [], flags(world, tmp_path / "run"), launcher)
+    process = launch(tmp_path, hook, [], fault_flags(world, tmp_path / "run"), launcher)
     output, _ = process.communicate(timeout=120)
     ended = time.time()
     raised = float(output.partition("raised at ")[2].split()[0])
@@ -393,7 +390,7 @@ def test_a_rank_that_hangs_shows_all_stacks_and_ends_the_job(world, tmp_path):
         at_step(3, 1, waiting_for_godot)
         return main(argv)
 
-    ranks = Ranks(2, run, flags(world, tmp_path, "--hang_minutes", "0.1"))
+    ranks = Ranks(2, run, fault_flags(world, tmp_path, "--hang_minutes", "0.1"))
     assert not ranks.wait(60)
     time.sleep(2)
     assert [process.exitcode for process in ranks.processes] == [1, 1]
@@ -401,7 +398,7 @@ def test_a_rank_that_hangs_shows_all_stacks_and_ends_the_job(world, tmp_path):
     assert "waiting_for_godot" in output
     assert "all_reduce" in output  # where the other rank waits
     ranks.end()
-    run_ranks(2, main, flags(world, tmp_path))
+    run_ranks(2, main, fault_flags(world, tmp_path))
     assert_same_model(tmp_path, world / "straight")
 
 
@@ -412,12 +409,12 @@ def test_a_rank_that_hangs_shows_all_stacks_and_ends_the_job(world, tmp_path):
 def test_memory_does_not_grow(world, tmp_path):
     """In processes of their own: a forked rank would also hold what pytest keeps."""
     sizes = tmp_path / "sizes"
-    patch = f"""
+    hook = f"""
     if rank == 0 and step in (200, 600, 1000, 1400, 1800, 2000):
         with open("/proc/self/statm") as statm, open({str(sizes)!r}, "a") as file:
             print(int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE"), file=file)"""
-    process = torchrun(
-        tmp_path, patch, [], flags(world, tmp_path / "run", "--max_steps", "2000", "--save_steps", "50")
+    process = launch(
+        tmp_path, hook, [], fault_flags(world, tmp_path / "run", "--max_steps", "2000", "--save_steps", "50")
     )
     output, _ = process.communicate(timeout=1800)
     assert process.returncode == 0, output

@@ -16,12 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import trainer.checkpoint
-import trainer.main
-from tests.fault_cases import STOPPED, Ranks, assert_same_model, at_step, flags, make_world, send
+from tests.fault_cases import (
+    STOPPED,
+    Ranks,
+    assert_same_model,
+    at_step,
+    fault_flags,
+    model_with_bad_word,
+    send,
+)
 from tests.tiny import ROOT, read_metrics, run_ranks
 from trainer.checkpoint import crc32
 from trainer.extras.replay import main as replay
@@ -29,8 +35,8 @@ from trainer.main import main
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    return make_world(tmp_path_factory.mktemp("faults"))
+def world(fault_world) -> Path:
+    return fault_world
 
 
 # --- the disk ---------------------------------------------------------------------------------------------
@@ -69,7 +75,7 @@ def stopped(world) -> Path:
         at_step(3, 0, lambda: send(signal.SIGTERM))
         return main(argv)
 
-    run_ranks(2, run, flags(world, world / "stopped"), status=STOPPED)
+    run_ranks(2, run, fault_flags(world, world / "stopped"), status=STOPPED)
     return world / "stopped"
 
 
@@ -79,7 +85,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(world, stopped, tmp_path,
     shutil.copytree(stopped, tmp_path / "run")
     (path,) = (tmp_path / "run" / "checkpoint-3").glob(pattern)
     spoil(path)
-    output, other = run_ranks(2, main, flags(world, tmp_path / "run"))
+    output, other = run_ranks(2, main, fault_flags(world, tmp_path / "run"))
     (line,) = [line for line in output.splitlines() if "is passed over" in line]
     assert f"{tmp_path}/run/checkpoint-3 is passed over" in line
     assert said in line
@@ -92,7 +98,7 @@ def test_with_no_usable_checkpoint_the_run_does_not_begin_anew_by_itself(world, 
     shutil.copytree(stopped, tmp_path / "run")
     for path in (tmp_path / "run").glob("checkpoint-*/complete.json"):
         path.unlink()
-    output, _ = run_ranks(2, main, flags(world, tmp_path / "run"), status=2)
+    output, _ = run_ranks(2, main, fault_flags(world, tmp_path / "run"), status=2)
     assert "none of the checkpoints" in output
 
 
@@ -106,7 +112,7 @@ def test_files_that_cannot_grow_cost_a_save_and_not_the_run(world, tmp_path):
         at_step(4, int(os.environ["RANK"]), limit)
         return main(argv)
 
-    ranks = Ranks(2, limited, flags(world, tmp_path))
+    ranks = Ranks(2, limited, fault_flags(world, tmp_path))
     assert not ranks.wait(60)
     output = ranks.output()
     ranks.end()
@@ -119,7 +125,7 @@ def test_files_that_cannot_grow_cost_a_save_and_not_the_run(world, tmp_path):
     assert left in (["checkpoint-1", "checkpoint-2"], ["checkpoint-2", "checkpoint-3"])
     error = next(line for line in output.splitlines() if line.startswith("error: "))
     assert f"{tmp_path}/{left[-1]} holds step {left[-1][-1]}, and the same command goes on from it" in error
-    output, _ = run_ranks(2, main, flags(world, tmp_path))
+    output, _ = run_ranks(2, main, fault_flags(world, tmp_path))
     assert f"going on from {tmp_path}/{left[-1]}" in output
     assert_same_model(tmp_path, world / "straight")
 
@@ -135,7 +141,7 @@ def test_a_stop_whose_save_fails_says_what_is_saved(world, tmp_path):
         at_step(4, int(os.environ["RANK"]), limit_and_stop)
         return main(argv)
 
-    output, _ = run_ranks(2, run, flags(world, tmp_path), status=1)
+    output, _ = run_ranks(2, run, fault_flags(world, tmp_path), status=1)
     (line,) = [line for line in output.splitlines() if line.startswith("stopped after step 4 of 8")]
     assert f"{tmp_path}/checkpoint-3 holds step 3, and the same command goes on from it" in line
 
@@ -168,7 +174,7 @@ def test_a_full_disk_costs_a_save_and_not_the_run(world, small_disk, asynchronou
         at_step(7, 0, free)
         return main(argv)
 
-    output, _ = run_ranks(2, run, flags(world, small_disk / "run", "--async_save", asynchronous))
+    output, _ = run_ranks(2, run, fault_flags(world, small_disk / "run", "--async_save", asynchronous))
     assert "checkpoint-4 is not saved" in output
     assert "No space left" in output
     assert "Traceback" not in output
@@ -190,7 +196,7 @@ def test_a_disk_with_room_for_the_model_alone_at_the_end_gets_the_model(world, s
         at_step(8, 0, fill)
         return main(argv)
 
-    output, _ = run_ranks(2, run, flags(world, small_disk / "run"))
+    output, _ = run_ranks(2, run, fault_flags(world, small_disk / "run"))
     (warning,) = [line for line in output.splitlines() if line.startswith("warning: ")]
     assert "checkpoint-8 is not saved" in warning
     assert "the trained model is written next" in warning
@@ -204,7 +210,7 @@ def test_too_little_room_is_said_before_the_first_step(world, tmp_path):
         shutil.disk_usage = lambda path: usage._replace(free=1_000_000)
         return main(argv)
 
-    output, other = run_ranks(2, run, flags(world, tmp_path / "run"), status=2)
+    output, other = run_ranks(2, run, fault_flags(world, tmp_path / "run"), status=2)
     assert "what a save writes needs 0.0 GB, and 0.0 GB are free" in output
     assert "error" not in other
 
@@ -217,18 +223,18 @@ def test_a_read_only_folder_is_said_before_the_first_step(world):
             shutil.copytree(world / part, folder / part)
         (folder / "run").mkdir(mode=0o555)
 
-        prepare = trainer.main.prepare_output_dir
+        usage = shutil.disk_usage
 
-        def as_nobody(*args: Any) -> Any:
+        def usage_as_nobody(path: Path) -> Any:
             if os.getuid() == 0:  # whom no mode of a folder stops
                 os.seteuid(65534)
-            return prepare(*args)
+            return usage(path)
 
         def run(argv: list[str]) -> int:
-            trainer.main.prepare_output_dir = as_nobody
+            shutil.disk_usage = usage_as_nobody  # which is asked before the first file is written
             return main(argv)
 
-        output, _ = run_ranks(2, run, flags(folder, folder / "run"), status=2)
+        output, _ = run_ranks(2, run, fault_flags(folder, folder / "run"), status=2)
         assert f"error: --output_dir {folder}/run: cannot be written: " in output
         assert "Permission denied" in output
 
@@ -253,7 +259,7 @@ def test_training_goes_on_while_a_slow_disk_is_written(world, tmp_path):
             at_step(step, 0, note(f"step {step}"))
         return main(argv)
 
-    run_ranks(2, run, flags(world, tmp_path / "run", "--save_steps", "3"))
+    run_ranks(2, run, fault_flags(world, tmp_path / "run", "--save_steps", "3"))
     lines = events.read_text().split("\n")
     assert lines.index("step 6") < lines.index("saved") < lines.index("step 7")
     assert_same_model(tmp_path / "run", world / "straight")
@@ -278,7 +284,7 @@ def test_a_pickle_in_a_checkpoint_is_never_opened(world, stopped, tmp_path):
     folder = Path(shutil.copytree(stopped, tmp_path / "run")) / "checkpoint-3"
     for name in ("optimizer.pt", "rng_state_0.pth", "pytorch_model.bin", "resume/.metadata", "resume/x.pkl"):
         (folder / name).write_bytes(pickle.dumps(Malice(trap)))
-    run_ranks(2, main, flags(world, tmp_path / "run"))
+    run_ranks(2, main, fault_flags(world, tmp_path / "run"))
     assert_same_model(tmp_path / "run", world / "straight")
     again = Path(shutil.copytree(stopped, tmp_path / "again")) / "checkpoint-3"
     (shard,) = again.glob("resume/shard-00001*")
@@ -286,7 +292,7 @@ def test_a_pickle_in_a_checkpoint_is_never_opened(world, stopped, tmp_path):
     marker = json.loads((again / "complete.json").read_text())
     marker["files"][f"resume/{shard.name}"] = [shard.stat().st_size, crc32(shard)]
     (again / "complete.json").write_text(json.dumps(marker))
-    ranks = Ranks(2, main, flags(world, tmp_path / "again"))
+    ranks = Ranks(2, main, fault_flags(world, tmp_path / "again"))
     assert not ranks.wait(60)
     ranks.end()
     assert not trap.exists()
@@ -312,19 +318,9 @@ def test_nothing_in_the_project_unpickles_a_file():
 # --- numbers that go wrong --------------------------------------------------------------------------------
 
 
-def model_with_bad_word(world: Path, folder: Path, word: str) -> Path:
-    """The tiny model with an infinite embedding: what uses the word has no finite loss."""
-    shutil.copytree(world / "model", folder)
-    vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.tok_embeddings.weight"][vocabulary[word]] = torch.inf
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    return folder
-
-
 def test_a_bad_sample_costs_its_step_and_replay_names_it(world, tmp_path, capsys):
     model = model_with_bad_word(world, tmp_path / "model", "w7")
-    argv = flags(world, tmp_path / "run", "--model_name_or_path", str(model), "--max_steps", "10")
+    argv = fault_flags(world, tmp_path / "run", "--model_name_or_path", str(model), "--max_steps", "10")
     output, _ = run_ranks(2, main, argv)
     (capsule,) = (tmp_path / "run").glob("bad-step-*.json")
     content = json.loads(capsule.read_text())
@@ -350,7 +346,7 @@ def test_a_bad_sample_costs_its_step_and_replay_names_it(world, tmp_path, capsys
 def test_too_many_bad_steps_in_a_row_end_the_run(world, tmp_path):
     model = model_with_bad_word(world, tmp_path / "model", "user")
     more = ["--model_name_or_path", str(model), "--max_bad_steps", "2"]
-    output, other = run_ranks(2, main, flags(world, tmp_path / "run", *more), status=1)
+    output, other = run_ranks(2, main, fault_flags(world, tmp_path / "run", *more), status=1)
     assert "2 steps in a row were not finite" in output
     assert len(list((tmp_path / "run").glob("bad-step-*.json"))) == 2
     assert "Traceback" not in output + other

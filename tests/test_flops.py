@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from data.batch import MicroBatch, collate
 from data.tokens import IGNORED, Encoded
 from tests.model_cases import FAMILIES, golden
-from tests.tiny import read_metrics, run_ranks, tiny_data, tiny_model
+from tests.tiny import flags, read_metrics, run_ranks, tiny_world
 from trainer.distributed import finish, start
 from trainer.extras.flops import count_flops, matmul_peak
 from trainer.lora import inject
@@ -128,13 +128,10 @@ def test_every_rank_learns_the_same_peak_of_all_ranks():
 
 
 def test_a_run_reports_the_same_operations_on_any_ranks_packed_or_padded(tmp_path):
-    model, data = tiny_model(tmp_path / "model"), tiny_data(tmp_path / "data")
-    flags = f"--model_name_or_path {model} --data_path {data} --bf16 False --max_length 128 --max_steps 2"
-    flags += " --save_strategy no --dataloader_num_workers 0 --rehearse False --measure_mfu True"
-    packed = f"{flags} --output_dir {tmp_path}/packed --per_device_train_batch_size 2"
-    padded = f"{flags} --output_dir {tmp_path}/padded --per_device_train_batch_size 4 --packing False"
-    run_ranks(2, main, packed.split())
-    run_ranks(1, main, padded.split())
+    tiny_world(tmp_path)
+    options = {"max_length": 128, "max_steps": 2, "rehearse": False, "measure_mfu": True}
+    run_ranks(2, main, flags(tmp_path, "packed", per_device_train_batch_size=2, **options))
+    run_ranks(1, main, flags(tmp_path, "padded", per_device_train_batch_size=4, packing=False, **options))
     for a, b in zip(read_metrics(tmp_path / "packed"), read_metrics(tmp_path / "padded"), strict=True):
         for name in ("model_flops_vision", "model_flops_language"):
             assert a[name] == b[name] > 0

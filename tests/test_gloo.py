@@ -5,9 +5,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
-from tests.test_equality import reference_world
-from tests.test_speed import sharded
-from tests.tiny import run_ranks
+from tests.same_training import sharded
+from tests.tiny import run_ranks, tiny_model
 from trainer.distributed import start
 from trainer.extras.gloo import GlooAllGather, GlooReduceScatter
 
@@ -70,4 +69,4 @@ def ways_of(folder):
 
 
 def test_all_groups_of_a_model_on_cpus_are_gathered_and_reduced_so(tmp_path):
-    run_ranks(1, ways_of, reference_world(tmp_path) / "model")
+    run_ranks(1, ways_of, tiny_model(tmp_path / "model"))

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -21,8 +20,8 @@ from data.mixture import read_mixture
 from data.packing import Packing
 from data.sampler import StepSampler
 from data.tokens import SampleEncoder
-from tests.model_cases import golden
-from tests.tiny import read_metrics, run_ranks, tiny_model, word_tokenizer
+from tests.model_cases import golden, golden_folder
+from tests.tiny import flags, read_metrics, run_ranks, tiny_model
 from trainer import export, generate
 from trainer.config import Config
 from trainer.distributed import device_mesh, start
@@ -36,18 +35,9 @@ from trainer.weights import load_weights
 TILE = 56  # 4 × 4 patches, merged 2 × 2: an image of h by w tiles has 4 (h w + 1) + 1 + 2 (h + 1) slots
 
 
-def hd_model(folder: Path) -> Path:
-    """The golden 2.5-style model as a folder to start from."""
-    folder.mkdir(parents=True)
-    for name in ("config.json", "model.safetensors"):
-        shutil.copy(golden("xcomposer2-hd").folder / name, folder)
-    word_tokenizer(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return hd_model(tmp_path_factory.mktemp("hd") / "model")
+    return golden_folder("xcomposer2-hd", tmp_path_factory.mktemp("hd") / "model")
 
 
 # --- a few tiles at a time ------------------------------------------------------------------------------
@@ -89,8 +79,8 @@ def gradients(
         parts = parts_of(model.config)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not (fix_vit and name.startswith(parts.vision)))
-        flags = Config(bf16=False, gradient_checkpointing=checkpointing, vision_micro_batch=bound)
-        model = parallelize(model, mesh, parts, flags)
+        chosen = Config(bf16=False, gradient_checkpointing=checkpointing, vision_micro_batch=bound)
+        model = parallelize(model, mesh, parts, chosen)
         model.to_empty(device="cpu")
         load_weights(model, folder)
         model.init_buffers()
@@ -327,18 +317,16 @@ EXTRA = {
 def world(tmp_path_factory):
     """A base with weights that nobody knows, data with samples over max_length, and two runs on it."""
     folder = tmp_path_factory.mktemp("commands")
-    hd_model(folder / "base")
+    golden_folder("xcomposer2-hd", folder / "base")
     weights = {**load_file(folder / "base/model.safetensors"), **EXTRA}
     save_file(weights, folder / "base/model.safetensors", metadata={"format": "pt"})
     write_data(folder / "data", {**SIZES, **EXTREME})
-    flags = f"""
-        --model_name_or_path {folder}/base --data_path {folder}/data/data.json --bf16 False
-        --max_length 80 --fit_images True --on_long_sample skip --hd_num 16 --vision_micro_batch 3
-        --per_device_train_batch_size 4 --max_steps 3 --learning_rate 1e-3 --dataloader_num_workers 1
-    """.split()
-    run_ranks(2, main, [*flags, "--fix_vit", "False", "--output_dir", f"{folder}/full"])
-    lora = ["--use_lora", "True", "--lora_r", "4"]
-    run_ranks(2, main, [*flags, *lora, "--output_dir", f"{folder}/lora"])
+    options = {"max_length": 80, "fit_images": True, "on_long_sample": "skip", "hd_num": 16}
+    options |= {"vision_micro_batch": 3, "per_device_train_batch_size": 4, "max_steps": 3}
+    options |= {"model_name_or_path": folder / "base", "data_path": folder / "data/data.json"}
+    options |= {"dataloader_num_workers": 1, "plora_dropout": None}
+    run_ranks(2, main, flags(folder, "full", **options, fix_vit=False))
+    run_ranks(2, main, flags(folder, "lora", **options, use_lora=True, lora_r=4))
     return folder
 
 
@@ -357,16 +345,16 @@ def test_full_training_moves_every_part_and_carries_unknown_weights(world):
 @pytest.mark.parametrize("run", ["full", "lora"])
 def test_the_trained_model_answers_about_images_of_any_size(world, run, capsys):
     out = world / f"{run}.jsonl"
-    flags = ["--model_name_or_path", world / run, "--data_path", world / "data/data.json", "--output", out]
-    flags += ["--hd_num", 4, "--max_new_tokens", 3, "--batch_size", 3, "--bf16", "False"]
-    run_ranks(1, generate.main, [str(flag) for flag in flags])
+    argv = ["--model_name_or_path", world / run, "--data_path", world / "data/data.json", "--output", out]
+    argv += ["--hd_num", 4, "--max_new_tokens", 3, "--batch_size", 3, "--bf16", "False"]
+    run_ranks(1, generate.main, [str(word) for word in argv])
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["id"] for row in rows] == [*SIZES, *EXTREME]
     assert all(isinstance(row["prediction"], str) for row in rows)
-    flags += ["--fit_images", "True", "--max_length", 80, "--hd_num", 16]
+    argv += ["--fit_images", "True", "--max_length", 80, "--hd_num", 16]
     answers = []
     for tiles in ("none", 1):
-        run_ranks(1, generate.main, [str(flag) for flag in [*flags, "--vision_micro_batch", tiles]])
+        run_ranks(1, generate.main, [str(word) for word in [*argv, "--vision_micro_batch", tiles]])
         answers.append(out.read_text())
     assert answers[0] == answers[1]
 
@@ -390,28 +378,29 @@ def test_merging_and_modernising_give_models_of_the_same_answers(world):
 
 
 def test_check_and_preview_know_what_the_training_will_see(world, capsys):
-    flags = [f"{world}/data/data.json", "--model_name_or_path", f"{world}/base", "--hd_num", "16"]
-    flags += ["--max_length", "80", "--num_workers", "0"]
-    assert check.main([*flags, "--fit_images", "True", "--out", f"{world}/fit.json"]) == 0
+    argv = [f"{world}/data/data.json", "--model_name_or_path", f"{world}/base", "--hd_num", "16"]
+    argv += ["--max_length", "80", "--num_workers", "0"]
+    assert check.main([*argv, "--fit_images", "True", "--out", f"{world}/fit.json"]) == 0
     report = json.loads((world / "fit.json").read_text())
     assert report["sources"][0]["tokens"]["longest"] <= 80
     assert any("(id 'two') has hd_num=" in line for line in report["warnings"]["images made to fit"])
-    assert check.main([*flags, "--on_long_sample", "error", "--out", f"{world}/error.json"]) == 2
+    assert check.main([*argv, "--on_long_sample", "error", "--out", f"{world}/error.json"]) == 2
     assert any(
         "over max_length=80" in line for line in json.loads((world / "error.json").read_text())["errors"]
     )
-    assert preview.main([*flags, "--fit_images", "True", "--out", f"{world}/preview.html"]) == 0
+    assert preview.main([*argv, "--fit_images", "True", "--out", f"{world}/preview.html"]) == 0
     page = (world / "preview.html").read_text()
     assert page.count("<img ") == sum(len(images) for images in {**SIZES, **EXTREME}.values())
 
 
 def test_fitting_images_to_a_model_of_one_size_is_refused(world, tmp_path):
     tiny_model(tmp_path / "square")
-    flags = f"--model_name_or_path {tmp_path}/square --data_path {world}/data/data.json --fit_images True"
-    (output,) = run_ranks(1, main, [*flags.split(), "--output_dir", f"{tmp_path}/out"], status=2)
+    data = world / "data/data.json"
+    argv = flags(tmp_path, "out", model_name_or_path=tmp_path / "square", data_path=data, fit_images=True)
+    (output,) = run_ranks(1, main, argv, status=2)
     assert "--fit_images: this model resizes every image to the same square" in output
-    flags = f"{world}/data/data.json --model_name_or_path {tmp_path}/square --fit_images True"
-    assert check.main([*flags.split(), "--out", f"{tmp_path}/report.json"]) == 2
+    argv = [f"{data}", "--model_name_or_path", f"{tmp_path}/square", "--fit_images", "True"]
+    assert check.main([*argv, "--out", f"{tmp_path}/report.json"]) == 2
     assert "--fit_images: this model" in (tmp_path / "report.json").read_text()
 
 

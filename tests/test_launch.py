@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fault_cases import LAUNCHERS, STOPPED, assert_same_model, flags, make_world, torchrun
+from tests.fault_cases import LAUNCHERS, STOPPED, assert_same_model, fault_flags, launch
 from tests.installed import install
 from tests.tiny import ROOT, free_port, read_metrics
 
@@ -21,8 +21,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    return make_world(tmp_path_factory.mktemp("launch"))
+def world(fault_world) -> Path:
+    return fault_world
 
 
 @pytest.mark.parametrize("signal_", [signal.SIGUSR1, signal.SIGINT])
@@ -30,7 +30,7 @@ def test_the_launcher_passes_a_signal_on_and_ends_with_the_trainers_last_words(w
     output_dir = tmp_path / "run"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BINARIES}:{os.environ['PATH']}"}
     environment |= {"GPUS_PER_NODE": "2", "MASTER_PORT": str(free_port())}
-    argv = ["./torchrun.sh", "full", *flags(world, output_dir, "--max_steps", "100000")]
+    argv = ["./torchrun.sh", "full", *fault_flags(world, output_dir, "--max_steps", "100000")]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(argv, cwd=ROOT, env=environment, stdout=log, stderr=log)
         wait_for(output_dir / "checkpoint-1")
@@ -50,7 +50,7 @@ def test_two_launchers_on_one_machine_do_not_meet(world, tmp_path):
     jobs = []
     for number in range(2):
         with (tmp_path / f"log{number}").open("w") as log:
-            argv = ["./torchrun.sh", "full", *flags(world, tmp_path / f"run{number}")]
+            argv = ["./torchrun.sh", "full", *fault_flags(world, tmp_path / f"run{number}")]
             jobs.append(subprocess.Popen(argv, cwd=ROOT, env=environment, stdout=log, stderr=log))
     statuses = [job.wait(120) for job in jobs]
     assert statuses == [0, 0], (tmp_path / "log0").read_text() + (tmp_path / "log1").read_text()
@@ -108,8 +108,8 @@ def test_another_package_named_data_that_is_already_loaded_is_named(busy_folder)
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_bad_input_is_the_last_that_a_launcher_shows(world, tmp_path, launcher):
-    argv = flags(world, tmp_path / "run", "--data_path", str(tmp_path / "absent.txt"))
-    process = torchrun(tmp_path, "    pass", [], argv, launcher)
+    argv = fault_flags(world, tmp_path / "run", "--data_path", str(tmp_path / "absent.txt"))
+    process = launch(tmp_path, "    pass", [], argv, launcher)
     output, _ = process.communicate(timeout=120)
     error = f"error: --data_path {tmp_path / 'absent.txt'}: there is no such file"
     if launcher == "trainer.launch":
@@ -125,7 +125,7 @@ def test_a_port_that_is_taken_is_one_sentence(world, tmp_path):
         taken.bind(("0.0.0.0", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        process = torchrun(
+        process = launch(
             tmp_path, "    pass", ["--node_rank", "0", "--master_port", port], ["--help"], "trainer.launch"
         )
         output, _ = process.communicate(timeout=60)
@@ -139,7 +139,7 @@ def test_a_port_that_is_taken_is_one_sentence(world, tmp_path):
 def test_the_launchers_of_all_machines_end_with_the_trainers_status(world, tmp_path, ending):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GPUS_PER_NODE": "1", "NNODES": "2"}
     environment |= {"MASTER_PORT": str(free_port()), "PATH": f"{BINARIES}:{os.environ['PATH']}"}
-    argv = ["./torchrun.sh", "full", *flags(world, tmp_path / "run", "--max_steps", "100000")]
+    argv = ["./torchrun.sh", "full", *fault_flags(world, tmp_path / "run", "--max_steps", "100000")]
     jobs = []
     for number in range(2):
         node = {**environment, "NODE_RANK": str(number)}
@@ -204,9 +204,10 @@ def test_the_installed_project_works_where_there_is_a_folder_named_data(world, t
     python = install(tmp_path, editable)
     here = tmp_path / "here"
     (here / "data").mkdir(parents=True)
-    launch = ["-m", "trainer.launch", "--standalone", "-m", "trainer.main"]
+    command = ["-m", "trainer.launch", "--standalone", "-m", "trainer.main"]
+    command += fault_flags(world, "out", "--output_dir", "out", max_steps=2)
     check = ["-m", "data.check", f"{world}/data/data.txt", "--model_name_or_path", f"{world}/model"]
-    for arguments in ([*launch, *flags(world, Path("out"), "--max_steps", "2")], check):
+    for arguments in (command, check):
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run([python, *arguments], cwd=here, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -219,9 +220,9 @@ def test_without_the_extras_training_still_runs(world, tmp_path):
         ignored = shutil.ignore_patterns("__pycache__", "extras")
         shutil.copytree(ROOT / package, tmp_path / "project" / package, ignore=ignored)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path / "project")}
-    launch = ["-m", "trainer.launch", "--standalone", "--nproc_per_node", "2", "-m", "trainer.main"]
+    command = ["-m", "trainer.launch", "--standalone", "--nproc_per_node", "2", "-m", "trainer.main"]
     done = subprocess.run(
-        [sys.executable, *launch, *flags(world, tmp_path / "run", "--max_steps", "2")],
+        [sys.executable, *command, *fault_flags(world, tmp_path / "run", "--max_steps", "2")],
         cwd=tmp_path,
         env=environment,
         capture_output=True,

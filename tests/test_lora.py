@@ -9,51 +9,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig
+from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
 
-import trainer.main
 from data.loader import StepLoader
-from tests.model_cases import golden
-from tests.test_trajectory import RecordedBatches, micro_batch
-from tests.tiny import ROOT, free_port, read_metrics, run_ranks, tiny_data, tiny_model, word_tokenizer
+from tests.adapter_cases import FILES, adapter, adapter_flags, train_adapter
+from tests.model_cases import golden_folder
+from tests.tiny import ROOT, free_port, read_metrics, run_ranks, tiny_data, tiny_model, tiny_world
 from trainer.config import parse
 from trainer.distributed import start
 from trainer.prepare import make_plan
 from trainer.trainable import refuse_idle
 
-FILES = ("adapter_config.json", "adapter_model.safetensors")
-
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("lora")
-    tiny_model(folder / "model")
-    tiny_data(folder / "data")
-    return folder
-
-
-def golden_model(family, folder):
-    folder.mkdir()
-    for name in ("config.json", "model.safetensors"):
-        shutil.copy(golden(family).folder / name, folder)
-    word_tokenizer(folder)
-
-
-def arguments_of(folder, name, ranks=1, model="model", data="data.txt", steps=4):
-    arguments = f"""
-        --model_name_or_path {folder / model} --data_path {folder}/data/{data} --output_dir {folder}/{name}
-        --use_lora --lora_r 4 --lora_alpha 8 --lora_dropout 0 --plora_dropout 0 --bf16 False
-        --learning_rate 5e-3 --max_steps {steps} --save_strategy no --dataloader_num_workers 0
-        --per_device_train_batch_size {4 // ranks} --gradient_checkpointing False
-    """
-    return arguments.split()
-
-
-def train(folder, name, *flags, ranks=1, model="model", data="data.txt", steps=4):
-    arguments = arguments_of(folder, name, ranks, model, data, steps)
-    output = run_ranks(ranks, trainer.main.main, [*arguments, *flags])[0]
-    return folder / name, output
+    return tiny_world(tmp_path_factory.mktemp("lora"))
 
 
 def loss_with_stock_peft(checkpoint, step, argv):
@@ -76,11 +47,10 @@ def loss_with_stock_peft(checkpoint, step, argv):
 
 
 def train_and_prove(folder, name, *flags, ranks=1, steps=3):
-    """As `train`; the loss of the last step must be that of the adapter saved before it, as peft loads it."""
-    saved, output = train(
-        folder, name, "--save_strategy", "steps", "--save_steps", "1", *flags, ranks=ranks, steps=steps
-    )
-    argv = [*arguments_of(folder, name, ranks=1, steps=steps), *flags]
+    """As `train_adapter`; the loss of the last step must be that of the adapter saved before it, by peft."""
+    saves = ("--save_strategy", "steps", "--save_steps", "1")
+    saved, output = train_adapter(folder, name, *saves, *flags, ranks=ranks, steps=steps)
+    argv = adapter_flags(folder, name, *flags, steps=steps)
     before = saved / f"checkpoint-{steps - 1}"
     (printed,) = run_ranks(1, loss_with_stock_peft, before, steps, argv)
     loss = float(printed.rpartition("loss ")[2])
@@ -91,7 +61,7 @@ def train_and_prove(folder, name, *flags, ranks=1, steps=3):
 def refuse(folder, *flags):
     """What is said of flags that cannot be used; nothing may be trained."""
     with pytest.raises(AssertionError) as failure:
-        train(folder, "refused", *flags)
+        train_adapter(folder, "refused", *flags)
     output = str(failure.value)
     assert "statuses [2]" in output, output
     errors = [line for line in output.splitlines() if line.startswith("error: ")]
@@ -99,63 +69,12 @@ def refuse(folder, *flags):
     return errors
 
 
-def adapter(folder):
-    return json.loads((folder / FILES[0]).read_text()), load_file(folder / FILES[1])
-
-
-def test_our_loop_repeats_the_originals_lora_training(tmp_path, monkeypatch):
-    trajectory = json.loads((golden("xcomposer2").folder / "lora_trajectory.json").read_text())
-    order, accumulation = trajectory["order"], trajectory["gradient_accumulation"]
-    steps = [order[i : i + accumulation] for i in range(0, len(order), accumulation)]
-    batches = RecordedBatches([micro_batch("xcomposer2", case) for case in step] for step in steps)
-    monkeypatch.setattr(trainer.main, "StepLoader", lambda *args, **options: batches)
-    golden_model("xcomposer2", tmp_path / "model")
-    start = tmp_path / "start"
-    targets = ["attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"]
-    r, alpha = trajectory["lora"]["r"], trajectory["lora"]["alpha"]
-    LoraConfig(task_type="CAUSAL_LM", r=r, lora_alpha=alpha, target_modules=targets).save_pretrained(start)
-    # The reference drew every B anew before this run, the model's own Plora_B among them.
-    tensors = load_file(golden("xcomposer2").folder / "lora_start.safetensors")
-    parts = {name: {} for name in ("adapter", "base")}
-    for name, tensor in tensors.items():
-        part, _, key = name.partition("/")
-        parts[part][key] = tensor
-    save_file(parts["adapter"], start / FILES[1], metadata={"format": "pt"})
-    weights = load_file(tmp_path / "model/model.safetensors") | parts["base"]
-    save_file(weights, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
-    optimizer = trajectory["optimizer"]
-    flags = f"""
-        --model_name_or_path {tmp_path}/model --data_path {tiny_data(tmp_path / "data")}
-        --output_dir {tmp_path}/out --max_steps {len(steps)} --gradient_accumulation_steps {accumulation}
-        --learning_rate {optimizer["lr"]} --weight_decay {optimizer["weight_decay"]}
-        --adam_beta1 {optimizer["betas"][0]} --adam_beta2 {optimizer["betas"][1]}
-        --adam_epsilon {optimizer["eps"]} --max_grad_norm {trajectory["max_grad_norm"]}
-        --warmup_ratio {trajectory["scheduler"]["warmup_ratio"]} --lr_scheduler_type cosine
-        --use_lora --lora_weight_path {start} --fix_sampler True --lora_dropout 0 --plora_dropout 0
-        --bf16 False --save_strategy no --loss_average micro_batch
-    """
-    run_ranks(1, trainer.main.main, flags.split())
-
-    found = read_metrics(tmp_path / "out")
-    assert len(found) == len(trajectory["steps"])
-    for ours, theirs, step in zip(found, trajectory["steps"], batches, strict=True):
-        tokens = [batch.num_supervised for batch in step]
-        expected = sum(n * loss for n, loss in zip(tokens, theirs["micro_losses"], strict=True)) / sum(tokens)
-        assert ours["loss"] == pytest.approx(expected, abs=1e-4)
-        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm_before_clip"], rel=1e-4)
-    config, tensors = adapter(tmp_path / "out")
-    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (r, alpha, sorted(targets))
-    assert tensors.keys() == {f"base_model.model.{name}" for name in trajectory["final_param_norms"]}
-    for name, norm in trajectory["final_param_norms"].items():
-        assert tensors[f"base_model.model.{name}"].norm().item() == pytest.approx(norm, rel=1e-3), name
-
-
 EQUAL = ("--adam_epsilon", "1e-5", "--warmup_ratio", "0.2", "--fix_vit", "False")
 
 
 @pytest.fixture(scope="module")
 def reference(world):
-    return train(world, "reference", *EQUAL, steps=10)[0]
+    return train_adapter(world, "reference", *EQUAL, steps=10)[0]
 
 
 @pytest.mark.parametrize(
@@ -163,7 +82,7 @@ def reference(world):
     [(2, ()), (4, ()), (2, ("--sharding", "none")), (4, ("--sharding", "none"))],
 )
 def test_ranks_and_a_whole_base_change_nothing(world, reference, ranks, flags):
-    folder, _ = train(world, f"equal-{ranks}{''.join(flags)}", *EQUAL, *flags, ranks=ranks, steps=10)
+    folder, _ = train_adapter(world, f"equal-{ranks}{''.join(flags)}", *EQUAL, *flags, ranks=ranks, steps=10)
     for a, b in zip(read_metrics(folder), read_metrics(reference), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
@@ -197,8 +116,8 @@ def test_the_launcher_trains_adapters_on_two_ranks(world, tmp_path):
 def test_four_ranks_write_the_bytes_that_one_writes(world, reference):
     """Given equal parameters: the learning rate of a first step under warm-up is zero."""
     flags = ("--lora_weight_path", str(reference), "--warmup_ratio", "0.5", *EQUAL[4:])
-    one, _ = train(world, "bytes-1", *flags, steps=1)
-    four, _ = train(world, "bytes-4", *flags, ranks=4, steps=1)
+    one, _ = train_adapter(world, "bytes-1", *flags, steps=1)
+    four, _ = train_adapter(world, "bytes-4", *flags, ranks=4, steps=1)
     for name in FILES:
         assert (one / name).read_bytes() == (four / name).read_bytes()
     assert (one / FILES[1]).read_bytes() == (reference / FILES[1]).read_bytes()
@@ -206,8 +125,8 @@ def test_four_ranks_write_the_bytes_that_one_writes(world, reference):
 
 def test_a_new_adapter_changes_nothing_and_starts_alike_on_any_ranks(world):
     flags = ("--warmup_ratio", "0.9", "--fix_sampler", "True")
-    one, output = train(world, "new-1", *flags, steps=1)
-    two, _ = train(world, "new-2", *flags, "--sharding", "none", ranks=2, steps=1)
+    one, output = train_adapter(world, "new-1", *flags, steps=1)
+    two, _ = train_adapter(world, "new-2", *flags, "--sharding", "none", ranks=2, steps=1)
     assert (one / FILES[1]).read_bytes() == (two / FILES[1]).read_bytes()
     assert "0 of 10 B matrices are not zero: it changes nothing yet" in output
     tensors = adapter(one)[1]
@@ -224,9 +143,9 @@ def test_going_on_starts_with_the_loss_that_the_first_run_ended_with(world, flag
     )
     common = ("--lr_scheduler_type", "constant", "--lora_bias", "all", "--train_modules", "Plora_B", *flags)
     common += ("--per_device_train_batch_size", "1")
-    first, _ = train(world, f"first{''.join(flags)}", *common, data="same.json", steps=4)
-    longer, _ = train(world, f"longer{''.join(flags)}", *common, data="same.json", steps=5)
-    again, _ = train(
+    first, _ = train_adapter(world, f"first{''.join(flags)}", *common, data="same.json", steps=4)
+    longer, _ = train_adapter(world, f"longer{''.join(flags)}", *common, data="same.json", steps=5)
+    again, _ = train_adapter(
         world, f"again{''.join(flags)}", *common, "--lora_weight_path", str(first), data="same.json", steps=1
     )
     assert read_metrics(again)[0]["loss"] == pytest.approx(read_metrics(longer)[4]["loss"], rel=1e-6)
@@ -253,7 +172,7 @@ def test_vision_and_projector_train_and_are_saved_whole_when_not_fixed(world):
 
 
 def test_a_frozen_base_is_held_in_bf16_and_adapters_in_float32(world):
-    folder, output = train(
+    folder, output = train_adapter(
         world, "bf16", "--bf16", "True", "--fix_sampler", "True", "--sharding", "none", ranks=2
     )
     rows = {
@@ -262,15 +181,15 @@ def test_a_frozen_base_is_held_in_bf16_and_adapters_in_float32(world):
     assert "float32" in rows["adapters"]
     assert "bfloat16" in rows["language:"]
     assert all(tensor.dtype == torch.float32 for tensor in adapter(folder)[1].values())
-    sharded, _ = train(world, "bf16-sharded", "--bf16", "True", "--fix_sampler", "True", ranks=2)
+    sharded, _ = train_adapter(world, "bf16-sharded", "--bf16", "True", "--fix_sampler", "True", ranks=2)
     for a, b in zip(read_metrics(folder), read_metrics(sharded), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=2e-3)
 
 
 def test_b_has_a_learning_rate_of_its_own_with_lora_plus(world):
     flags = ("--lr_scheduler_type", "constant", "--weight_decay", "0", "--fix_sampler", "True")
-    plain, _ = train(world, "plus-1", *flags, steps=1)
-    plus, _ = train(world, "plus-8", *flags, "--loraplus_lr_ratio", "8", steps=1)
+    plain, _ = train_adapter(world, "plus-1", *flags, steps=1)
+    plus, _ = train_adapter(world, "plus-8", *flags, "--loraplus_lr_ratio", "8", steps=1)
     for name, tensor in adapter(plus)[1].items():
         factor = 8 if "lora_B" in name else 1
         torch.testing.assert_close(tensor, factor * adapter(plain)[1][name], rtol=1e-4, atol=1e-7)
@@ -297,7 +216,9 @@ def test_any_linear_layer_by_name_or_pattern_gets_an_adapter(world, targets, lay
 
 
 def test_all_linear_leaves_out_the_output_layer_and_plora(world):
-    folder, _ = train(world, "all", "--lora_target_modules", "all-linear", "--fix_sampler", "True", steps=2)
+    folder, _ = train_adapter(
+        world, "all", "--lora_target_modules", "all-linear", "--fix_sampler", "True", steps=2
+    )
     names = {name.partition(".lora_")[0].removeprefix("base_model.model.") for name in adapter(folder)[1]}
     assert len(names) == 2 * 5 + 2 * 6 + 2
     assert "output" not in names
@@ -311,7 +232,7 @@ def test_biases_train_when_asked_for(world):
     assert all(name.endswith(".bias") for name in names)
     assert "base_model.model.vision_proj.0.bias" in names
     targets = ("--lora_target_modules", "fc1")
-    only, _ = train(world, "biases-only", *flags, "lora_only", *targets, steps=2)
+    only, _ = train_adapter(world, "biases-only", *flags, "lora_only", *targets, steps=2)
     names = [name for name in adapter(only)[1] if ".lora_" not in name]
     assert len(names) == 2
     assert all(name.endswith("fc1.base_layer.bias") for name in names)
@@ -328,7 +249,7 @@ def test_the_configuration_names_the_true_class_task_and_base(world, reference):
 
 
 def test_a_high_resolution_model_trains_its_separators_too(tmp_path):
-    golden_model("xcomposer2-hd", tmp_path / "model")
+    golden_folder("xcomposer2-hd", tmp_path / "model")
     tiny_data(tmp_path / "data")
     folder, _ = train_and_prove(tmp_path, "hd", "--hd_num", "2", ranks=2)
     _, tensors = adapter(folder)
@@ -343,7 +264,7 @@ def test_adapters_that_the_data_never_reaches_are_refused(world):
     with pytest.raises(
         AssertionError, match="the vision tower would get no gradient: take its layers out of"
     ):
-        train(world, "idle", *flags, data="text.json")
+        train_adapter(world, "idle", *flags, data="text.json")
 
 
 def test_whatever_is_to_train_and_gets_no_gradient_is_named():

@@ -4,16 +4,12 @@ import re
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.tiny import read_metrics, tiny_data, tiny_model, torchrun
+from tests.tiny import flags, read_metrics, tiny_world, torchrun
 
 
 def test_a_log_file_gets_a_line_a_step_and_tensorboard_the_losses_by_source(tmp_path):
-    model, data = tiny_model(tmp_path / "model"), tiny_data(tmp_path / "data")
-    flags = f"""
-        --model_name_or_path {model} --data_path {data} --output_dir {tmp_path}/out --bf16 False --max_steps 3
-        --per_device_train_batch_size 6 --dataloader_num_workers 0 --report_to tensorboard --save_strategy no
-    """.split()
-    result = torchrun(2, flags)
+    options = {"max_steps": 3, "per_device_train_batch_size": 6, "report_to": "tensorboard"}
+    result = torchrun(2, flags(tiny_world(tmp_path), "out", **options))
     assert result.returncode == 0, result.stderr
     assert re.findall(r"^step (\d) of 3: loss \d", result.stderr, re.MULTILINE) == ["1", "2", "3"]
     assert result.stderr.index("loading PyTorch") < result.stderr.index("step 1 of 3"), (

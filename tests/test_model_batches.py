@@ -4,12 +4,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from tests.model_cases import FAMILIES, golden
+from tests.model_cases import FAMILIES, golden, images_of, padded, samples
 from trainer.models import build_model, parts_of
-
-SQUARE = ("text_only", "one_image_front", "two_images_apart")
-HD = ("text_only", "one_image_wide_1x3", "two_images_multi_turn")
-SAMPLES = {"xcomposer2": SQUARE, "xcomposer2-hd": HD}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -20,32 +16,6 @@ def family(request):
 @pytest.fixture(scope="module")
 def models():
     return {name: golden(name).model() for name in FAMILIES}
-
-
-def samples(family):
-    parts = [golden(family).inputs(case) for case in SAMPLES[family]]
-    return [{**part, "attention_mask": None} for part in parts]
-
-
-def images_of(parts):
-    return [image for part in parts for image in part["pixel_values"] or []]
-
-
-def padded(parts, side):
-    """One batch of all samples, padded with </s> on `side`."""
-    width = max(part["input_ids"].shape[1] for part in parts)
-
-    def pad(tensor, value):
-        gap = width - tensor.shape[1]
-        return torch.nn.functional.pad(tensor, (gap, 0) if side == "left" else (0, gap), value=value)
-
-    batch = {
-        "input_ids": torch.cat([pad(part["input_ids"], 2) for part in parts]),
-        "attention_mask": torch.cat([pad(torch.ones_like(part["input_ids"]), 0) for part in parts]),
-        "im_mask": torch.cat([pad(part["im_mask"], False) for part in parts]),
-        "labels": torch.cat([pad(part["labels"], -100) for part in parts]),
-    }
-    return {**batch, "pixel_values": images_of(parts)}
 
 
 def packed(parts):

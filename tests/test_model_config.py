@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.model_cases import FAMILIES, GOLDEN, golden
+from tests.model_cases import FAMILIES, golden
+from tests.tiny import GOLDEN
 from trainer.models import build_model, load_config, parts_of
 from trainer.models.xcomposer2.configuration_xcomposer2 import InternLMXcomposer2Config, complete
 

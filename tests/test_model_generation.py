@@ -6,9 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.model_cases import FAMILIES, GOLDEN, golden
-from tests.test_model_batches import SAMPLES, padded, samples
-from tests.tiny import word_tokenizer
+from tests.model_cases import FAMILIES, SAMPLES, golden, padded, samples
+from tests.tiny import GOLDEN, word_tokenizer
 from trainer.models import load_image_processor, load_tokenizer
 from trainer.models.xcomposer2.generation_xcomposer2 import prompt_ids
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tests.model_cases import FAMILIES, GOLDEN, golden
-from tests.tiny import word_tokenizer
+from tests.model_cases import FAMILIES, golden
+from tests.tiny import GOLDEN, word_tokenizer
 from trainer.models import load_config, parts_of
 
 CASE = {"xcomposer2": "two_images_apart", "xcomposer2-hd": "two_images_multi_turn"}

@@ -3,36 +3,37 @@
 import gzip
 import json
 import re
+import time
 
 import pytest
 
-import trainer.main
 from data.flags import ConfigError
-from tests.tiny import read_metrics, run_ranks, tiny_data, tiny_model
+from tests.tiny import flags, read_metrics, run_ranks, tiny_world
 from trainer.checkpoint import Checkpoints
 from trainer.config import parse
 from trainer.extras.profile import RANGES
+from trainer.main import main
 
 SLEEP = 0.3
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("profile")
-    tiny_model(folder / "model")
-    tiny_data(folder / "data")
+    folder = tiny_world(tmp_path_factory.mktemp("profile"))
     train(folder, "plain")
     return folder
 
 
-def train(folder, name, *flags, run=trainer.main.main):
-    arguments = f"""
-        --model_name_or_path {folder}/model --data_path {folder}/data/data.txt --output_dir {folder}/{name}
-        --bf16 False --fix_vit False --max_length 128 --max_steps 4 --save_strategy steps --save_steps 3
-        --rehearse False --per_device_train_batch_size 2 --gradient_accumulation_steps 2
-        --dataloader_num_workers 0
-    """
-    return run_ranks(2, run, [*arguments.split(), *flags])[0]
+def train(folder, name, *more, run=main):
+    options = {
+        "max_length": 128,
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "rehearse": False,
+    }
+    options |= {"fix_vit": False, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    return run_ranks(2, run, flags(folder, name, *more, **options))[0]
 
 
 def test_every_rank_leaves_a_trace_with_named_ranges_and_a_table_that_adds_up(world):
@@ -60,8 +61,6 @@ def test_every_rank_leaves_a_trace_with_named_ranges_and_a_table_that_adds_up(wo
 
 def test_the_wait_for_data_and_the_time_of_saves_are_always_told(world):
     def run_with_a_slow_save(arguments):
-        import time
-
         save = Checkpoints.save
 
         def slow_save(self, *given, **options):
@@ -69,7 +68,7 @@ def test_the_wait_for_data_and_the_time_of_saves_are_always_told(world):
             return save(self, *given, **options)
 
         Checkpoints.save = slow_save
-        return trainer.main.main(arguments)
+        return main(arguments)
 
     train(world, "slow", run=run_with_a_slow_save)
     lines = read_metrics(world / "slow")

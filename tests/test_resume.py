@@ -6,65 +6,49 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-import trainer.main
 from data.loader import StepLoader
-from tests.tiny import read_metrics, run_ranks, tiny_data, tiny_model
+from tests.fault_cases import STOPPED, in_every_step, main_stopped_after, send
+from tests.tiny import flags, read_metrics, run_ranks, tiny_world
 from trainer.checkpoint import Checkpoints
 from trainer.config import Config
-from trainer.distributed import step_seed
 from trainer.lock import Lock
 from trainer.main import main
 from trainer.resume import changes, drop_later_lines
-from trainer.stopping import StopRequest
 
-STOPPED = 75
 TIMES = ("_per_second", "seconds_", "memory_peak_bytes")
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("resume")
-    tiny_model(folder / "model")
-    tiny_data(folder / "data", samples=24)
-    return folder
+    return tiny_world(tmp_path_factory.mktemp("resume"), samples=24)
 
 
-def flags(folder: Path, name: str, *more: str) -> list[str]:
+def resume_flags(world: Path, output_dir: str | Path, *more: str, **changes: Any) -> list[str]:
     """Eight steps, of which five are an epoch; everything trains, dropout on, a save every third step."""
-    words = f"""
-        --model_name_or_path {folder}/model --data_path {folder}/data/data.txt --output_dir {folder}/{name}
-        --fix_vit False --bf16 False --plora_dropout 0.2 --learning_rate 1e-3 --max_steps 8
-        --save_strategy steps --save_steps 3 --per_device_train_batch_size 3 --gradient_accumulation_steps 2
-        --gradient_checkpointing False --dataloader_num_workers 0 --warmup_ratio 0.2 --logging_steps 2
-    """
-    return [*words.split(), *more]
+    options = {"max_steps": 8, "save_strategy": "steps", "save_steps": 3, "logging_steps": 2}
+    options |= {"fix_vit": False, "plora_dropout": 0.2, "gradient_checkpointing": False, "warmup_ratio": 0.2}
+    options |= {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
+    return flags(world, output_dir, *more, **{**options, **changes})
 
 
-def main_stopped_after(step: int, log: Path | None, argv: list[str]) -> int:
-    """The run, of which one rank is asked to stop after `step`; `log` gets the samples of every step."""
-    asked, plan = StopRequest.asked, StepLoader.plan
-    calls = 0
+def main_that_logs_samples(log: Path, stop_after: int, argv: list[str]) -> int:
+    """The run, asked to stop after a step or not; `log` gets the samples of every step that is planned."""
+    plan = StepLoader.plan
 
-    def asked_once(self: StopRequest) -> bool:
-        nonlocal calls
-        calls += 1
-        is_last_rank = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
-        return asked(self) or (calls == step and is_last_rank)
-
-    def logged_plan(self: StepLoader, number: int) -> list:
-        made = plan(self, number)
-        if log and self._rank == 0:
+    def logged_plan(self: StepLoader, step: int) -> list:
+        if self._rank == 0:
             with log.open("a") as file:
-                file.write(json.dumps([number, self._sampler.samples(number).tolist()]) + "\n")
-        return made
+                file.write(json.dumps([step, self._sampler.samples(step).tolist()]) + "\n")
+        return plan(self, step)
 
-    StopRequest.asked, StepLoader.plan = asked_once, logged_plan
-    return main(argv)
+    StepLoader.plan = logged_plan
+    return main_stopped_after(stop_after, argv)
 
 
 def without_times(output_dir: Path) -> list[dict]:
@@ -93,10 +77,10 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_stopping_twice_changes_no_bit(world, case):
     name, more = case.replace(" ", "-").replace(",", ""), CASES[case]
-    run_ranks(2, main, flags(world, f"{name}-straight", *more))
-    run_ranks(2, main_stopped_after, 4, None, flags(world, name, *more), status=STOPPED)
-    run_ranks(2, main_stopped_after, 1, None, flags(world, name, *more), status=STOPPED)
-    output, _ = run_ranks(2, main, flags(world, name, *more))
+    run_ranks(2, main, resume_flags(world, f"{name}-straight", *more))
+    run_ranks(2, main_stopped_after, 4, resume_flags(world, name, *more), status=STOPPED)
+    run_ranks(2, main_stopped_after, 1, resume_flags(world, name, *more), status=STOPPED)
+    output, _ = run_ranks(2, main, resume_flags(world, name, *more))
     assert "checkpoint-5, after step 5 of 8" in output
     assert_same_run(world / name, world / f"{name}-straight")
 
@@ -113,11 +97,13 @@ def test_other_numbers_of_ranks_train_on_the_same_batches(world, tmp_path):
             *("--gradient_accumulation_steps", str(12 // per_device // ranks)),
         ]
 
-    run_ranks(2, main_stopped_after, 0, straight, flags(world, "same", *more, *batch(2)))
+    run_ranks(2, main_that_logs_samples, straight, 0, resume_flags(world, "same", *more, *batch(2)))
     for ranks, steps in ((4, 2), (2, 1), (1, 3)):
-        argv = flags(world, "ranks", *more, *batch(ranks))
-        run_ranks(ranks, main_stopped_after, steps, changing, argv, status=STOPPED)
-    output, *_ = run_ranks(3, main_stopped_after, 0, changing, flags(world, "ranks", *more, *batch(3)))
+        argv = resume_flags(world, "ranks", *more, *batch(ranks))
+        run_ranks(ranks, main_that_logs_samples, changing, steps, argv, status=STOPPED)
+    output, *_ = run_ranks(
+        3, main_that_logs_samples, changing, 0, resume_flags(world, "ranks", *more, *batch(3))
+    )
     assert "1 ranks then, 3 now" in output
     expected = [json.loads(line) for line in straight.read_text().splitlines()]
     assert [step for step, _ in expected] == list(range(8))
@@ -135,7 +121,7 @@ def test_other_numbers_of_ranks_train_on_the_same_batches(world, tmp_path):
 @pytest.fixture(scope="module")
 def stopped(world):
     """A run of two ranks that stopped after step 4: checkpoint-3 and checkpoint-4."""
-    run_ranks(2, main_stopped_after, 4, None, flags(world, "stopped"), status=STOPPED)
+    run_ranks(2, main_stopped_after, 4, resume_flags(world, "stopped"), status=STOPPED)
     assert sorted(path.name for path in (world / "stopped").glob("checkpoint-*")) == [
         "checkpoint-3",
         "checkpoint-4",
@@ -149,20 +135,20 @@ def copy(stopped, tmp_path):
 
 
 def test_a_changed_training_is_refused_with_every_change(world, copy):
-    more = ["--output_dir", str(copy), "--learning_rate", "2e-3", "--seed", "1", "--logging_steps", "1"]
-    output, other = run_ranks(2, main, flags(world, "x", *more), status=2)
+    more = ["--learning_rate", "2e-3", "--seed", "1", "--logging_steps", "1"]
+    output, other = run_ranks(2, main, resume_flags(world, copy, *more), status=2)
     assert f"this is not the training that {copy}/checkpoint-4 is of:" in output
     assert "--learning_rate was 0.001 and is 0.002" in output
     assert "--seed was 42 and is 1" in output
     assert "since" in output  # the harmless change is noted
     assert "--logging_steps was 2 and is 1" in output
     assert "Traceback" not in output + other
-    output, _ = run_ranks(2, main, flags(world, "x", *more, "--resume_anyway", "True"))
+    output, _ = run_ranks(2, main, resume_flags(world, copy, *more, "--resume_anyway", "True"))
     assert "going on in spite of a change: --seed was 42 and is 1" in output
 
 
 def test_fewer_ranks_are_told_how_to_keep_the_global_batch(world, copy):
-    argv = flags(world, "x", "--output_dir", str(copy))
+    argv = resume_flags(world, copy)
     (output,) = run_ranks(1, main, argv, status=2)
     assert "the global batch was 12 samples and is 6; keep it with --gradient_accumulation_steps 4" in output
     (output,) = run_ranks(1, main, [*argv, "--gradient_accumulation_steps", "4"])
@@ -171,8 +157,8 @@ def test_fewer_ranks_are_told_how_to_keep_the_global_batch(world, copy):
 
 def test_changed_data_is_refused_and_moved_data_is_not(world, copy, tmp_path):
     moved = Path(shutil.copytree(world / "data", tmp_path / "moved"))
-    argv = flags(world, "x", "--output_dir", str(copy), "--data_path", str(moved / "data.txt"))
-    run_ranks(2, main_stopped_after, 1, None, argv, status=STOPPED)
+    argv = resume_flags(world, copy, "--data_path", str(moved / "data.txt"))
+    run_ranks(2, main_stopped_after, 1, argv, status=STOPPED)
     records = json.loads((moved / "text.json").read_text())
     records[5]["conversations"][1]["value"] = "w77 w77"
     (moved / "text.json").write_text(json.dumps(records))
@@ -181,7 +167,7 @@ def test_changed_data_is_refused_and_moved_data_is_not(world, copy, tmp_path):
 
 
 def test_a_finished_run_says_so_and_touches_nothing(world, copy):
-    argv = flags(world, "x", "--output_dir", str(copy))
+    argv = resume_flags(world, copy)
     run_ranks(2, main, argv)
     before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
     output, _ = run_ranks(2, main, argv)
@@ -191,22 +177,22 @@ def test_a_finished_run_says_so_and_touches_nothing(world, copy):
 
 def test_an_older_start_beside_a_later_checkpoint_is_refused(world, copy):
     for start in ("none", str(copy / "checkpoint-3")):
-        argv = flags(world, "x", "--output_dir", str(copy), "--resume_from_checkpoint", start)
+        argv = resume_flags(world, copy, "--resume_from_checkpoint", start)
         output, _ = run_ranks(2, main, argv, status=2)
         assert f"{copy}/checkpoint-4 is of a later step than this run would start from" in output
 
 
 def test_a_named_checkpoint_starts_a_run_in_another_folder(world, copy, tmp_path):
     straight = tmp_path / "straight"
-    run_ranks(2, main, flags(world, "x", "--output_dir", str(straight)))
+    run_ranks(2, main, resume_flags(world, straight))
     branch = tmp_path / "branch"
     start = ["--resume_from_checkpoint", str(copy / "checkpoint-4")]
-    run_ranks(2, main, flags(world, "x", "--output_dir", str(branch), *start))
+    run_ranks(2, main, resume_flags(world, branch, *start))
     assert (branch / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
 
 
 def test_a_checkpoint_that_is_not_there_is_named_with_those_that_are(world, copy):
-    argv = flags(world, "x", "--output_dir", str(copy), "--resume_from_checkpoint")
+    argv = resume_flags(world, copy, "--resume_from_checkpoint")
     for named, said in (
         ("nope", "--resume_from_checkpoint nope: there is no such folder"),
         (str(world / "model"), f"{world}/model has no complete.json, so it was never finished"),
@@ -218,9 +204,9 @@ def test_a_checkpoint_that_is_not_there_is_named_with_those_that_are(world, copy
 
 
 def test_a_branch_with_another_learning_rate_is_what_the_readme_says(world, copy, tmp_path):
-    named = ["--resume_from_checkpoint", str(copy / "checkpoint-3"), "--output_dir", str(tmp_path / "branch")]
-    argv = flags(world, "x", *named, "--learning_rate", "5e-4", "--lr_scheduler_type", "constant")
-    argv += ["--logging_steps", "1"]
+    changed = {"learning_rate": 5e-4, "lr_scheduler_type": "constant", "logging_steps": 1}
+    start = {"resume_from_checkpoint": copy / "checkpoint-3"}
+    argv = resume_flags(world, tmp_path / "branch", **start, **changed)
     output, _ = run_ranks(2, main, argv, status=2)
     assert "--learning_rate was 0.001 and is 0.0005" in output
     assert "--resume_anyway True goes on all the same" in output
@@ -236,8 +222,8 @@ def test_a_branch_that_torchrun_starts_again_before_its_first_save_is_the_same_b
         os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
         return main(argv)
 
-    named = ["--resume_from_checkpoint", str(copy / "checkpoint-4"), "--output_dir", str(tmp_path / "branch")]
-    output, _ = run_ranks(2, main_started_again, flags(world, "x", *named))
+    argv = resume_flags(world, tmp_path / "branch", resume_from_checkpoint=copy / "checkpoint-4")
+    output, _ = run_ranks(2, main_started_again, argv)
     assert f"going on from {copy}/checkpoint-4, after step 4" in output
 
 
@@ -249,8 +235,7 @@ CONSTANT = ["--lr_scheduler_type", "constant", "--save_strategy", "epoch"]
 
 def test_a_finished_run_can_be_extended_and_is_then_the_longer_run(world, tmp_path):
     def argv(name: str, epochs: str) -> list[str]:
-        more = ["--output_dir", str(tmp_path / name), "--max_steps", "-1", "--num_train_epochs", epochs]
-        return flags(world, "x", *CONSTANT, *more)
+        return resume_flags(world, tmp_path / name, *CONSTANT, max_steps=-1, num_train_epochs=epochs)
 
     run_ranks(2, main, argv("long", "2"))
     run_ranks(2, main, argv("run", "0.6"))  # 3 of the 5 steps of an epoch
@@ -264,7 +249,7 @@ def test_a_finished_run_can_be_extended_and_is_then_the_longer_run(world, tmp_pa
 
 
 def test_an_extension_that_changes_the_learning_rates_is_refused_with_the_flag_that_insists(world, tmp_path):
-    argv = flags(world, "x", "--output_dir", str(tmp_path), "--max_steps")
+    argv = resume_flags(world, tmp_path, "--max_steps")
     run_ranks(2, main, [*argv, "2"])
     before = (tmp_path / "model.safetensors").read_bytes()
     output, _ = run_ranks(2, main, [*argv, "4"], status=2)
@@ -277,7 +262,7 @@ def test_an_extension_that_changes_the_learning_rates_is_refused_with_the_flag_t
 
 
 def test_a_finished_model_without_a_checkpoint_is_not_replaced_by_a_longer_training(world, tmp_path):
-    argv = flags(world, "x", *CONSTANT, "--output_dir", str(tmp_path), "--save_strategy", "no", "--max_steps")
+    argv = resume_flags(world, tmp_path, *CONSTANT, "--save_strategy", "no", "--max_steps")
     run_ranks(2, main, [*argv, "2"])
     before = (tmp_path / "model.safetensors").read_bytes()
     output, _ = run_ranks(2, main, [*argv, "3"], status=2)
@@ -289,7 +274,7 @@ def test_a_finished_model_without_a_checkpoint_is_not_replaced_by_a_longer_train
 
 
 def test_the_last_checkpoint_and_the_final_model_share_their_weights_on_the_disk(world, tmp_path):
-    run_ranks(2, main, flags(world, "x", "--output_dir", str(tmp_path), "--max_steps", "2"))
+    run_ranks(2, main, resume_flags(world, tmp_path, "--max_steps", "2"))
     model, checkpoint = tmp_path / "model.safetensors", tmp_path / "checkpoint-2" / "model.safetensors"
     assert model.stat().st_ino == checkpoint.stat().st_ino
     assert (tmp_path / "config.json").stat().st_ino != (checkpoint.parent / "config.json").stat().st_ino
@@ -301,7 +286,7 @@ def test_the_last_checkpoint_and_the_final_model_share_their_weights_on_the_disk
 
 def test_an_attempt_that_starts_from_scratch_says_so_and_keeps_the_metrics_before_it(world, tmp_path):
     """Killed before its first save; twice."""
-    argv = flags(world, "x", "--output_dir", str(tmp_path), "--save_steps", "100", "--logging_steps", "1")
+    argv = resume_flags(world, tmp_path, "--save_steps", "100", "--logging_steps", "1")
     for number in (1, 2):
         run_ranks(2, main_killed_after, 3, argv, status=-signal.SIGKILL)
         output, _ = run_ranks(2, main_killed_after, 2, argv, status=-signal.SIGKILL)
@@ -312,13 +297,12 @@ def test_an_attempt_that_starts_from_scratch_says_so_and_keeps_the_metrics_befor
 
 
 def main_killed_after(step: int, argv: list[str]) -> int:
-    def hook(*arguments: int) -> int:
-        if arguments[1] == step + 1:
+    def kill(number: int, rank: int) -> None:
+        if number == step + 1:
             torch.distributed.barrier()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return step_seed(*arguments)
+            send(signal.SIGKILL)
 
-    trainer.main.step_seed = hook
+    in_every_step(kill)
     return main(argv)
 
 
@@ -330,24 +314,24 @@ def test_lines_of_steps_that_will_be_done_again_are_dropped(tmp_path):
 
 
 def test_only_the_newest_checkpoints_stay_and_an_epoch_and_the_last_step_end_in_one(world, tmp_path):
-    more = ["--output_dir", str(tmp_path), "--save_strategy", "epoch", "--save_total_limit", "2"]
-    run_ranks(2, main, flags(world, "x", *more, "--max_steps", "16"))
+    more = ["--save_strategy", "epoch", "--save_total_limit", "2"]
+    run_ranks(2, main, resume_flags(world, tmp_path, *more, "--max_steps", "16"))
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-15", "checkpoint-16"]
 
 
 def test_what_a_run_killed_after_its_last_save_did_not_remove_goes_when_it_is_finished(world, tmp_path):
-    more = ["--output_dir", str(tmp_path), "--save_total_limit", "1", "--max_steps", "3", "--save_steps", "1"]
-    run_ranks(2, main, flags(world, "x", *more))
+    more = ["--save_total_limit", "1", "--max_steps", "3", "--save_steps", "1"]
+    run_ranks(2, main, resume_flags(world, tmp_path, *more))
     (tmp_path / "complete.json").unlink()  # killed before the model was in its place
     shutil.copytree(tmp_path / "checkpoint-3", tmp_path / "checkpoint-2")
-    run_ranks(2, main, flags(world, "x", *more))
+    run_ranks(2, main, resume_flags(world, tmp_path, *more))
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
     assert (tmp_path / "complete.json").exists()
 
 
 def test_minutes_make_a_save_too(world, tmp_path):
-    more = ["--output_dir", str(tmp_path), "--save_strategy", "no", "--save_minutes", "0.001"]
-    output, _ = run_ranks(2, main, flags(world, "x", *more))
+    more = ["--save_strategy", "no", "--save_minutes", "0.001"]
+    output, _ = run_ranks(2, main, resume_flags(world, tmp_path, *more))
     assert "first checkpoint after 0.001 minutes" in output
     assert list(tmp_path.glob("checkpoint-*"))
 
@@ -355,8 +339,8 @@ def test_minutes_make_a_save_too(world, tmp_path):
 def test_a_checkpoint_of_the_clock_goes_when_the_next_is_complete_and_those_of_the_strategy_stay(
     world, tmp_path
 ):
-    more = ["--output_dir", str(tmp_path), "--save_minutes", "1e-6", "--async_save", "False"]
-    output, _ = run_ranks(2, main, flags(world, "x", *more))
+    more = ["--save_minutes", "1e-6", "--async_save", "False"]
+    output, _ = run_ranks(2, main, resume_flags(world, tmp_path, *more))
     assert "first checkpoint after step 3 or 1e-06 minutes" in output
     left = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
     assert left == ["checkpoint-3", "checkpoint-6", "checkpoint-8"]

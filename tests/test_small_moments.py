@@ -11,7 +11,7 @@ from torch import nn
 
 import trainer.config
 from data.flags import ConfigError
-from tests.tiny import read_metrics, run_ranks, tiny_data, tiny_model
+from tests.tiny import flags, read_metrics, run_ranks, tiny_world
 from trainer.checkpoint import RESUME
 from trainer.main import main
 from trainer.optim import adamw
@@ -63,23 +63,17 @@ def test_moments_take_the_bytes_they_promise():
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("moments")
-    tiny_model(folder / "model", hidden_size=256, intermediate_size=256)
-    tiny_data(folder / "data")
+    folder = tiny_world(tmp_path_factory.mktemp("moments"), hidden_size=256, intermediate_size=256)
     train(folder, "float32", "float32")
     for kind in ("bfloat16", "8bit")[: 1 + HAS_TORCHAO]:
         train(folder, kind, kind, "--save_strategy", "steps", "--save_steps", "4")
     return folder
 
 
-def train(folder, name, kind, *flags, ranks=2):
-    arguments = f"""
-        --model_name_or_path {folder}/model --data_path {folder}/data/data.txt --output_dir {folder}/{name}
-        --optim_state {kind} --bf16 False --learning_rate 1e-3 --max_length 128 --max_steps 8
-        --per_device_train_batch_size {4 // ranks} --dataloader_num_workers 0 --rehearse False
-        --plora_dropout 0 --save_strategy no
-    """
-    run_ranks(ranks, main, [*arguments.split(), *flags], timeout=300)
+def train(folder, name, kind, *more, ranks=2):
+    options = {"optim_state": kind, "max_length": 128, "max_steps": 8, "rehearse": False}
+    argv = flags(folder, name, *more, per_device_train_batch_size=4 // ranks, **options)
+    run_ranks(ranks, main, argv, timeout=300)
 
 
 def losses(folder):
@@ -132,6 +126,5 @@ def test_what_cannot_be_kept_so_is_a_sentence(tmp_path, monkeypatch):
 
 def test_moments_in_another_form_are_refused_whatever_is_insisted_on(world):
     shutil.copytree(world / "bfloat16" / "checkpoint-4", world / "other" / "checkpoint-4")
-    arguments = f"--model_name_or_path {world}/model --data_path {world}/data/data.txt --resume_anyway True"
-    said, _ = run_ranks(2, main, [*arguments.split(), "--output_dir", f"{world}/other"], status=2)
+    said, _ = run_ranks(2, main, flags(world, "other", resume_anyway=True), status=2)
     assert "checkpoint-4 holds AdamW's moments in another form: go on with --optim_state bfloat16" in said

@@ -1,12 +1,10 @@
 """What makes a step faster or smaller changes no number: each is compared with the plain run over ten steps.
 
-The plain run: one rank, one micro-batch, float32, nothing computed twice, every part training. Sums in
-another order leave relative differences of about 1e-7 in a gradient; tests/test_equality.py says why Adam
-has a larger epsilon.
+The plain run: one rank, one micro-batch, float32, nothing computed twice, every part training;
+tests/same_training.py says how exactly two runs can agree.
 """
 
 import collections
-import copy
 import functools
 import os
 
@@ -16,21 +14,17 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.test_equality import assert_same_training, reference_world, train
-from tests.test_resume import STOPPED, main_stopped_after
+from tests.fault_cases import STOPPED, main_stopped_after
+from tests.same_training import assert_same_training, sharded, train
 from tests.tiny import run_ranks
-from trainer.config import Config
 from trainer.distributed import device_mesh, start
-from trainer.loss import chunked_cross_entropy, token_losses
-from trainer.models import build_model, load_config, parts_of
 from trainer.models.xcomposer2.modeling_xcomposer2 import InternLMXComposer2ForCausalLM
-from trainer.parallelize import MATRIX_PRODUCTS, parallelize
-from trainer.weights import load_weights
+from trainer.parallelize import MATRIX_PRODUCTS
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return reference_world(tmp_path_factory.mktemp("speed"))
+def world(same_world):
+    return same_world
 
 
 @pytest.mark.parametrize(
@@ -47,7 +41,7 @@ def world(tmp_path_factory):
     ],
 )
 def test_checkpointing_gathering_and_reducing_change_nothing(world, ranks, accumulation, flags):
-    name = f"run-{ranks}-{accumulation}-{flags.replace(' ', '').strip('-')}"
+    name = f"speed-{ranks}-{accumulation}-{flags.replace(' ', '').strip('-')}"
     train(world, name, ranks, accumulation, "data/data.txt", *flags.split())
     assert_same_training(world, name)
 
@@ -55,7 +49,7 @@ def test_checkpointing_gathering_and_reducing_change_nothing(world, ranks, accum
 def on_nodes_of_two(arguments, stop_after=0):
     """The run as torchrun starts it where every machine has two ranks; asked to stop after a step, or not."""
     os.environ["LOCAL_WORLD_SIZE"] = "2"
-    return main_stopped_after(stop_after, None, arguments)
+    return main_stopped_after(stop_after, arguments)
 
 
 def test_nodes_that_hold_the_same_shards_train_as_one_rank_does(world):
@@ -105,29 +99,6 @@ def inputs(rank=0, samples=2):
         "labels": ids.masked_fill(im_mask, -100),
         "pixel_values": torch.randn(samples, 3, 70, 70, generator=generator),
     }
-
-
-def sharded(folder, frozen=(), mesh=None, tied=False, **options):
-    """The tiny model over all ranks, and an equal one that is not sharded."""
-    config = load_config(folder)
-    config.plora_dropout = 0.0
-    parts = parts_of(config)
-    model = build_model(config)
-    load_weights(model, folder)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not name.startswith(tuple(frozen)))
-    if tied:
-        model.output.weight = model.model.tok_embeddings.weight
-    model.loss_function = chunked_cross_entropy(8)
-    plain = copy.deepcopy(model)
-
-    def unchunked(hidden, targets, lm_head, **_):
-        losses = token_losses(hidden, targets, lm_head)
-        return losses.sum(), losses.detach()
-
-    plain.loss_function = unchunked
-    flags = Config(**{"bf16": False, "gradient_checkpointing": False, "vision_micro_batch": None, **options})
-    return parallelize(model, mesh or device_mesh(start()), parts, flags), plain
 
 
 def assert_same_gradients(model, plain):

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.benchmarks.load_memory import growths, make_checkpoint
-from tests.tiny import run_ranks, tiny_data, tiny_model
+from tests.tiny import flags, run_ranks, tiny_data, tiny_model
 from trainer.atomic import MARKER, Jobs, move_into, remove_old_checkpoints
 from trainer.config import Config
 from trainer.distributed import barrier, device_mesh, start
@@ -139,13 +139,9 @@ def test_no_rank_holds_more_than_its_share_while_loading(tmp_path):
         assert growth < 0.75 * 4 * parameters
 
 
-TRAIN = "--bf16 False --max_steps 2 --save_strategy no --dataloader_num_workers 0 --plora_dropout 0"
-
-
 def test_a_trained_folder_loads_without_this_project(model, tmp_path):
-    data = tiny_data(tmp_path / "data")
-    flags = f"--model_name_or_path {model} --data_path {data} --output_dir {tmp_path}/out --fix_vit False"
-    run_ranks(2, main, [*flags.split(), *TRAIN.split()])
+    tiny_data(tmp_path / "data")
+    run_ranks(2, main, flags(tmp_path, "out", model_name_or_path=model, max_steps=2, fix_vit=False))
     program = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -1,9 +1,9 @@
 """What the tests share: a tiny model folder, tiny data, and ways to run the trainer on several ranks.
 
-model = tiny_model(tmp_path / "model")                       # the golden weights, a word-level tokenizer
-data = tiny_data(tmp_path / "data")                          # data.txt over three JSON files, with images
-assert run_ranks(2, ["--model_name_or_path", model, "--data_path", data, ...]) == [0, 0]
-result = torchrun(2, [...])                                  # real torchrun, output captured
+world = tiny_world(tmp_path)                                 # a model in model/, and data in data/
+argv = flags(world, "run", max_steps=3)                      # of a training whose output goes to world/run
+first, second = run_ranks(2, main, argv)                     # what each of two forked ranks printed
+result = torchrun(2, argv)                                   # real torchrun, output captured
 """
 
 import json
@@ -31,6 +31,21 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def start_ranks(
+    world: int, function: Callable[..., Any], args: tuple, folder: Path
+) -> tuple[list[Any], list[Path]]:
+    """Fork `world` ranks that call `function(*args)`; returns them, and the files of what they print."""
+    context, port = multiprocessing.get_context("fork"), free_port()
+    logs = [folder / f"rank{rank}.log" for rank in range(world)]
+    ranks = [
+        context.Process(target=_rank, args=(rank, world, port, function, args, log))
+        for rank, log in enumerate(logs)
+    ]
+    for process in ranks:
+        process.start()
+    return ranks, logs
+
+
 def _rank(rank: int, world: int, port: int, function: Callable[..., Any], args: tuple, log: Path) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
@@ -53,16 +68,8 @@ def run_ranks(
     Forking skips the import of torch and transformers, which costs a torchrun seconds a rank. A rank that
     hangs, or ends with another exit status than `status`, fails the test with its output.
     """
-    context = multiprocessing.get_context("fork")
-    port = free_port()
     with tempfile.TemporaryDirectory() as folder:
-        logs = [Path(folder) / f"rank{rank}.log" for rank in range(world)]
-        ranks = [
-            context.Process(target=_rank, args=(rank, world, port, function, args, logs[rank]))
-            for rank in range(world)
-        ]
-        for process in ranks:
-            process.start()
+        ranks, logs = start_ranks(world, function, args, Path(folder))
         for process in ranks:
             process.join(timeout)
         hung = [process for process in ranks if process.is_alive()]
@@ -90,6 +97,30 @@ def torchrun(
         timeout=timeout,
         check=False,
     )
+
+
+def flags(world: Path, output_dir: str | Path, *more: str, **changes: Any) -> list[str]:
+    """The flags of a short training in float32 on the model and data of `world`, without checkpoints.
+
+    output_dir: a folder in `world`, or a path of its own.
+    changes: other flags, or other values of these; None leaves a flag out, a list gives it several values.
+    """
+    values = {
+        "model_name_or_path": world / "model",
+        "data_path": world / "data" / "data.txt",
+        "output_dir": world / output_dir,
+        "bf16": False,
+        "plora_dropout": 0,
+        "dataloader_num_workers": 0,
+        "save_strategy": "no",
+        "learning_rate": 1e-3,
+        **changes,
+    }
+    argv = []
+    for name, value in values.items():
+        if value is not None:
+            argv += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
+    return [*argv, *more]
 
 
 def read_metrics(output_dir: Path, kind: str = "train") -> list[dict[str, Any]]:
@@ -197,3 +228,10 @@ def tiny_data(folder: Path, samples: int = 12, image_sizes: Sequence[int] = (40,
     lines = [f"colour.json {samples / 1000}", f"both.json {samples / 2000}", f"text.json {samples / 1000}"]
     (folder / "data.txt").write_text("\n".join(lines) + "\n")
     return folder / "data.txt"
+
+
+def tiny_world(folder: Path, samples: int = 12, **changes: Any) -> Path:
+    """`tiny_model` in folder/model, with its `changes`, and `tiny_data` in folder/data."""
+    tiny_model(folder / "model", **changes)
+    tiny_data(folder / "data", samples)
+    return folder
