@@ -268,7 +268,7 @@ class StepLoader:
         step: list[MicroBatch] = []
         for batch in batches:
             if isinstance(batch, DataError):
-                raise batch
+                raise DataError(*batch.args)  # not `batch` itself, whose traceback would keep the workers
             self._log(batch)
             step.append(batch)
             if ends_step.popleft():
