@@ -152,9 +152,7 @@ def check(reader: SampleReader, cost: CostModel, config: CheckConfig) -> dict[st
     chunks = chunks_of([np.arange(len(source.records)) for source in sources])
     found = Findings()
     results = in_parallel(partial(inspect_records, reader), chunks, config.num_workers)
-    for result, _ in zip(
-        results, tqdm(chunks, desc="records and images", unit="chunk", delay=2), strict=True
-    ):
+    for result in tqdm(results, "records and images", len(chunks), unit="chunk", delay=2):
         found.add(result)
 
     # Positions count the records of all sources, one source after the other.
@@ -229,18 +227,17 @@ def unknown_keys(sources: Sequence[Source], counts: Counter[tuple[int, str]]) ->
     ]
 
 
-def groups_of_equal(hashes: np.ndarray) -> list[np.ndarray]:
+def groups_of_equal(hashes: np.ndarray) -> list[list[int]]:
     """The positions of each nonzero hash that occurs more than once."""
-    order = np.argsort(hashes, kind="stable")
-    ordered = hashes[order]
-    is_repeat = np.pad((ordered[1:] == ordered[:-1]) & (ordered[1:] != 0), 1)
-    edges = np.flatnonzero(is_repeat[1:] != is_repeat[:-1]).reshape(-1, 2)  # first and last of each group
-    groups = [order[first : last + 1] for first, last in edges]
-    return sorted(groups, key=lambda group: group[0])
+    _, inverse, counts = np.unique(hashes, return_inverse=True, return_counts=True)
+    groups: dict[int, list[int]] = {}
+    for position in np.flatnonzero((counts[inverse] > 1) & (hashes != 0)).tolist():
+        groups.setdefault(int(inverse[position]), []).append(position)
+    return list(groups.values())
 
 
 def records_in_files(records: Iterable[tuple[Source, int]]) -> Iterator[str]:
-    """ "pets.json: records 3, 7 and 12", for each file."""
+    """For each file its records: "pets.json: records 3, 7 and 12"."""
     by_file: dict[Path, dict[int, None]] = {}
     for source, index in records:
         by_file.setdefault(source.records.path, {})[index] = None
@@ -249,7 +246,7 @@ def records_in_files(records: Iterable[tuple[Source, int]]) -> Iterator[str]:
 
 
 def in_words(items: Sequence[str]) -> str:
-    """ "1, 2 and 3", or "1, 2, … and 7 more" if there are many."""
+    """The items as a phrase: "1, 2 and 3", or "1, 2, … and 7 more" if there are many."""
     shown, num_more = list(items[:MAX_NAMED]), len(items) - MAX_NAMED
     if num_more > 0:
         shown.append(f"{num_more:,} more")
@@ -261,6 +258,7 @@ def describe(source: Source, rows: np.ndarray) -> dict[str, Any]:
     good = np.array(rows[rows[:, 0] >= 0], dtype=np.int64)
     tokens = good[:, 3] if len(good) else np.zeros(1, dtype=np.int64)
     doublings = np.ceil(np.log2(np.maximum(tokens, 16))).astype(int)
+    num_over, num_tokens = num_cut(good), max(1, int(good[:, 0].sum()))
     return {
         "source": source.name,
         "path": str(source.records.path),
@@ -274,10 +272,10 @@ def describe(source: Source, rows: np.ndarray) -> dict[str, Any]:
             "95 %": float(np.percentile(tokens, 95)),
             "longest": int(tokens.max()),
         },
-        "over_max_length": num_cut(good),
-        "over_max_length_share": num_cut(good) / max(1, len(good)),
-        "image_slot_share": float(good[:, 1].sum() / max(1, good[:, 0].sum())),
-        "supervised_share": float(good[:, 2].sum() / max(1, good[:, 0].sum())),
+        "over_max_length": num_over,
+        "over_max_length_share": num_over / max(1, len(good)),
+        "image_slot_share": int(good[:, 1].sum()) / num_tokens,
+        "supervised_share": int(good[:, 2].sum()) / num_tokens,
         "histogram": [
             [2**power, int((doublings == power).sum())]
             for power in range(doublings.min(), doublings.max() + 1)
@@ -322,8 +320,10 @@ def expected_epoch(
 
 def as_text(report: dict[str, Any]) -> str:
     """The report for a terminal."""
-    lines = [["source", "records", "bad", "images", "samples an epoch"]]
-    lines[0] += ["mean tokens", "median", "95 %", "longest", "over max_length"]
+    names = (
+        "source, records, bad, images, samples an epoch, mean tokens, median, 95 %, longest, over max_length"
+    )
+    lines: list[Sequence[str]] = [names.split(", ")]
     for source in report["sources"]:
         counts = [source[name] for name in ("records", "bad_records", "images", "samples_per_epoch")]
         counts += source["tokens"].values()

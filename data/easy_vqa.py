@@ -128,8 +128,8 @@ def write_demo_data(folder: Path, num_images: int | None = None, unequal: bool =
                 translated.append(_record(name, in_chinese(question), ANSWERS[answer], picture))
         splits[split], chinese_splits[split] = records, translated
 
-    questions = sorted({_question(record).removeprefix(PLACEHOLDER) for record in splits["train"]})
-    pairs = [*ANSWERS.items(), *((question, in_chinese(question)) for question in questions)]
+    asked = {record["conversations"][0]["value"].removeprefix(PLACEHOLDER) for record in splits["train"]}
+    pairs = [*ANSWERS.items(), *((question, in_chinese(question)) for question in sorted(asked))]
     text = [_record(f"text-{i}", TRANSLATE + pair[0], pair[1]) for i, pair in enumerate(pairs)]
     held_out = text[len(ANSWERS) :: EACH_HELD_OUT]  # only questions, as each single word must be learnt
     train = splits["train"]
@@ -162,10 +162,6 @@ def _record(name: str, question: str, answer: str, image: str | None = None) -> 
         {"from": "assistant", "value": answer},
     ]
     return {"id": name, **({"image": [image]} if image else {}), "conversations": conversation}
-
-
-def _question(record: dict[str, Any]) -> str:
-    return record["conversations"][0]["value"]
 
 
 def _write(path: Path, records: list[dict[str, Any]]) -> None:

@@ -10,8 +10,7 @@ formats not in FORMATS are rejected, and nothing is decoded before the header is
 
 import stat
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -77,7 +76,7 @@ def open_image(path: str | Path) -> Image.Image:
         # A folder cannot be read, and reading a pipe or a device may never end.
         if not stat.S_ISREG(Path(path).stat().st_mode):
             raise ValueError("it is not a file")
-        with _quiet():
+        with warnings.catch_warnings(action="ignore"):  # of images that are rejected anyway, or harmless
             image = Image.open(path, formats=FORMATS)
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist; paths start at the JSON file or --image_root") from error
@@ -97,7 +96,7 @@ def process(image: Image.Image, function: Callable[[Image.Image], T]) -> T:
     """
     path = getattr(image, "filename", "") or "the image"
     try:
-        with _quiet():
+        with warnings.catch_warnings(action="ignore"):
             image.load()
             return function(image)
     except Exception as error:  # decoders raise exceptions of any type on broken data
@@ -107,18 +106,10 @@ def process(image: Image.Image, function: Callable[[Image.Image], T]) -> T:
 def size_of(image: Image.Image, processor: ImageProcessor) -> tuple[int, int]:
     """(width, height) of an opened image as the processor will see it, read from the header."""
     try:
-        with _quiet():
+        with warnings.catch_warnings(action="ignore"):
             return processor.size(image)
     except Exception as error:
         raise DataError(f"{getattr(image, 'filename', '')} has broken EXIF data: {_reason(error)}") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences Pillow's warnings: they repeat our errors or do not matter, and every worker prints them."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _reason(error: Exception) -> str:

@@ -221,7 +221,7 @@ class StepLoader:
         return [[(int(source), int(record)) for source, record in samples[row]] for row in plan[self._rank]]
 
     def idle_share(self, step: int) -> float | None:
-        """The share of all ranks' time that a step's plan leaves idle; None where lengths are unknown."""
+        """Fraction of all ranks' time that a step's plan leaves idle; None without packing."""
         if self._packing is None:
             return None
         samples = self._sampler.samples(step)

@@ -159,19 +159,19 @@ def _tokens(
     image_tokens: list[int],
 ) -> Iterator[str]:
     """Each token as HTML, and an image's slots as one; a character of several byte tokens follows them."""
-    utf8 = codecs.getincrementaldecoder("utf-8")
-    decoder = utf8("replace")
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
     sizes, at = iter(image_tokens), 0
     while at < len(ids):
         if slots[at]:
             size = next(sizes)
             yield f'<i class="slots">image: {size:,} slots</i>'
             at += size
-            decoder = utf8("replace")
+            decoder.reset()
             continue
         token = tokenizer.convert_ids_to_tokens(ids[at]).replace("▁", " ").replace("<0x0A>", "\n")
         byte = BYTE_TOKEN.fullmatch(token)
-        decoder = decoder if byte else utf8("replace")
+        if not byte:
+            decoder.reset()
         style = roles[at] + (" trained" if labels[at] != IGNORED else "")
         text = html.escape(token).replace("\n", "⏎\n")
         yield f'<i class="{style}" title="{ids[at]}">{text}</i>'
@@ -181,7 +181,7 @@ def _tokens(
 
 
 def _picture(pixels: torch.Tensor, image_processor: ImageProcessor) -> str:
-    """The tensor [3, H, W] as HTML; the normalisation is undone by what it makes of black and white."""
+    """The tensor [3, H, W] as HTML; the pixels of black and white show how to undo the normalisation."""
     black, white = (
         image_processor(Image.new("RGB", (8, 8), shade))[:, :1, :1] for shade in ("black", "white")
     )

@@ -1,4 +1,4 @@
-"""JSON arrays and JSON lines as indexed sequences: no process holds a file in memory.
+"""JSON arrays and JSON lines as indexed sequences: no process loads a whole file into memory.
 
     records = Records("train.json")     # indexes the file once: train.json.index
     len(records)                        # 1_000_000

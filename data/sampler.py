@@ -9,8 +9,8 @@ spans two epochs: the last step of an epoch may be smaller.
 
 How a source of n records gives k samples per epoch, so that no record is used twice before every one is used:
 - k ≤ n/2: the epochs cut a stream of shuffled passes over the records into pieces of k. With n = 5 and k = 2:
-  passes (3 0 4 1 2) (0 3 1 4 2) … give the pieces 3 0 | 4 1 | 2 0 | 3 1 | 4 2. Where a piece spans two passes
-  (2 0), a swap keeps what closes the first pass out of the piece's second half.
+  passes (3 0 4 1 2) (0 3 1 4 2) … give the pieces 3 0 | 4 1 | 2 0 | 3 1 | 4 2. If a piece spans two passes
+  (2 0), a swap keeps the last records of the first pass out of the piece's second half.
 - n/2 < k ≤ n: the n − k records left out are drawn in that way, and the rest is used.
 - k > n: every record ⌊k/n⌋ times, and k mod n of them once more, drawn as above.
 So the uses of any two records of a source differ by at most one at the end of every epoch.
