@@ -1,11 +1,11 @@
-"""Encoded samples and their pictures → one micro-batch, as the model takes it.
+"""Encoded samples and their pictures → one micro-batch of model inputs.
 
     two samples of 5 and 3 tokens, unpacked           packed (one row, no padding)
     input_ids       [[a a a a a], [b b b 0 0]]        [[a a a a a b b b]]
     attention_mask  [[1 1 1 1 1], [1 1 1 0 0]]        None
     position_ids    None                              [[0 1 2 3 4 0 1 2]]
 
-A packed row tells its samples apart by the positions, which restart at 0. Without padding there is no mask.
+In a packed row a sample starts wherever the positions restart at 0. Without padding there is no mask.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,12 +18,12 @@ import torch
 from data.tokens import IGNORED, Encoded
 
 DUMMY_TOKENS = 2
-"""Length of the row that stands for an empty micro-batch: one position has a next one, as in any row."""
+"""Length of the row of an empty micro-batch: the least that has a next token to predict."""
 
 
 @dataclass
 class MicroBatch:
-    """One rank's share of one forward and backward."""
+    """The samples of one forward and backward pass on one rank."""
 
     inputs: dict[str, Any]
     """The model's keyword arguments: input_ids and labels, [B, T] int64; im_mask, [B, T] bool; attention_mask
@@ -32,16 +32,16 @@ class MicroBatch:
     source_of_target: torch.Tensor
     """[num_supervised] int64: the source of each supervised token, row by row where `labels != -100`."""
     lengths: list[int]
-    """Tokens of each sample; none for a dummy row."""
+    """Tokens of each sample; empty for a dummy row."""
     num_supervised: int
     sample_ids: list[tuple[int, int]] = field(default_factory=list)
-    """(source, record) of the samples in it."""
+    """(source, record) of each sample."""
     skipped: list[tuple[int, str]] = field(default_factory=list)
-    """(source, why) of samples left out because they are bad."""
+    """(source, message) for each bad sample left out."""
     unsupervised: list[tuple[int, str]] = field(default_factory=list)
-    """(source, what) of samples left out because max_length leaves no answer to train on."""
+    """(source, message) for each sample left out because max_length leaves no answer to train on."""
     shrunk: list[tuple[int, str]] = field(default_factory=list)
-    """(source, what) of samples whose images were taken smaller to fit into max_length."""
+    """(source, message) for each sample whose images were made smaller to fit into max_length."""
 
     @property
     def num_tokens(self) -> int:
@@ -55,18 +55,18 @@ class MicroBatch:
     def to(self, device: torch.device | str) -> "MicroBatch":
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pin_memory(self) -> "MicroBatch":  # the name that DataLoader looks for
+    def pin_memory(self) -> "MicroBatch":  # called by DataLoader
         return self._map(torch.Tensor.pin_memory)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Out of a worker only pictures go as shared memory, which costs half a millisecond for each tensor.
+        # Workers send only pictures in shared memory, which costs half a millisecond per tensor.
         return vars(self._map(lambda tensor: tensor if tensor.is_floating_point() else tensor.numpy()))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(vars(MicroBatch(**state)._map(torch.as_tensor)))
 
     def _map(self, change: Callable[[Any], Any]) -> "MicroBatch":
-        """A copy with every array or tensor changed."""
+        """A copy with `change` applied to every array and tensor."""
 
         def changed(value: Any) -> Any:
             if isinstance(value, list | tuple):
@@ -87,10 +87,10 @@ def collate(
 ) -> MicroBatch:
     """Puts samples into rows: one each, padded on the right, or all in one row (`packed`).
 
-    No samples give a row of padding, so that a rank with nothing to do still takes part in the collectives.
+    Without samples the result is a row of padding, so that an idle rank still takes part in the collectives.
 
     Args:
-        pixels: [3, H, W] of each image of the samples, in order; or a dummy image that no slot belongs to.
+        pixels: [3, H, W] of each image of the samples, in order; or a dummy image without slots.
         sample_ids: (source, record) of each sample.
     """
     lengths = [len(sample.input_ids) for sample in samples]
@@ -103,10 +103,10 @@ def collate(
     attention_mask = np.zeros((num_rows, width), dtype=np.int64)
     begins = np.cumsum([0, *lengths])[:-1] if packed else [0] * len(samples)
     for number, (sample, begin, length) in enumerate(zip(samples, begins, lengths, strict=True)):
-        place = (0 if packed else number, slice(begin, begin + length))
-        input_ids[place], labels[place], im_mask[place] = sample.input_ids, sample.labels, sample.im_mask
-        position_ids[place] = np.arange(length)
-        attention_mask[place] = 1
+        span = (0 if packed else number, slice(begin, begin + length))
+        input_ids[span], labels[span], im_mask[span] = sample.input_ids, sample.labels, sample.im_mask
+        position_ids[span] = np.arange(length)
+        attention_mask[span] = 1
     is_padded = bool(samples) and not attention_mask.all()
     sources = [
         np.full(sample.num_supervised, source)

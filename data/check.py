@@ -1,9 +1,16 @@
-"""`python -m data.check data.txt --model_name_or_path DIR`: what is wrong with data, before it is trained on.
+"""Checks data before training: `python -m data.check data.txt --model_name_or_path DIR`.
 
 Reads every record and decodes every image on all cores, and measures exact lengths (cached for the training).
-Prints a table of sources, their lengths before any cut at max_length, what an epoch will be, and every
-problem with file, index and id; the same goes as JSON beside data.txt, or to `--out`. The exit status is 2 if
-a record cannot be used, else 0: what can be trained on but may not be meant is a warning.
+Prints a table of sources, their lengths before any cut at max_length, the expected size of an epoch, and
+every problem with file, index and id:
+
+    error: 1
+      pets.json: record 7 (id 'cat-7') img/7.jpg does not exist; paths start at the JSON file or --image_root
+    duplicate: 1
+      pets.json: records 0 and 5 are the same
+
+The same report is written as JSON beside data.txt, or to `--out`. The exit status is 2 if a record cannot be
+used, else 0: data that can be trained on but looks unintended gives warnings.
 """
 
 import hashlib
@@ -21,7 +28,6 @@ import numpy as np
 from PIL import ExifTags, Image, ImageChops
 from tqdm import tqdm
 
-from data.config import DataConfig
 from data.errors import DataError, FileChangedError
 from data.images import open_image, process
 from data.ledger import table
@@ -29,59 +35,53 @@ from data.lengths import Chunk, chunks_of, in_parallel, measure_lengths, num_cut
 from data.loader import SampleReader
 from data.mixture import Source
 from data.packing import CostModel, Packing, deal, idle_share
-from data.reader import cost_model, model_families, open_data, parse_command
+from data.reader import CommandConfig, open_data, parse_command
 from data.sampler import StepSampler
 
 MAX_SHOWN = 20
-"""Problems of a kind that the terminal shows; the JSON file has all."""
+"""Problems of a kind that the terminal shows; the JSON file lists all."""
 MAX_NAMED = 10
-"""Records, keys or pictures that a sentence names; the others are counted."""
-MAX_STEPS_PLANNED = 500
-"""Steps of the first epoch that the expected rows and padding are computed from."""
+"""Records, keys or pictures that one message names; the others are counted."""
+MAX_STEPS_ESTIMATED = 500
+"""Steps of the first epoch from which the expected rows and padding are computed."""
 BAR_WIDTH = 40
 
 
 @dataclass
-class CheckConfig(DataConfig):
-    """`python -m data.check data.txt --model_name_or_path DIR`: what is wrong with data, and what an epoch
-    is."""
+class CheckConfig(CommandConfig):
+    """Check data before training on it: `python -m data.check data.txt --model_name_or_path DIR`."""
 
-    # --- the check -----------------------------------------------------------------------------------
+    # --- the command ---------------------------------------------------------------------------------
     num_ranks: int = 1
     """Processes that the training will have."""
-    fix_vit: bool = True
-    """Whether the training freezes the vision tower: the cost of images depends on it."""
-    num_workers: int | None = None
-    """Processes that check; one a core by default."""
     out: str | None = None
     """The report as JSON; <data_path>.check.json by default."""
 
     def problems(self) -> list[str]:
-        return super().problems() + self.too_small(num_ranks=1, num_workers=0)
+        return super().problems() + self.too_small(num_ranks=1)
 
 
 @dataclass
 class Findings:
-    """Of a chunk of records."""
+    """Problems and contents of a chunk of records."""
 
     errors: list[str] = field(default_factory=list)
     shrunk: list[str] = field(default_factory=list)
     tags_as_text: list[str] = field(default_factory=list)
-    has_empty_answer: list[bool] = field(default_factory=list)
+    empty_answers: list[str] = field(default_factory=list)
     hashes: list[int] = field(default_factory=list)
-    """64 bits of each record's conversation and images; 0 where it cannot be read."""
+    """64 bits of each record's conversation and images; 0 for one that cannot be read."""
     unknown_keys: Counter[tuple[int, str]] = field(default_factory=Counter)
-    """How many records of a source have a key that means nothing."""
+    """(source, key) → the number of records that have this unknown key."""
     turned: dict[Path, str] = field(default_factory=dict)
-    """Pictures that EXIF data turns for a person but not for the model, and a record of each."""
+    """Pictures that a viewer turns by their EXIF data but the model does not, and a record of each."""
     hiding_colours: dict[Path, str] = field(default_factory=dict)
-    """The same of pictures with colours under their transparency."""
+    """Pictures with colours under their transparency, and a record of each."""
 
-    def add(self, others: "Findings") -> None:
-        for name in ("errors", "shrunk", "tags_as_text", "has_empty_answer", "hashes"):
-            getattr(self, name).extend(getattr(others, name))
-        for name in ("unknown_keys", "turned", "hiding_colours"):
-            getattr(self, name).update(getattr(others, name))
+    def add(self, other: "Findings") -> None:
+        for name, values in vars(other).items():
+            total = getattr(self, name)
+            (total.extend if isinstance(total, list) else total.update)(values)
 
 
 def inspect_records(reader: SampleReader, chunk: Chunk) -> Findings:
@@ -95,51 +95,49 @@ def inspect_records(reader: SampleReader, chunk: Chunk) -> Findings:
             raise
         except DataError as error:
             found.errors.append(str(error))
-            found.has_empty_answer.append(False)
             found.hashes.append(0)
             continue
-        place = source.where(index, sample.id)
         paths = [source.image_root / path for path in sample.images]
         for path in paths:
             try:
                 with open_image(path) as image:
                     process(image, reader.image_processor.rgb)
-                    if not reader.image_processor.as_viewed:
-                        found.turned |= {path: place} if is_turned(image) else {}
-                        found.hiding_colours |= {path: place} if hides_colours(image) else {}
+                    if not reader.image_processor.as_viewed and is_turned(image):
+                        found.turned[path] = source.where(index)
+                    if not reader.image_processor.as_viewed and hides_colours(image):
+                        found.hiding_colours[path] = source.where(index)
             except DataError as error:
-                found.errors.append(f"{place} {error}")
+                found.errors.append(f"{source.where(index)} {error}")
         if reader.fit_images or reader.on_long_sample == "error":
             try:
                 encoded, _ = reader.read(number, index, decode=False)
                 if encoded.hd_num is not None:
-                    found.shrunk.append(f"{place} has hd_num={encoded.hd_num}")
+                    found.shrunk.append(f"{source.where(index)} has hd_num={encoded.hd_num}")
             except DataError as error:
                 if str(error) not in found.errors:
                     found.errors.append(str(error))
-        if sample.tags_as_text:
-            found.tags_as_text.append(
-                f"{place} has {' and '.join(sample.tags_as_text)} as text, not as an image"
-            )
+        if tags := " and ".join(sample.tags_as_text):
+            found.tags_as_text.append(f"{source.where(index)} has {tags} as text, not as an image")
+        if any(role == "assistant" and not text for role, text in sample.turns):
+            found.empty_answers.append(f"{source.where(index)} has an empty answer")
         found.unknown_keys.update((number, key) for key in sample.unknown_keys)
         content = repr((sample.turns, paths)).encode("utf-8", "surrogatepass")
-        found.has_empty_answer.append(any(role == "assistant" and not text for role, text in sample.turns))
         found.hashes.append(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big"))
     return found
 
 
 def is_turned(image: Image.Image) -> bool:
-    """Whether EXIF data tells a viewer to turn or mirror the picture; broken EXIF data tells nothing."""
+    """Whether a viewer turns or mirrors the picture by its EXIF data; broken EXIF data is ignored."""
     try:
         with warnings.catch_warnings(action="ignore"):
             return image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
-    except Exception:  # decoders raise what they like
+    except Exception:  # decoders raise exceptions of any type
         return False
 
 
 def hides_colours(image: Image.Image) -> bool:
-    """Whether a decoded picture has other colours under its transparency than a white page would show."""
-    if not image.has_transparency_data or image.mode[0] in "IF":  # of 16 bits, which are read without it
+    """Whether a decoded picture without its transparency differs from the picture on a white page."""
+    if not image.has_transparency_data or image.mode[0] in "IF":  # 16 bits, read without transparency
         return False
     with warnings.catch_warnings(action="ignore"):
         colours, layers = image.convert("RGB"), image.convert("RGBA")
@@ -147,17 +145,17 @@ def hides_colours(image: Image.Image) -> bool:
     return ImageChops.difference(colours, seen).getbbox() is not None
 
 
-def check(reader: SampleReader, config: CheckConfig, cost: CostModel) -> dict[str, Any]:
-    """The report, as JSON values; cost: of a sample, which balances the ranks."""
+def check(reader: SampleReader, cost: CostModel, config: CheckConfig) -> dict[str, Any]:
+    """The report as JSON values."""
     sources = reader.sources
     lengths = measure_lengths(reader, num_workers=config.num_workers)
     chunks = chunks_of([np.arange(len(source.records)) for source in sources])
     found = Findings()
     results = in_parallel(partial(inspect_records, reader), chunks, config.num_workers)
-    for part, _ in zip(results, tqdm(chunks, desc="records and images", unit="chunk", delay=2), strict=True):
-        found.add(part)
+    for result in tqdm(results, "records and images", len(chunks), unit="chunk", delay=2):
+        found.add(result)
 
-    # A position counts the records of all sources, one after the other.
+    # Positions count the records of all sources, one source after the other.
     ends = np.cumsum([len(source.records) for source in sources])
 
     def locate(position: Any) -> tuple[Source, int]:
@@ -166,14 +164,14 @@ def check(reader: SampleReader, config: CheckConfig, cost: CostModel) -> dict[st
 
     def where(position: Any) -> str:
         source, index = locate(position)
-        return source.where(index, source.sample(index).id)
+        return source.where(index)
 
     rows = np.concatenate(lengths)
     cut = np.flatnonzero(rows[:, 3] > rows[:, 0]) if reader.on_long_sample == "truncate" else []
     return {
         "sources": [describe(source, rows) for source, rows in zip(sources, lengths, strict=True)],
         "max_length": reader.encoder.max_length,
-        "epoch": plan_epoch(reader, lengths, config, cost),
+        "epoch": expected_epoch(reader, lengths, cost, config),
         "errors": found.errors,
         "warnings": {
             "no answer left": [
@@ -196,9 +194,7 @@ def check(reader: SampleReader, config: CheckConfig, cost: CostModel) -> dict[st
             "placeholders as text": found.tags_as_text,
             "unknown keys": unknown_keys(sources, found.unknown_keys),
             "repeated often": [source.repetition for source in sources if source.repetition],
-            "empty answer": [
-                f"{where(at)} has an empty answer" for at in np.flatnonzero(found.has_empty_answer)
-            ],
+            "empty answer": found.empty_answers,
             "duplicate": [
                 f"{', '.join(records_in_files(map(locate, group)))} are the same"
                 for group in groups_of_equal(np.array(found.hashes, dtype=np.uint64))
@@ -208,21 +204,21 @@ def check(reader: SampleReader, config: CheckConfig, cost: CostModel) -> dict[st
     }
 
 
-def about_pictures(places: dict[Path, str], what: str, cure: str) -> list[str]:
-    """One sentence about all pictures of a kind; none if there are none."""
-    if not places:
+def about_pictures(records: dict[Path, str], what: str, remedy: str) -> list[str]:
+    """One warning about all pictures of a kind; none if there are no such pictures."""
+    if not records:
         return []
-    named = in_words([f"{path.name!r} of {place}" for path, place in places.items()])
-    return [f"pictures {what}: {len(places):,} ({named}); --images_as_viewed True {cure}"]
+    named = in_words([f"{path.name!r} of {record}" for path, record in records.items()])
+    return [f"pictures {what}: {len(records):,} ({named}); --images_as_viewed True {remedy}"]
 
 
 def unknown_keys(sources: Sequence[Source], counts: Counter[tuple[int, str]]) -> list[str]:
-    """A sentence for each file with keys that mean nothing."""
+    """A warning for each file with unknown keys."""
     paths = [source.records.path for source in sources]
     by_file: dict[Path, list[str]] = {}
     for (number, key), count in counts.most_common():
         path = paths[number]
-        if number == paths.index(path):  # data.txt may name a file twice
+        if number == paths.index(path):  # data.txt may list a file twice
             plural = "" if count == 1 else "s"
             by_file.setdefault(path, []).append(f"{key!r:.60} in {count:,} record{plural}")
     return [
@@ -231,18 +227,17 @@ def unknown_keys(sources: Sequence[Source], counts: Counter[tuple[int, str]]) ->
     ]
 
 
-def groups_of_equal(hashes: np.ndarray) -> list[np.ndarray]:
-    """Positions of equal hashes that are not 0, for each hash that comes more than once."""
-    order = np.argsort(hashes, kind="stable")
-    ordered = hashes[order]
-    is_repeat = np.pad((ordered[1:] == ordered[:-1]) & (ordered[1:] != 0), 1)
-    edges = np.flatnonzero(is_repeat[1:] != is_repeat[:-1]).reshape(-1, 2)  # first and last of each group
-    groups = [order[first : last + 1] for first, last in edges]
-    return sorted(groups, key=lambda group: group[0])
+def groups_of_equal(hashes: np.ndarray) -> list[list[int]]:
+    """The positions of each nonzero hash that occurs more than once."""
+    _, inverse, counts = np.unique(hashes, return_inverse=True, return_counts=True)
+    groups: dict[int, list[int]] = {}
+    for position in np.flatnonzero((counts[inverse] > 1) & (hashes != 0)).tolist():
+        groups.setdefault(int(inverse[position]), []).append(position)
+    return list(groups.values())
 
 
 def records_in_files(records: Iterable[tuple[Source, int]]) -> Iterator[str]:
-    """ "pets.json: records 3, 7 and 12", for each file."""
+    """For each file its records: "pets.json: records 3, 7 and 12"."""
     by_file: dict[Path, dict[int, None]] = {}
     for source, index in records:
         by_file.setdefault(source.records.path, {})[index] = None
@@ -251,18 +246,19 @@ def records_in_files(records: Iterable[tuple[Source, int]]) -> Iterator[str]:
 
 
 def in_words(items: Sequence[str]) -> str:
-    """ "1, 2 and 3"; many are named in part and counted."""
+    """The items as a phrase: "1, 2 and 3", or "1, 2, … and 7 more" if there are many."""
     shown, num_more = list(items[:MAX_NAMED]), len(items) - MAX_NAMED
     if num_more > 0:
         shown.append(f"{num_more:,} more")
-    return " and ".join([*([", ".join(shown[:-1])] if len(shown) > 1 else []), shown[-1]])
+    return " and ".join(filter(None, [", ".join(shown[:-1]), shown[-1]]))
 
 
 def describe(source: Source, rows: np.ndarray) -> dict[str, Any]:
-    """A source and its samples' lengths before the cut; histogram: [longest, samples] of each doubling."""
+    """A source and its samples' lengths before the cut; histogram: [length limit, samples] per doubling."""
     good = np.array(rows[rows[:, 0] >= 0], dtype=np.int64)
     tokens = good[:, 3] if len(good) else np.zeros(1, dtype=np.int64)
     doublings = np.ceil(np.log2(np.maximum(tokens, 16))).astype(int)
+    num_over, num_tokens = num_cut(good), max(1, int(good[:, 0].sum()))
     return {
         "source": source.name,
         "path": str(source.records.path),
@@ -276,10 +272,10 @@ def describe(source: Source, rows: np.ndarray) -> dict[str, Any]:
             "95 %": float(np.percentile(tokens, 95)),
             "longest": int(tokens.max()),
         },
-        "over_max_length": num_cut(good),
-        "over_max_length_share": num_cut(good) / max(1, len(good)),
-        "image_slot_share": float(good[:, 1].sum() / max(1, good[:, 0].sum())),
-        "supervised_share": float(good[:, 2].sum() / max(1, good[:, 0].sum())),
+        "over_max_length": num_over,
+        "over_max_length_share": num_over / max(1, len(good)),
+        "image_slot_share": int(good[:, 1].sum()) / num_tokens,
+        "supervised_share": int(good[:, 2].sum()) / num_tokens,
         "histogram": [
             [2**power, int((doublings == power).sum())]
             for power in range(doublings.min(), doublings.max() + 1)
@@ -287,15 +283,15 @@ def describe(source: Source, rows: np.ndarray) -> dict[str, Any]:
     }
 
 
-def plan_epoch(
-    reader: SampleReader, lengths: Sequence[np.ndarray], config: CheckConfig, cost: CostModel
+def expected_epoch(
+    reader: SampleReader, lengths: Sequence[np.ndarray], cost: CostModel, config: CheckConfig
 ) -> dict[str, Any]:
-    """What the first epoch is expected to be, packed and not."""
+    """Expected steps, tokens, padding and idle time of the first epoch, packed and unpacked."""
     num_ranks, per_micro_batch = config.num_ranks, config.per_device_train_batch_size
     global_batch = num_ranks * per_micro_batch * config.gradient_accumulation_steps
     sampler = StepSampler(reader.sources, config.seed, global_batch)
     packing = Packing(lengths, reader.encoder.max_length, cost)
-    num_steps = min(sampler.steps_per_epoch, MAX_STEPS_PLANNED)
+    num_steps = min(sampler.steps_per_epoch, MAX_STEPS_ESTIMATED)
     num_tokens = num_rows = padded_tokens = 0
     idle_packed = idle_dealt = 0.0
     for step in range(num_steps):
@@ -305,8 +301,8 @@ def plan_epoch(
         idle_packed += idle_share(packed, costs) / num_steps
         idle_dealt += idle_share(dealt, costs) / num_steps
         num_tokens += int(tokens.sum())
-        num_rows += sum(len(parts) for parts in packed)
-        padded_tokens += sum(len(p) * int(tokens[p].max(initial=0)) for parts in dealt for p in parts)
+        num_rows += sum(map(len, packed))
+        padded_tokens += sum(len(row) * int(tokens[row].max(initial=0)) for rank in dealt for row in rank)
     return {
         "samples": sampler.samples_per_epoch,
         "global_batch": global_batch,
@@ -324,8 +320,10 @@ def plan_epoch(
 
 def as_text(report: dict[str, Any]) -> str:
     """The report for a terminal."""
-    lines = [["source", "records", "bad", "images", "samples an epoch"]]
-    lines[0] += ["mean tokens", "median", "95 %", "longest", "over max_length"]
+    names = (
+        "source, records, bad, images, samples an epoch, mean tokens, median, 95 %, longest, over max_length"
+    )
+    lines: list[Sequence[str]] = [names.split(", ")]
     for source in report["sources"]:
         counts = [source[name] for name in ("records", "bad_records", "images", "samples_per_epoch")]
         counts += source["tokens"].values()
@@ -360,9 +358,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config is None:
         return 2
     try:
-        reader, model_config = open_data(config)
-        cost = cost_model(model_families(), model_config, config.fix_vit)
-        report = check(reader, config, cost)
+        report = check(*open_data(config), config)
     except DataError as error:
         report = {"errors": str(error).splitlines()}
         print(f"error: {error}")
@@ -372,7 +368,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         out.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
-        print(f"\nwarning: {out} cannot be written ({error.strerror}); name a place with --out")
+        print(f"\nwarning: {out} cannot be written ({error.strerror}); set --out to another file")
     else:
         print(f"\nthe whole report is in {out}")
     return 2 if report["errors"] else 0

@@ -1,17 +1,18 @@
-"""The embedded demo's data: easy-VQA, 5,000 pictures of one coloured shape, as this project's own files.
+"""Writes the demo's data: easy-VQA, 5,000 pictures of one coloured shape, in this project's format.
 
     python -m data.easy_vqa OUT
 
     OUT/images/train/17.png, OUT/images/test/3.png      64 × 64 pixels
-    OUT/data.txt          what a base model learns: how much of each of the next three
-    OUT/open.json         10,168 questions for a colour or a shape
-    OUT/yesno.json        28,407 questions for yes or no
+    OUT/data.txt          the base model's training data: a mixture of the next three files
+    OUT/open.json         10,168 questions about a colour or a shape
+    OUT/yesno.json        28,407 yes-or-no questions
     OUT/text.json         English → Chinese, without a picture
     OUT/test.json         9,673 questions about the 1,000 held-out pictures, and held-out translations
-    OUT/chinese.txt       what an adapter learns: the training questions asked and answered in Chinese
+    OUT/chinese.txt       an adapter's training data: the training questions and answers in Chinese
     OUT/chinese.json, OUT/chinese_test.json
 
-Every conversation is one question, as it will be asked: several about one picture would give answers away.
+Every conversation is one question, as in the test: several about one picture would reveal each other's
+answers.
 
     {"id": "colour-1", "image": ["images/train/0.png"],
      "conversations": [{"from": "user", "value": "<ImageHere>what color is the shape?"},
@@ -70,7 +71,7 @@ SIDES = (48, 64, 96)
 TRANSLATE = "translate to Chinese: "
 EASY_VQA_FILES = ("open.json", "yesno.json", "text.json")
 EACH_HELD_OUT = 10
-"""One translation in so many is kept for the test."""
+"""One translation in this many is used for the test."""
 
 
 def in_chinese(question: str) -> str:
@@ -86,25 +87,27 @@ def in_chinese(question: str) -> str:
         ):
             prefix = "".join(COLOURS[word] for word in colour)
             return chinese.format(prefix + SHAPES.get(noun, "图形"))
-    raise DataError(f"easy-VQA has a question that is not known here: {question!r}")
+    raise DataError(f"easy-VQA has a question without a translation: {question!r}")
 
 
 def kind_of(answer: str) -> str:
-    """colour, shape or yesno."""
+    """The kind of a question's answer: colour, shape or yesno."""
     return "colour" if answer in COLOURS else "shape" if answer in SHAPES else "yesno"
 
 
 def write_demo_data(folder: Path, num_images: int | None = None, unequal: bool = False) -> None:
-    """Fill `folder`; what is already there is written again.
+    """Write all files to `folder`, overwriting those that exist.
 
-    num_images: only so many pictures each of training and test.
-    unequal: stretch the pictures to sides of 48, 64 or 96 pixels, as a high-resolution model takes them.
-    DataError if easy-vqa is not installed, or is not what it was.
+    DataError if easy-vqa is not installed or has unexpected contents.
+
+    Args:
+        num_images: at most so many pictures each for training and test; None means all.
+        unequal: stretch the pictures to sides of 48, 64 or 96 pixels, for a high-resolution model.
     """
     easy_vqa = _easy_vqa()
     folder.mkdir(parents=True, exist_ok=True)
     splits: dict[str, list[dict[str, Any]]] = {}
-    in_chinese_splits: dict[str, list[dict[str, Any]]] = {}
+    chinese_splits: dict[str, list[dict[str, Any]]] = {}
     for split in ("train", "test"):
         paths: dict[int, str] = getattr(easy_vqa, f"get_{split}_image_paths")()
         kept = dict.fromkeys(sorted(paths)[:num_images])
@@ -123,19 +126,19 @@ def write_demo_data(folder: Path, num_images: int | None = None, unequal: bool =
                 picture, name = f"images/{split}/{image}.png", f"{kind_of(answer)}-{number}"
                 records.append(_record(name, question, answer, picture))
                 translated.append(_record(name, in_chinese(question), ANSWERS[answer], picture))
-        splits[split], in_chinese_splits[split] = records, translated
+        splits[split], chinese_splits[split] = records, translated
 
-    questions = sorted({_question(record).removeprefix(PLACEHOLDER) for record in splits["train"]})
-    pairs = [*ANSWERS.items(), *((question, in_chinese(question)) for question in questions)]
+    asked = {record["conversations"][0]["value"].removeprefix(PLACEHOLDER) for record in splits["train"]}
+    pairs = [*ANSWERS.items(), *((question, in_chinese(question)) for question in sorted(asked))]
     text = [_record(f"text-{i}", TRANSLATE + pair[0], pair[1]) for i, pair in enumerate(pairs)]
-    held_out = text[len(ANSWERS) :: EACH_HELD_OUT]  # of the questions: the words must be learnt
+    held_out = text[len(ANSWERS) :: EACH_HELD_OUT]  # only questions, as each single word must be learnt
     train = splits["train"]
     _write(folder / "open.json", [record for record in train if not record["id"].startswith("yesno")])
     _write(folder / "yesno.json", [record for record in train if record["id"].startswith("yesno")])
     _write(folder / "text.json", [record for record in text if record not in held_out])
     _write(folder / "test.json", splits["test"] + held_out)
-    _write(folder / "chinese.json", in_chinese_splits["train"])
-    _write(folder / "chinese_test.json", in_chinese_splits["test"])
+    _write(folder / "chinese.json", chinese_splits["train"])
+    _write(folder / "chinese_test.json", chinese_splits["test"])
     (folder / "data.txt").write_text(DATA_TXT, encoding="utf-8")
     (folder / "chinese.txt").write_text(CHINESE_TXT, encoding="utf-8")
 
@@ -148,7 +151,7 @@ def _easy_vqa() -> Any:
         return easy_vqa
     except (ImportError, AttributeError, OSError) as error:
         raise DataError(
-            "the demo's pictures come with the package easy-vqa, which is not there or not complete "
+            "the demo's pictures come with the package easy-vqa, which is missing or incomplete "
             f"({error}); install it with: pip install -e '.[demo]'"
         ) from error
 
@@ -161,12 +164,8 @@ def _record(name: str, question: str, answer: str, image: str | None = None) -> 
     return {"id": name, **({"image": [image]} if image else {}), "conversations": conversation}
 
 
-def _question(record: dict[str, Any]) -> str:
-    return record["conversations"][0]["value"]
-
-
 def _write(path: Path, records: list[dict[str, Any]]) -> None:
-    """A JSON array, one record a line."""
+    """Write a JSON array, one record per line."""
     lines = ",\n".join(json.dumps(record, ensure_ascii=False) for record in records)
     path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 

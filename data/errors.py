@@ -1,14 +1,14 @@
-"""The one exception for what a user's data gets wrong.
+"""The exception for problems in a user's data.
 
     raise DataError("pets.json: record 7 (id 'cat-7') turn 0 has the unknown role 'sytem'; use one of …")
 
-A problem is one sentence on one line: the file, the record's index and id, what is wrong and what to
-do. Several problems that are found together make one exception, a line each.
+A problem is one sentence on one line: the file, the record's index and id, the mistake and the fix. Several
+problems found together are one exception, one line each.
 """
 
 
 class DataError(ValueError):
-    """The data that the user gave cannot be used as it is; `str` gives a line for each problem."""
+    """The user's data cannot be used; `str` gives one line per problem."""
 
     def __init__(self, *problems: str):
         super().__init__(*problems)
@@ -18,9 +18,9 @@ class DataError(ValueError):
 
 
 def _printable(text: str) -> str:
-    """A file may name anything: line ends, terminal codes and half characters are shown, not sent."""
+    """Escapes line ends, terminal codes and half characters, which names in a file may contain."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class FileChangedError(DataError):
-    """A file of records that changed while it was in use. It is never skipped as a bad record may be."""
+    """A file of records changed while it was in use. Unlike a bad record, it is never skipped."""

@@ -1,17 +1,16 @@
-"""Image files → pictures that a model's processor can take, or one sentence about why not.
+"""Image files → pictures for a model's processor, or a DataError with the reason.
 
-    image = open_image("photo.jpg")   # the header alone is read and checked
+    image = open_image("photo.jpg")   # reads and checks only the header
     size_of(image, processor)         # (4032, 3024)
     process(image, processor)         # decoded: float32 [3, H, W]
 
-What becomes of the pixels is the processor's matter (`ImageProcessor`). Files over MAX_PIXELS, broken or cut
-files and formats outside FORMATS are refused; nothing is decoded before the header is found good.
+The model's `ImageProcessor` computes the pixels. Images over MAX_PIXELS, broken or truncated files and
+formats not in FORMATS are rejected, and nothing is decoded before the header is checked.
 """
 
 import stat
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -26,28 +25,27 @@ FORMATS = tuple(
     for name in ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
     if name in Image.OPEN
 )
-"""What this Pillow can read of what people train on. Of its other formats some start programs (EPS)."""
+"""Formats allowed, if this Pillow can read them. Some of its other formats start programs (EPS)."""
 MAX_PIXELS = 100_000_000
-"""300 MB decoded. A header may claim any size; the file need not be large."""
+"""300 MB decoded. Even a small file may claim any size in its header."""
 
 T = TypeVar("T")
 
 
 class ImageProcessor(Protocol):
-    """What the data path needs of a model's image processor. Its `repr` names all that the pixels depend
-    on."""
+    """The interface of a model's image processor. Its `repr` includes every setting that changes pixels."""
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        """[3, H, W] float32 of an image of any mode; ValueError for one that has no meaning as RGB."""
+        """[3, H, W] float32 of an image of any mode; ValueError if it cannot be converted to RGB."""
         ...
 
     @property
     def as_viewed(self) -> bool:
-        """Whether images are turned by their EXIF data, and transparent ones laid on white."""
+        """Whether images are turned by their EXIF data and transparent ones are put on white."""
         ...
 
     def rgb(self, image: Image.Image) -> Image.Image:
-        """What the first step of that makes of the image: its RGB picture, before resizing."""
+        """The RGB picture before resizing, the first step of processing."""
         ...
 
     def size(self, image: Image.Image) -> tuple[int, int]:
@@ -55,7 +53,7 @@ class ImageProcessor(Protocol):
         ...
 
     def num_tokens(self, width: int, height: int) -> int:
-        """Image slots that a picture of this size takes."""
+        """Image slots of a picture of this size."""
         ...
 
     def dummy(self) -> torch.Tensor:
@@ -64,25 +62,25 @@ class ImageProcessor(Protocol):
 
     @property
     def hd_num(self) -> int | None:
-        """The most tiles that a picture is cut into; None where all pictures take the same slots."""
+        """Largest number of tiles per picture; None if all pictures have the same number of slots."""
         ...
 
     def smaller(self) -> "Sequence[ImageProcessor]":
-        """The same with fewer and fewer tiles, down to one; empty where there are no fewer."""
+        """The same processor with fewer and fewer tiles, down to one; empty if there are none."""
         ...
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Reads the header; the pixels stay on disk until `process`. DataError if there is nothing to read."""
+    """Reads the header; `process` reads the pixels. DataError if the file cannot be used."""
     try:
-        # A folder cannot be read, and a pipe or a device may never end.
+        # A folder cannot be read, and reading a pipe or a device may never end.
         if not stat.S_ISREG(Path(path).stat().st_mode):
             raise ValueError("it is not a file")
-        with _quiet():
+        with warnings.catch_warnings(action="ignore"):  # of images that are rejected anyway, or harmless
             image = Image.open(path, formats=FORMATS)
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist; paths start at the JSON file or --image_root") from error
-    except Exception as error:  # decoders raise what they like on a broken header
+    except Exception as error:  # decoders raise exceptions of any type on a broken header
         raise DataError(f"{path} cannot be opened: {_reason(error)}") from error
     width, height = image.size
     if not 0 < width * height <= MAX_PIXELS:
@@ -92,34 +90,26 @@ def open_image(path: str | Path) -> Image.Image:
 
 
 def process(image: Image.Image, function: Callable[[Image.Image], T]) -> T:
-    """`function(image)` of an opened image, which decodes it: a processor, or a part of one.
+    """Decodes an opened image and returns `function(image)`; function: a processor, or one step of it.
 
-    DataError if the image's data is cut or broken, or has no meaning as RGB.
+    DataError if the data is truncated or broken or cannot be converted to RGB.
     """
     path = getattr(image, "filename", "") or "the image"
     try:
-        with _quiet():
+        with warnings.catch_warnings(action="ignore"):
             image.load()
             return function(image)
-    except Exception as error:  # decoders raise what they like on broken data
+    except Exception as error:  # decoders raise exceptions of any type on broken data
         raise DataError(f"{path} cannot be decoded: {_reason(error)}") from error
 
 
 def size_of(image: Image.Image, processor: ImageProcessor) -> tuple[int, int]:
-    """(width, height) of an opened image as the processor will see it, from the header alone."""
+    """(width, height) of an opened image as the processor will see it, read from the header."""
     try:
-        with _quiet():
+        with warnings.catch_warnings(action="ignore"):
             return processor.size(image)
-    except Exception as error:  # as above
+    except Exception as error:
         raise DataError(f"{getattr(image, 'filename', '')} has broken EXIF data: {_reason(error)}") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Pillow's warnings say what is refused or does not matter, on every worker's terminal."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _reason(error: Exception) -> str:

@@ -1,11 +1,11 @@
-"""What an epoch declared and what it really trained on, a line per source.
+"""The ledger of an epoch: declared and really trained samples, tokens and loss, one line per source.
 
     sums += tally(micro_batch, token_losses, len(sources))      # for every micro-batch, over all ranks
     print(ledger_table(ledger_rows(sources, sums, epoch=0)))
     source  declared  realised  left out  supervised tokens  mean loss  unique records
     pets       2,000     1,998         2             81,204     1.2034  2,000 of 5,000
 
-Sums are plain numbers: they add up over micro-batches, ranks, steps, and a run that stops within an epoch.
+The sums add up over micro-batches, ranks and steps, and over the runs of an epoch that was resumed.
 """
 
 from collections.abc import Sequence
@@ -22,12 +22,12 @@ def tally(batch: MicroBatch, losses: torch.Tensor, num_sources: int) -> torch.Te
 
     The rows are samples, samples left out, supervised tokens and losses.
 
-    Args: losses: of each supervised token of the micro-batch, in the order of `source_of_target`.
+    Args: losses: the loss of each supervised token, in the order of `source_of_target`.
     """
     left_out = [*batch.skipped, *batch.unsupervised]
     counts = [
-        torch.tensor([number for number, _ in of_source], dtype=torch.int64).bincount(minlength=num_sources)
-        for of_source in (batch.sample_ids, left_out)
+        torch.tensor([source for source, _ in samples], dtype=torch.int64).bincount(minlength=num_sources)
+        for samples in (batch.sample_ids, left_out)
     ]
     sums = torch.zeros(4, num_sources, dtype=torch.float64, device=losses.device)
     sums[:2] = torch.stack(counts)
@@ -37,7 +37,7 @@ def tally(batch: MicroBatch, losses: torch.Tensor, num_sources: int) -> torch.Te
 
 
 def ledger_rows(sources: Sequence[Source], sums: torch.Tensor, epoch: int) -> list[dict[str, Any]]:
-    """A record per source at the end of an epoch (from 0); sums: `tally` of all of it, [4, sources]."""
+    """One row per source at the end of an epoch (from 0); sums: `tally` of the whole epoch, [4, sources]."""
     return [
         {
             "source": source.name,
@@ -46,7 +46,7 @@ def ledger_rows(sources: Sequence[Source], sums: torch.Tensor, epoch: int) -> li
             "left_out_samples": int(left_out),
             "supervised_tokens": int(tokens),
             "mean_loss": loss / tokens if tokens else None,
-            # No record comes twice before every one has come once.
+            # No record is used twice before every record is used once.
             "unique_records": min(len(source.records), source.num_samples * (epoch + 1)),
             "records": len(source.records),
         }
@@ -73,11 +73,9 @@ def ledger_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def table(lines: Sequence[Sequence[str]]) -> str:
-    """Columns of text, the first to the left and the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            [line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))]
-        )
-        for line in lines
-    )
+    """Aligned columns of text: the first to the left, the others to the right."""
+    columns = []
+    for number, column in enumerate(zip(*lines, strict=True)):
+        width = max(map(len, column))
+        columns.append([cell.rjust(width) if number else cell.ljust(width) for cell in column])
+    return "\n".join(map("  ".join, zip(*columns, strict=True)))

@@ -1,14 +1,14 @@
-"""The lengths of samples without decoding an image: computed once by all cores, then cached.
+"""The lengths of samples, measured without decoding images: once, on all cores, then cached.
 
     lengths = measure_lengths(reader, needed_records(sampler, range(1000)))
     lengths[0][7]         # record 7 of the first source: int32 [tokens, image slots, supervised tokens,
                           # tokens before the cut at max_length]
 
-Text is tokenised and image sizes come from the files' headers, so lengths are exactly what the loader will
-make. A record that cannot be used is BAD; `bad_samples` says why. The cache lies beside the JSON file, its
-name made of all that lengths depend on: the file, the conversation format and tokenizer, the image processor,
-max_length and what becomes of longer samples, the image root. The sizes of image files are not among it: when
-they change, remove `*.lengths`.
+Text is tokenised and image sizes are read from the files' headers, so the lengths are exactly those that the
+loader will produce. A record that cannot be used is BAD; `bad_samples` gives the reasons. The cache is a file
+beside the JSON file, named by a hash of everything that lengths depend on: the JSON file, the conversation
+format and tokenizer, the image processor, max_length, the handling of longer samples, the image root. The
+images themselves are not part of it: if their sizes change, remove `*.lengths`.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from data.sampler import StepSampler
 CHUNK_RECORDS = 256
 """Records that a worker measures at a time."""
 VERSION = 4
-"""Raise it when samples are encoded differently."""
+"""Increase it when samples are encoded differently."""
 BAD, UNMEASURED = -1, -2
 
 
@@ -41,13 +41,13 @@ def measure_lengths(
     num_workers: int | None = None,
     show_progress: bool = True,
 ) -> list[np.ndarray]:
-    """int32 [records, 4] of each source: tokens, image slots, supervised tokens, tokens before the cut.
+    """int32 [records, 4] for each source: tokens, image slots, supervised tokens, tokens before the cut.
 
-    A bad record has BAD in all four, and one that nobody has needed yet UNMEASURED.
+    A bad record has BAD in all four columns, one that was never needed UNMEASURED.
 
     Args:
-        needed: of each source the records that are wanted (`needed_records`); None means all.
-        num_workers: processes; None means one a core.
+        needed: the records to measure for each source (`needed_records`); None means all.
+        num_workers: processes; None means one per core.
     """
     caches = [_cache_paths(reader, number) for number in range(len(reader.sources))]
     lengths = [
@@ -55,7 +55,7 @@ def measure_lengths(
     ]
     if needed is None:
         needed = [np.arange(len(rows)) for rows in lengths]
-    # What was bad may have been mended: an image that was missing is there now.
+    # Bad records are measured again, as a missing image may have been added since.
     missing = [wanted[rows[wanted, 0] < 0] for wanted, rows in zip(needed, lengths, strict=True)]
     chunks = chunks_of(missing)
     results = in_parallel(partial(_measure, reader), chunks, num_workers)
@@ -71,7 +71,7 @@ def measure_lengths(
 
 
 def needed_records(sampler: StepSampler, steps: range) -> list[np.ndarray]:
-    """The records of each source that some steps train on: of a short run on a large file, only a few."""
+    """The records of each source that these steps train on: only a few for a short run on a large file."""
     used = [np.zeros(len(source.records), dtype=bool) for source in sampler.sources]
     for step in steps:
         samples = sampler.samples(step)
@@ -81,7 +81,7 @@ def needed_records(sampler: StepSampler, steps: range) -> list[np.ndarray]:
 
 
 def bad_samples(reader: SampleReader, lengths: Sequence[np.ndarray], max_named: int = 5) -> list[str]:
-    """What is wrong with the records that have no length, at most `max_named` of each source by name."""
+    """The problems of the records without a length: `max_named` per source, and a count of the others."""
     problems = []
     for number, rows in enumerate(lengths):
         bad = np.flatnonzero(rows[:, 0] == BAD)
@@ -97,27 +97,30 @@ def bad_samples(reader: SampleReader, lengths: Sequence[np.ndarray], max_named: 
 
 
 def num_cut(rows: np.ndarray) -> int:
-    """How many samples of a source's lengths are over max_length. A bad or unmeasured one is not."""
+    """Number of samples over max_length; rows: a source's lengths. Bad or unmeasured ones do not count."""
     return int((rows[:, 3] > rows[:, 0]).sum())
 
 
 Chunk = tuple[int, np.ndarray]
-"""(source, records)"""
+"""(source, some of its records)"""
 
 
-def chunks_of(records: Sequence[np.ndarray]) -> list[Chunk]:
-    """Records of each source, in pieces for `in_parallel`."""
+def chunks_of(records_by_source: Sequence[np.ndarray]) -> list[Chunk]:
+    """Splits the records of each source into tasks for `in_parallel`."""
     return [
-        (number, part[begin : begin + CHUNK_RECORDS])
-        for number, part in enumerate(records)
-        for begin in range(0, len(part), CHUNK_RECORDS)
+        (number, records[begin : begin + CHUNK_RECORDS])
+        for number, records in enumerate(records_by_source)
+        for begin in range(0, len(records), CHUNK_RECORDS)
     ]
 
 
 def in_parallel(
     function: Callable[[Any], Any], tasks: Sequence[Any], num_workers: int | None = None
 ) -> Iterator[Any]:
-    """function(task) of each task, in order, from worker processes (None: one a core); DataError as it is."""
+    """function(task) for each task, in order, from worker processes (None: one per core).
+
+    A DataError raised by the function is raised here without a worker's traceback.
+    """
     if num_workers is None:
         has_affinity = hasattr(os, "sched_getaffinity")
         num_workers = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
@@ -125,7 +128,7 @@ def in_parallel(
     results = DataLoader(
         _Calls(function, tasks),
         batch_size=None,
-        collate_fn=_as_it_is,
+        collate_fn=_unchanged,
         num_workers=num_workers if len(tasks) > 1 else 0,
         worker_init_fn=start_worker,
     )
@@ -149,8 +152,8 @@ class _Calls(Dataset[Any]):
             return error  # raised in a worker, it would arrive wrapped in a traceback
 
 
-def _as_it_is(result: Any) -> Any:
-    return result  # DataLoader's own choice would turn arrays into tensors
+def _unchanged(result: Any) -> Any:
+    return result  # DataLoader's default would turn arrays into tensors
 
 
 def _measure(reader: SampleReader, chunk: Chunk) -> np.ndarray:

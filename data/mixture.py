@@ -1,4 +1,4 @@
-"""data.txt → sources, and how many samples an epoch takes from each.
+"""data.txt → sources, and the number of samples that an epoch takes from each.
 
     # data.txt: <json path> <number>
     pets/train.json   0.02        20 samples an epoch (thousands; --given_num True)
@@ -6,8 +6,8 @@
     text only.json                no number: the whole file once
 
 With `--given_num False` the number is a ratio of the file: 0.5 is every second record. Paths are relative to
-data.txt and may hold spaces and quotes; quotes around the whole path are taken off. A `#` at the start of a
-line or after white space starts a comment. A .json or .jsonl file may stand in for data.txt.
+data.txt and may contain spaces and quotes; quotes around the whole path are removed. A `#` at the start of a
+line or after white space starts a comment. A .json or .jsonl file may be given instead of data.txt.
 """
 
 import math
@@ -20,11 +20,11 @@ from data.records import Records
 from data.sample import Sample, parse_sample
 
 MAX_PROBLEMS_SHOWN = 5
-"""Of one file: the rest is counted."""
+"""Problems of one file that are listed; the others are counted."""
 USUAL_REPETITIONS = 10
-"""Of a record in an epoch; more are said, as the number in data.txt may have been meant otherwise."""
+"""Uses of a record in an epoch; more give a warning, as data.txt may have been meant differently."""
 MAX_SAMPLES = 10**9
-"""An epoch's order is held in memory: 16 bytes a sample."""
+"""The order of an epoch is kept in memory: 16 bytes a sample."""
 
 
 @dataclass(frozen=True)
@@ -32,48 +32,47 @@ class Source:
     """One line of data.txt."""
 
     name: str
-    """Unique in the mixture: the file's stem where that is enough, else its path, else path and line."""
+    """Unique in the mixture: the file's stem if that is enough, else its path, else path and line."""
     records: Records
     num_samples: int
-    """Samples an epoch."""
+    """Samples per epoch."""
     image_root: Path
 
     @property
     def repetition(self) -> str | None:
-        """A sentence about a file whose records an epoch takes unusually often."""
+        """A warning if an epoch uses each record unusually often, else None."""
         num_records = len(self.records)
         times = self.num_samples / num_records
         if times <= USUAL_REPETITIONS:
             return None
         return (
             f"{self.records.path}: {self.num_samples:,} samples an epoch of {num_records:,} "
-            f"record{'' if num_records == 1 else 's'}, "
-            f"each about {times:,.0f} times; numbers in data.txt are thousands of samples, or ratios with "
-            "--given_num False"
+            f"record{'' if num_records == 1 else 's'}, each about {times:,.0f} times; "
+            "numbers in data.txt are thousands of samples, or ratios with --given_num False"
         )
 
-    def where(self, index: int, record_id: str | None = None) -> str:
-        """A record's place in words: "pets/train.json: record 7 (id 'cat-7')"."""
+    def where(self, index: int) -> str:
+        """A record's file, index and id, for messages: "pets/train.json: record 7 (id 'cat-7')"."""
+        record_id = self.record_id(index)
         return f"{self.records.path}: record {index}" + ("" if record_id is None else f" (id {record_id!r})")
 
     def record_id(self, index: int) -> str | None:
         """The record's id; None if it has none or cannot be read."""
         try:
-            return str(self.records[index]["id"])
-        except (DataError, TypeError, KeyError):
+            record = self.records[index]
+        except DataError:
             return None
+        record_id = record.get("id") if isinstance(record, dict) else None
+        return None if record_id is None else str(record_id)
 
     def sample(self, index: int, needs_answer: bool = True) -> Sample:
-        """The record as a sample. DataError, with its place, if it cannot be used."""
-        record_id = None
+        """The record as a sample; DataError that names file, index and id if it cannot be used."""
         try:
-            record = self.records[index]
-            record_id = record.get("id") if isinstance(record, dict) else None
-            return parse_sample(record, needs_answer)
+            return parse_sample(self.records[index], needs_answer)
         except FileChangedError:
             raise
         except DataError as error:
-            raise DataError(f"{self.where(index, record_id)} {error}") from error
+            raise DataError(f"{self.where(index)} {error}") from error
 
 
 def read_mixture(
@@ -84,13 +83,11 @@ def read_mixture(
     skip_bad: bool = False,
     show_progress: bool = True,
 ) -> list[Source]:
-    """Reads data.txt (or one JSON file) and indexes its files.
+    """Reads data.txt (or one JSON file) and indexes its files; DataError with all problems of all files.
 
     Args:
-        image_root: where image paths start; None means the folder of their JSON file.
-        skip_bad: leave bad records to the loader, which skips and counts them.
-
-    Raises DataError with every problem of every file.
+        image_root: folder that image paths are relative to; None means the folder of their JSON file.
+        skip_bad: do not report bad records here; the loader skips and counts them.
     """
     data_path = Path(data_path)
     lines = [_Line(0, data_path, None)] if data_path.suffix in (".json", ".jsonl") else _read_lines(data_path)
@@ -114,10 +111,10 @@ def read_mixture(
 @dataclass(frozen=True)
 class _Line:
     number: int
-    """From 1; 0 where a JSON file stands in for data.txt."""
+    """From 1; 0 if a JSON file was given instead of data.txt."""
     path: Path
     amount: str | None
-    """What is written behind the path."""
+    """The text after the path."""
 
 
 def _read_lines(data_path: Path) -> list[_Line]:
@@ -164,7 +161,7 @@ def _num_samples(line: _Line, num_records: int, given_num: bool) -> int:
     exact = amount * (1000 if given_num else num_records)
     if not math.isfinite(exact) or exact < 0:
         raise DataError(f"{line.path}: {line.amount!r} is not a number of samples; write for example 0.5")
-    # Half a sample counts as one; the tiny term is for products like 0.0015 × 1000 = 1.4999999999999998.
+    # Rounds half up; the tiny term corrects products like 0.0015 × 1000 = 1.4999999999999998.
     num_samples = math.floor(exact + 0.5 + 1e-9)
     if num_samples == 0:
         meaning = "thousands of samples" if given_num else f"of its {num_records} records"
@@ -180,20 +177,12 @@ def _num_samples(line: _Line, num_records: int, given_num: bool) -> int:
 
 def _problems_of(source: Source) -> list[str]:
     records = source.records
-    shown = [_problem(source, index, what) for index, what in records.problems[:MAX_PROBLEMS_SHOWN]]
+    shown = [f"{source.where(index)} {what}" for index, what in records.problems[:MAX_PROBLEMS_SHOWN]]
     if (num_more := records.num_problems - len(shown)) > 0:
         shown.append(
             f"{records.path}: {num_more} more records cannot be used; `python -m data.check` lists them"
         )
     return shown
-
-
-def _problem(source: Source, index: int, what: str) -> str:
-    try:
-        source.sample(index)
-    except DataError as error:
-        return str(error)
-    return f"{source.where(index)} {what}"
 
 
 def _unique_names(lines: list[_Line]) -> list[str]:

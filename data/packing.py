@@ -1,8 +1,8 @@
-"""The step plan: which rank runs which sample of an optimizer step, in which micro-batch.
+"""The plan of an optimizer step: which rank computes which samples, in which micro-batch.
 
-A plan is `plan[rank][micro_batch]` → indices into the step's samples, int64. Every rank has equally many
-micro-batches, because all ranks run their collectives together; one may be empty. A plan decides who computes
-what and nothing else: the step trains on the same samples, and its loss is one mean over them.
+A plan is `plan[rank][micro_batch]` → indices into the step's samples, int64. Every rank has the same number
+of micro-batches, because all ranks run their collectives together; a micro-batch may be empty. A plan changes
+only where samples are computed: the step trains on the same samples, and its loss is one mean over them.
 
     deal(num_samples=8, num_ranks=2, samples_per_micro_batch=2)
     → rank 0: [0 1] [4 5]    rank 1: [2 3] [6 7]
@@ -10,7 +10,7 @@ what and nothing else: the step trains on the same samples, and its loss is one 
     → rank 0: [0 1]          rank 1: [2]
 
 Packed, a micro-batch is one row of whole samples, at most max_tokens long, without padding. Ranks wait for
-each other in every micro-batch, so the rows of one round must cost the same:
+each other in every micro-batch, so the rows of one round should cost the same:
 
     pack(tokens=[90, 10, 50, 40, 60], costs=[90, 10, 50, 40, 60], num_ranks=2, max_tokens=100)
     → rank 0: [0] [2]        rank 1: [4] [1 3]       # 90 beside 60, then 50 beside 50
@@ -25,10 +25,10 @@ Plan = list[list[np.ndarray]]
 
 
 def deal(num_samples: int, num_ranks: int, samples_per_micro_batch: int) -> Plan:
-    """Deals a step's samples in order, evenly, to the fewest micro-batches that every rank has as many of."""
+    """Deals a step's samples in order and evenly into the fewest micro-batches, equally many per rank."""
     num_rounds = -(-num_samples // (num_ranks * samples_per_micro_batch))
-    parts = np.array_split(np.arange(num_samples), num_rounds * num_ranks)
-    return [parts[rank::num_ranks] for rank in range(num_ranks)]
+    micro_batches = np.array_split(np.arange(num_samples), num_rounds * num_ranks)
+    return [micro_batches[rank::num_ranks] for rank in range(num_ranks)]
 
 
 def pack(tokens: np.ndarray, costs: np.ndarray, num_ranks: int, max_tokens: int) -> Plan:
@@ -50,7 +50,7 @@ def pack(tokens: np.ndarray, costs: np.ndarray, num_ranks: int, max_tokens: int)
 def _fill_rows(
     tokens: np.ndarray, costs: np.ndarray, num_rows: int, max_tokens: int
 ) -> tuple[list[list[int]], np.ndarray] | None:
-    """Each sample, the costliest first, to the row that costs least of those with room; None if none has."""
+    """Adds each sample, costliest first, to the cheapest row with room; None if no row has room."""
     rows: list[list[int]] = [[] for _ in range(num_rows)]
     row_tokens, row_costs = np.zeros(num_rows, dtype=np.int64), np.zeros(num_rows)
     for sample in np.argsort(-costs, kind="stable"):
@@ -65,22 +65,22 @@ def _fill_rows(
 
 
 def idle_share(plan: Plan, costs: np.ndarray) -> float:
-    """The share of all ranks' time that is spent waiting for the slowest rank of each round."""
-    loads = np.array([[float(costs[part].sum()) for part in parts] for parts in plan])  # [ranks, rounds]
+    """Fraction of all ranks' time spent waiting for the slowest rank of each round."""
+    loads = np.array([[float(costs[row].sum()) for row in rank] for rank in plan])  # [ranks, rounds]
     return 1 - float(loads.sum() / (loads.max(axis=0).sum() * len(plan))) if loads.any() else 0.0
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """What a sample costs, in units of one text token's way through the language model.
+    """The cost of a sample; one text token's pass through the language model costs 1, without attention.
 
-    The defaults are those of a 7B model with square images; `from_sizes` derives them for any.
+    The defaults are those of a 7B model with square images; `from_sizes` computes them for any model.
     """
 
     image_slot: float = 0.05
-    """The vision tower's work for one image slot."""
+    """Cost of one image slot in the vision tower."""
     token_pair: float = 1.9e-5
-    """Attention between two tokens of a sample."""
+    """Cost of the attention between two tokens of a sample."""
 
     @classmethod
     def from_sizes(
@@ -93,14 +93,14 @@ class CostModel:
         patches_per_slot: int,
         trains_vision: bool,
     ) -> "CostModel":
-        """Multiplications per token, from what a configuration says.
+        """Counts multiplications per token from the sizes in a model's configuration.
 
         Args:
             language, vision: (hidden size, intermediate size, layers).
             kv_share: key-value heads / heads.
-            patches_per_image: patches that attend to each other in the vision tower: one image or tile.
-            patches_per_slot: 1, or 4 where 2 × 2 patches merge.
-            trains_vision: a frozen tower runs forward only, a third of the work.
+            patches_per_image: patches of an image or tile, which attend to each other in the vision tower.
+            patches_per_slot: 1, or 4 if 2 × 2 patches are merged.
+            trains_vision: False for a frozen tower, which runs only forward: a third of the work.
         """
         hidden, intermediate, layers = language
         per_token = layers * (hidden * hidden * (2 + 2 * kv_share) + 3 * hidden * intermediate)
@@ -119,12 +119,12 @@ class CostModel:
 
 @dataclass(frozen=True)
 class Packing:
-    """Plans steps from the samples' lengths (`data.lengths`)."""
+    """Computes the plans of packed steps from the samples' lengths (`data.lengths`)."""
 
     lengths: Sequence[np.ndarray]
-    """Of each source: int32 [records, 3 or more], tokens, image slots, supervised tokens."""
+    """int32 [records, 3 or more] for each source: tokens, image slots, supervised tokens."""
     max_tokens: int
-    """Of a row: the samples' max_length."""
+    """Most tokens of a row: max_length."""
     cost: CostModel = CostModel()
 
     def plan(self, samples: np.ndarray, num_ranks: int) -> Plan:
@@ -133,7 +133,7 @@ class Packing:
         return pack(tokens, costs, num_ranks, self.max_tokens)
 
     def measure(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens, costs) of samples; what will be left out has neither."""
+        """Tokens and costs of samples; both are 0 for samples that will be left out."""
         rows = np.array([self.lengths[source][record] for source, record in samples], dtype=np.int64)
         assert rows.min() >= -1, "a sample of this step was never measured"
         tokens, image_slots = np.where(rows[:, 2:3] > 0, rows[:, :2], 0).T

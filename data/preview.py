@@ -1,8 +1,8 @@
-"""`python -m data.preview data.txt --model_name_or_path DIR --out preview.html`: what the model will get.
+"""Shows the model's inputs: `python -m data.preview data.txt --model_name_or_path DIR --out preview.html`.
 
-One page that needs no network, of the first samples of the training order, from the training's own loader:
-rows as they are packed, pictures as the model gets them, tokens coloured by role and by whether they are
-trained. A menu shows one source alone; `preview.html#source=pets` opens with that choice.
+Writes one page, usable offline, with the first samples of the training order from the training's own loader:
+rows as they are packed, pictures as the model sees them, tokens coloured by role and by whether they are
+trained. A menu selects one source; `preview.html#source=pets` opens with that selection.
 """
 
 import base64
@@ -20,13 +20,12 @@ import torch
 from PIL import Image
 
 from data.batch import MicroBatch
-from data.config import DataConfig
 from data.errors import DataError
 from data.images import ImageProcessor
 from data.lengths import measure_lengths
 from data.loader import SampleReader, StepLoader
 from data.packing import CostModel, Packing
-from data.reader import cost_model, model_families, open_data, parse_command
+from data.reader import CommandConfig, open_data, parse_command
 from data.sampler import StepSampler
 from data.tokens import IGNORED
 
@@ -52,7 +51,7 @@ img {{ max-height: 14em; max-width: 100%; margin: .3em .5em 0 0; border: 1px sol
 <span id="shown"></span> ·
 <i class="user">user</i> <i class="assistant">assistant</i> <i class="system">system</i>
 <i class="control">control token</i> <i class="trained">trained</i> <i class="slots">image slots</i>
-<i class="text">what bytes spell</i></header>
+<i class="text">text of byte tokens</i></header>
 {body}
 <script>
 const menu = document.getElementById("source");
@@ -77,26 +76,21 @@ show();
 
 
 @dataclass
-class PreviewConfig(DataConfig):
-    """`python -m data.preview data.txt --model_name_or_path DIR`: the first samples as the model will get
-    them."""
+class PreviewConfig(CommandConfig):
+    """Preview the model's inputs: `python -m data.preview data.txt --model_name_or_path DIR`."""
 
-    # --- the page ------------------------------------------------------------------------------------
+    # --- the command ---------------------------------------------------------------------------------
     num_samples: int = 32
     """Samples on the page, the first of the training order."""
-    fix_vit: bool = True
-    """Whether the training freezes the vision tower: how rows are packed depends on it."""
-    num_workers: int | None = None
-    """Processes that measure lengths; one a core by default."""
     out: str = "preview.html"
-    """The page."""
+    """File to write the page to."""
 
     def problems(self) -> list[str]:
-        return super().problems() + self.too_small(num_samples=1, num_workers=0)
+        return super().problems() + self.too_small(num_samples=1)
 
 
-def preview(reader: SampleReader, config: PreviewConfig, cost: CostModel) -> str:
-    """The page of the first samples of the training order; cost: of a sample, which orders the rows."""
+def preview(reader: SampleReader, cost: CostModel, config: PreviewConfig) -> str:
+    """The page, with the first samples of the training order."""
     sampler = StepSampler(reader.sources, config.seed, global_batch=config.num_samples)
     max_length = reader.encoder.max_length
     packing = None
@@ -122,12 +116,12 @@ def preview(reader: SampleReader, config: PreviewConfig, cost: CostModel) -> str
 
 
 def _row(reader: SampleReader, batch: MicroBatch, number: int) -> str:
-    """A row of the loader: its samples, each with its place, pictures and tokens."""
+    """A row of the loader as HTML: for each sample its record, pictures and tokens."""
     kind = "row" if batch.inputs["position_ids"] is None else "packed row"
     title = f"{kind} {number} <small>{batch.num_samples} samples, {batch.num_tokens:,} of at most "
     title += f"{reader.encoder.max_length:,} tokens, {batch.num_supervised:,} trained</small>"
     pictures = iter([] if batch.inputs["pixel_values"] is None else batch.inputs["pixel_values"])
-    samples = []
+    articles = []
     begin = 0
     for source_number, index in batch.sample_ids:
         source = reader.sources[source_number]
@@ -136,7 +130,6 @@ def _row(reader: SampleReader, batch: MicroBatch, number: int) -> str:
         ids, labels, slots = (
             batch.inputs[name][0, span].tolist() for name in ("input_ids", "labels", "im_mask")
         )
-        place = html.escape(source.where(index, source.sample(index).id))
         numbers = f"{len(ids):,} tokens, {sum(slots):,} image slots, {encoded.num_supervised:,} trained"
         if encoded.is_cut:
             whole = reader.tokens_before_cut(source_number, index, encoded)
@@ -144,16 +137,17 @@ def _row(reader: SampleReader, batch: MicroBatch, number: int) -> str:
         images = "".join(_picture(next(pictures), reader.image_processor) for _ in encoded.image_tokens)
         sizes = iter(encoded.image_tokens)
         roles = [
-            part.role
-            for part in reader.encoder.parts(source.sample(index))
-            for _ in range(next(sizes, 0) if part.ids is None else len(part.ids))
+            piece.role
+            for piece in reader.encoder.pieces(source.sample(index))
+            for _ in range(next(sizes, 0) if piece.ids is None else len(piece.ids))
         ]
         tokens = "".join(_tokens(reader.encoder.tokenizer, ids, labels, slots, roles, encoded.image_tokens))
-        samples.append(
-            f'<article data-source="{html.escape(source.name)}"><h3>{html.escape(source.name)} '
-            f"<small>{place}: {numbers}</small></h3>{images}<p>{tokens}</p></article>"
+        name, where = html.escape(source.name), html.escape(source.where(index))
+        articles.append(
+            f'<article data-source="{name}"><h3>{name} <small>{where}: {numbers}</small></h3>'
+            f"{images}<p>{tokens}</p></article>"
         )
-    return f'<section data-samples="{len(samples)}"><h2>{title}</h2>{"".join(samples)}</section>'
+    return f'<section data-samples="{len(articles)}"><h2>{title}</h2>{"".join(articles)}</section>'
 
 
 def _tokens(
@@ -164,23 +158,20 @@ def _tokens(
     roles: list[str],
     image_tokens: list[int],
 ) -> Iterator[str]:
-    """A marked-up token at a time, an image's slots as one.
-
-    A character that is several byte tokens follows the last of them.
-    """
-    utf8 = codecs.getincrementaldecoder("utf-8")
-    decoder = utf8("replace")
+    """Each token as HTML, and an image's slots as one; a character of several byte tokens follows them."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
     sizes, at = iter(image_tokens), 0
     while at < len(ids):
         if slots[at]:
             size = next(sizes)
             yield f'<i class="slots">image: {size:,} slots</i>'
             at += size
-            decoder = utf8("replace")
+            decoder.reset()
             continue
         token = tokenizer.convert_ids_to_tokens(ids[at]).replace("▁", " ").replace("<0x0A>", "\n")
         byte = BYTE_TOKEN.fullmatch(token)
-        decoder = decoder if byte else utf8("replace")
+        if not byte:
+            decoder.reset()
         style = roles[at] + (" trained" if labels[at] != IGNORED else "")
         text = html.escape(token).replace("\n", "⏎\n")
         yield f'<i class="{style}" title="{ids[at]}">{text}</i>'
@@ -190,7 +181,7 @@ def _tokens(
 
 
 def _picture(pixels: torch.Tensor, image_processor: ImageProcessor) -> str:
-    """The tensor [3, H, W] as a picture; what black and white become tells how to undo the normalisation."""
+    """The tensor [3, H, W] as HTML; the pixels of black and white show how to undo the normalisation."""
     black, white = (
         image_processor(Image.new("RGB", (8, 8), shade))[:, :1, :1] for shade in ("black", "white")
     )
@@ -207,9 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config is None:
         return 2
     try:
-        reader, model_config = open_data(config)
-        cost = cost_model(model_families(), model_config, config.fix_vit)
-        page = preview(reader, config, cost)
+        page = preview(*open_data(config), config)
         Path(config.out).write_text(page, encoding="utf-8")
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,15 +1,17 @@
-"""From the configuration to a reader of samples; and how the commands of `data/` read theirs.
+"""A configuration → a reader of samples, for training and for the commands of `data/`.
 
+    reader, model_config = open_reader(config, read_mixture(config.data_path), trainer.models)   # training
     config = parse_command(CheckConfig, ["data.txt", "--model_name_or_path", "DIR"], prog="data.check")
-    reader, model_config = open_reader(config, read_mixture(config.data_path), model_families())
+    reader, cost = open_data(config)                                                             # commands
 
-`data/` knows no model: `load_config`, `load_conversation`, `load_image_processor` and `cost_sizes` are those
-of a module that is passed in. The commands import the trainer's by its name.
+`data/` knows no model: `load_config`, `load_conversation`, `load_image_processor` and `cost_sizes` belong to
+a module that is passed in. The commands import `trainer.models` by name.
 """
 
 import importlib
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 from data.config import DataConfig
@@ -23,16 +25,33 @@ from data.tokens import SampleEncoder
 T = TypeVar("T", bound=DataConfig)
 
 
+@dataclass
+class CommandConfig(DataConfig):
+    """Flags that the commands of `data/` share."""
+
+    # --- the command ---------------------------------------------------------------------------------
+    fix_vit: bool = True
+    """Whether the training freezes the vision tower: the cost of images, and so packing, depends on it."""
+    num_workers: int | None = None
+    """Processes that read the data; one per core by default."""
+
+    def problems(self) -> list[str]:
+        return super().problems() + self.too_small(num_workers=0)
+
+
 def open_reader(
     config: DataConfig,
     sources: Sequence[Source],
     models: Any,
     adapter_preprocessing: Mapping[str, Any] | None = None,
 ) -> tuple[SampleReader, Any]:
-    """(the reader of samples as the model takes them, the model's configuration).
+    """A reader of samples in the form that the model takes, and the model's configuration.
 
-    models: the module of the model families. adapter_preprocessing: how the adapter that training goes on
-    from was trained. ValueError or OSError if the model's folder cannot be used.
+    ValueError or OSError if the model's folder cannot be used.
+
+    Args:
+        models: the module of the model families, `trainer.models`.
+        adapter_preprocessing: the preprocessing of the adapter that training continues from.
     """
     folder = config.model_name_or_path
     model_config = models.load_config(
@@ -51,18 +70,13 @@ def open_reader(
 
 
 def cost_model(models: Any, model_config: Any, fix_vit: bool) -> CostModel:
-    """What a sample costs this model; fix_vit: whether its vision tower is frozen."""
+    """The cost of samples for this model; fix_vit: whether its vision tower is frozen."""
     return CostModel.from_sizes(**models.cost_sizes(model_config), trains_vision=not fix_vit)
 
 
-def model_families() -> Any:
-    """The module `trainer.models`, for commands; `data/` itself imports nothing of the trainer."""
-    return importlib.import_module("trainer.models")
-
-
-def open_data(config: DataConfig) -> tuple[SampleReader, Any]:
-    """`open_reader` with all sources of the configuration; DataError with all that is wrong with the
-    files."""
+def open_data(config: CommandConfig) -> tuple[SampleReader, CostModel]:
+    """A command's reader of all sources and cost of samples; DataError with all problems of the files."""
+    models = importlib.import_module("trainer.models")  # only the commands need the trainer
     problems: list[str] = []
     sources: list[Source] = []
     try:
@@ -70,18 +84,18 @@ def open_data(config: DataConfig) -> tuple[SampleReader, Any]:
     except DataError as error:
         problems += str(error).splitlines()
     try:
-        opened = open_reader(config, sources, model_families())
+        reader, model_config = open_reader(config, sources, models)
     except (ValueError, OSError) as error:
         raise DataError(*problems, *str(error).splitlines()) from error
     if problems:
         raise DataError(*problems)
-    return opened
+    return reader, cost_model(models, model_config, config.fix_vit)
 
 
 def parse_command(kind: type[T], argv: Sequence[str] | None, prog: str) -> T | None:
-    """A command's flags, of which --data_path may come first without its name; None if some are wrong.
+    """A command's flags; the first word may be the data path without `--data_path`.
 
-    What is wrong is printed, a line each.
+    Prints all problems and returns None if the flags cannot be used.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if words and not words[0].startswith("-"):

@@ -1,4 +1,4 @@
-"""One record of a user's JSON file → a `Sample` whose every field is known to be usable.
+"""One record of a user's JSON file → a checked `Sample`.
 
     {"id": "pets-7", "image": ["img/7.jpg"],
      "conversations": [{"from": "human", "value": " <ImageHere>What is it? "},
@@ -6,19 +6,20 @@
     → Sample(id="pets-7", turns=[("user", "<ImageHere>What is it?"), ("assistant", "A cat.")],
              images=["img/7.jpg"], image_first=False)
 
-Roles are case-insensitive: human or user; assistant, bot or gpt; system. Every `<ImageHere>` takes the next
-image. A single image without a placeholder goes before the text (`image_first`), the 2.5 models' convention.
+Roles are case-insensitive: human or user; assistant, bot or gpt; system. Every `<ImageHere>` stands for the
+next image. A single image without a placeholder goes before the text (`image_first`), as the 2.5 models
+expect.
 
-What other projects write means the same:
+The formats of other projects are read too:
 
-    LLaVA, ShareGPT   `<image>` is a placeholder too where the counts fit that way, and stays text where
-                      `<ImageHere>` alone fits the images; `images` is `image`
+    LLaVA, ShareGPT   `<image>` is a placeholder if that makes the counts match, and stays text if
+                      `<ImageHere>` alone matches the images; `images` is `image`
     OpenAI            `messages` with `role` and `content`; content is a string or a list of parts,
                       {"type": "text", "text": …}, {"type": "image", "image": path} or
                       {"type": "image_url", "image_url": {"url": path}}; an image part without a path takes
                       the next of the record's `images`
 
-What is wrong is a `DataError` that names the field; the caller says which file and which record.
+A mistake is a `DataError` that names the field; the caller adds the file and the record.
 """
 
 import re
@@ -30,7 +31,7 @@ from data.errors import DataError
 PLACEHOLDER = "<ImageHere>"
 IMAGE_TAG = "<image>"
 TAGS = (IMAGE_TAG, "<video>", "<audio>")
-"""What stands for an image, a video or audio in other projects' data; here it may be plain text."""
+"""Placeholders for images, videos and audio in other projects' data; here they may be plain text."""
 ROLES = {
     "human": "user",
     "user": "user",
@@ -50,12 +51,12 @@ class Sample:
 
     id: str | None
     turns: list[tuple[str, str]]
-    """(role, text): role is user, assistant or system; the text is stripped and may hold placeholders."""
+    """(role, text): role is user, assistant or system; the text is stripped and may contain placeholders."""
     images: list[str]
-    """Paths as the file gives them: relative to the JSON file's folder or to the image root."""
+    """Paths as in the file: relative to the JSON file's folder or to the image root."""
     image_first: bool
     unknown_keys: tuple[str, ...] = ()
-    """Keys of the record that mean nothing here: perhaps a misspelt one."""
+    """Keys of the record that are not used, perhaps because they are misspelt."""
 
     @property
     def tags_as_text(self) -> list[str]:
@@ -64,29 +65,29 @@ class Sample:
 
 
 def parse_sample(record: Any, needs_answer: bool = True) -> Sample:
-    """Checks a parsed JSON value and returns it as a `Sample`; DataError says what is wrong with it.
+    """Checks a parsed JSON value and returns it as a `Sample`; DataError if it cannot be used.
 
-    needs_answer: refuse a conversation without an assistant turn, which nothing can be learnt from.
+    needs_answer: reject a conversation without an assistant turn, from which nothing can be learnt.
     """
     if not isinstance(record, dict):
         raise DataError(f"a record must be an object with 'conversations', not {_kind(record)}")
     unknown_keys = tuple(sorted(record.keys() - KNOWN_KEYS))
     for key in sorted(VIDEO_AND_AUDIO.intersection(record)):
         if record[key]:
-            raise DataError(f"has {key!r}, but the model takes text and images alone; drop the record")
+            raise DataError(f"has {key!r}, but the model takes only text and images; drop the record")
     key, conversations = _only_one(record, "conversations", "messages")
     if not isinstance(conversations, list) or not conversations:
         found = (
             "has no" if conversations is None else f"needs a non-empty list, not {_kind(conversations)}, as"
         )
         raise DataError(f"{found} {key!r}; give [{{'from': 'user', 'value': …}}, …]")
-    in_parts: list[str | None] = []
-    turns = [_parse_turn(turn, number, in_parts) for number, turn in enumerate(conversations)]
+    part_paths: list[str | None] = []
+    turns = [_parse_turn(turn, number, part_paths) for number, turn in enumerate(conversations)]
     if needs_answer and all(role != "assistant" for role, _ in turns):
         raise DataError(
             "has no assistant turn, so there is nothing to learn from it; add one or drop the record"
         )
-    images = _parse_images(record, in_parts)
+    images = _parse_images(record, part_paths)
     num_placeholders = sum(text.count(PLACEHOLDER) for _, text in turns)
     num_tags = sum(text.count(IMAGE_TAG) for _, text in turns)
     if num_placeholders != len(images) == num_placeholders + num_tags:
@@ -103,15 +104,15 @@ def parse_sample(record: Any, needs_answer: bool = True) -> Sample:
 
 
 def _only_one(record: dict[str, Any], usual: str, other: str) -> tuple[str, Any]:
-    """(key, value) of the one of two keys that the record has; DataError where they say different things."""
+    """Key and value of whichever of two keys the record has; DataError if their values differ."""
     first, second = record.get(usual), record.get(other)
     if first and second and first != second:
         raise DataError(f"has {usual!r} and {other!r}, and they differ; keep one of them")
     return (usual, first) if first or second is None else (other, second)
 
 
-def _parse_turn(turn: Any, number: int, in_parts: list[str | None]) -> tuple[str, str]:
-    """(role, text), an image part being a placeholder; its path, or None, goes to the end of `in_parts`."""
+def _parse_turn(turn: Any, number: int, part_paths: list[str | None]) -> tuple[str, str]:
+    """(role, text); an image part becomes a placeholder, and its path or None is appended to `part_paths`."""
     if isinstance(turn, dict) and "from" in turn and "value" in turn:
         role, text = turn["from"], turn["value"]
     elif isinstance(turn, dict) and "role" in turn and "content" in turn:
@@ -124,17 +125,17 @@ def _parse_turn(turn: Any, number: int, in_parts: list[str | None]) -> tuple[str
         found = f"{role!r:.60}" if isinstance(role, str) else _kind(role)
         raise DataError(f"turn {number} has the unknown role {found}; use one of {', '.join(ROLES)}")
     if isinstance(text, list) and text:
-        text = "".join(_parse_part(part, f"turn {number} has a part", in_parts) for part in text)
+        text = "".join(_parse_part(part, f"turn {number} has a part", part_paths) for part in text)
     if not isinstance(text, str):
         raise DataError(f"turn {number} has {_kind(text)} as its text; it must be a string")
     if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
         raise DataError(
-            f"turn {number} holds half of a surrogate pair (\\ud800–\\udfff), which is no character"
+            f"turn {number} has half of a surrogate pair (\\ud800–\\udfff), which is not a character"
         )
     return ROLES[role.lower()], text.strip()
 
 
-def _parse_part(part: Any, complaint: str, in_parts: list[str | None]) -> str:
+def _parse_part(part: Any, subject: str, part_paths: list[str | None]) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and isinstance(part.get("text"), str):
         return part["text"]
@@ -142,23 +143,23 @@ def _parse_part(part: Any, complaint: str, in_parts: list[str | None]) -> str:
         path = part.get(kind)
         path = path.get("url") if isinstance(path, dict) else path
         if path is not None and not isinstance(path, str):
-            raise DataError(f"{complaint} with {_kind(path)} as {kind!r}; it must be a path")
-        in_parts.append(path or None)
+            raise DataError(f"{subject} with {_kind(path)} as {kind!r}; it must be a path")
+        part_paths.append(path or None)
         return PLACEHOLDER
     found = f"of the type {kind!r:.60}" if isinstance(kind, str) else "without a type"
     raise DataError(
-        f"{complaint} {found}; give {{'type': 'text', 'text': …}} or {{'type': 'image', 'image': path}}, "
-        "as the model takes text and images alone"
+        f"{subject} {found}; give {{'type': 'text', 'text': …}} or {{'type': 'image', 'image': path}}, "
+        "as the model takes only text and images"
     )
 
 
-def _parse_images(record: dict[str, Any], in_parts: list[str | None]) -> list[str]:
-    """The images' paths: those under 'image' or 'images', or those that the image parts name."""
+def _parse_images(record: dict[str, Any], part_paths: list[str | None]) -> list[str]:
+    """The paths of the images, from 'image' or 'images', or from the image parts."""
     paths = {key: _parse_paths(key, record[key]) for key in ("image", "images") if key in record}
     _, images = _only_one(paths, "image", "images")
     images = images or []
-    if named := [path for path in in_parts if path]:
-        if len(named) < len(in_parts):
+    if named := [path for path in part_paths if path]:
+        if len(named) < len(part_paths):
             raise DataError("has a path in some of its image parts and none in others; give all or none")
         if images and images != named:
             raise DataError("has images in its parts and others under 'images'; keep one of them")
@@ -181,10 +182,10 @@ def _parse_paths(key: str, value: Any) -> list[str]:
 
 
 def _kind(value: Any) -> str:
-    """A JSON value's kind in words."""
+    """The kind of a JSON value, for messages."""
     if value in ({}, [], ""):
         return {dict: "an empty object", list: "an empty list", str: "an empty string"}[type(value)]
     if value != value:
-        return "NaN, which is no JSON,"
+        return "NaN, which is not JSON,"
     kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
     return kinds.get(type(value), "a number")

@@ -1,16 +1,16 @@
-"""Which samples an optimizer step trains on: a pure function of (sources, seed, step).
+"""The samples of each optimizer step: a pure function of (sources, seed, step).
 
     sampler = StepSampler(sources, seed=0, global_batch=64)
-    sampler.steps_per_epoch          # ceil(samples an epoch / 64)
+    sampler.steps_per_epoch          # ceil(samples per epoch / 64)
     sampler.samples(step=0)          # [64, 2] int64: (source, record) of each sample
 
-No rank, worker or earlier run has a part in it, so resuming needs the step's number alone. A step never spans
-two epochs: the last one of an epoch is smaller.
+Ranks, workers and earlier runs do not matter, so that resuming needs only the step's number. A step never
+spans two epochs: the last step of an epoch may be smaller.
 
-How a source of n records gives k samples an epoch, so that no record is used twice before every one is used:
+How a source of n records gives k samples per epoch, so that no record is used twice before every one is used:
 - k ≤ n/2: the epochs cut a stream of shuffled passes over the records into pieces of k. With n = 5 and k = 2:
-  passes (3 0 4 1 2) (0 3 1 4 2) … give the pieces 3 0 | 4 1 | 2 0 | 3 1 | 4 2. Where a piece spans two passes
-  (2 0), a swap keeps what closes the first pass out of the piece's second half.
+  passes (3 0 4 1 2) (0 3 1 4 2) … give the pieces 3 0 | 4 1 | 2 0 | 3 1 | 4 2. If a piece spans two passes
+  (2 0), a swap keeps the last records of the first pass out of the piece's second half.
 - n/2 < k ≤ n: the n − k records left out are drawn in that way, and the rest is used.
 - k > n: every record ⌊k/n⌋ times, and k mod n of them once more, drawn as above.
 So the uses of any two records of a source differ by at most one at the end of every epoch.
@@ -23,11 +23,11 @@ import numpy as np
 from data.mixture import Source
 
 PASS, SHUFFLE = 0, 1
-"""What a random state is for, as a part of its seed."""
+"""The purpose of a random state, which is included in its seed."""
 
 
 def epoch_order(sources: Sequence[Source], seed: int, epoch: int) -> np.ndarray:
-    """The samples of an epoch (from 0) in the order of training: [samples, 2] int64, (source, record)."""
+    """The samples of an epoch (from 0) in training order: [samples, 2] int64, (source, record)."""
     drawn = [
         np.stack([np.full(source.num_samples, number), records], axis=1)
         for number, source in enumerate(sources)
@@ -38,7 +38,7 @@ def epoch_order(sources: Sequence[Source], seed: int, epoch: int) -> np.ndarray:
 
 
 def draw(num_records: int, num_samples: int, seed: tuple[int, ...], epoch: int) -> np.ndarray:
-    """The records (int64 [num_samples], in no useful order) that a source gives to an epoch."""
+    """The records of a source that an epoch uses: int64 [num_samples], not shuffled."""
     num_times, num_rest = divmod(num_samples, num_records)
     every = np.tile(np.arange(num_records), num_times)
     if num_rest > num_records // 2:
@@ -58,10 +58,10 @@ def _piece(n: int, k: int, seed: tuple[int, ...], epoch: int) -> np.ndarray:
 
 
 def _pass(n: int, k: int, seed: tuple[int, ...], number: int) -> np.ndarray:
-    """A pass over n records whose head shares nothing with what its epoch takes from the pass before.
+    """A pass over n records whose head has no record that its epoch also takes from the pass before.
 
-    Only the head and the k entries behind it are swapped; they never reach this pass's own tail (k ≤ n/2), so
-    that a pass depends on one before it, not on all of them.
+    Only entries of the head and the k entries after it are swapped; they never reach this pass's own tail
+    (k ≤ n/2), so that a pass depends only on the one before it, not on all earlier ones.
     """
     order = _random((*seed, PASS, number)).permutation(n)
     num_tail = (number * n) % k if k else 0  # entries that the spanning epoch takes from the pass before
@@ -77,12 +77,12 @@ def _pass(n: int, k: int, seed: tuple[int, ...], number: int) -> np.ndarray:
 
 
 def _random(seed: tuple[int, ...]) -> np.random.RandomState:
-    # The legacy generator: numpy promises that its numbers never change, and a resumed run needs that.
-    return np.random.RandomState([part % 2**32 for part in seed])
+    # The legacy generator, because numpy guarantees its numbers across versions and resuming needs that.
+    return np.random.RandomState([number % 2**32 for number in seed])
 
 
 class StepSampler:
-    """The samples of each optimizer step. Holds the order of one epoch at a time (16 bytes a sample)."""
+    """The samples of each optimizer step. Caches the order of one epoch, 16 bytes per sample."""
 
     def __init__(self, sources: Sequence[Source], seed: int, global_batch: int):
         self.samples_per_epoch = sum(source.num_samples for source in sources)

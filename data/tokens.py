@@ -5,12 +5,12 @@
     ids      1  92543 …   364 pad pad  …   … 92542 364 92543  …  …   364  …   …  … 92542   2
     labels  -100  (all to here)                                        -100  A  cat . 92542   2
 
-The conversation format belongs to the model and is passed in (`Conversation`): it gives the stretches of ids
-and says which are trained. What is trained follows from the roles, never from looking for control tokens in a
-text.
+The conversation format belongs to the model and is passed in (`Conversation`): it splits a conversation into
+pieces of token ids and marks the trained ones. The roles decide what is trained; no text is searched for
+control tokens.
 
-A sample longer than max_length loses its tail; an image is kept whole or left out with all that follows it.
-(`data.loader.SampleReader` may lower the size of its images first, or refuse it.)
+A sample longer than max_length loses its tail; an image is kept whole or dropped with everything after it.
+(`data.loader.SampleReader` may shrink the images first, or reject the sample.)
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,8 +24,8 @@ from data.sample import Sample
 IGNORED = -100
 
 
-class Part(Protocol):
-    """A stretch of a conversation."""
+class Piece(Protocol):
+    """A run of token ids in a conversation, or an image."""
 
     @property
     def ids(self) -> list[int] | None:
@@ -34,7 +34,7 @@ class Part(Protocol):
 
     @property
     def role(self) -> str:
-        """user, assistant or system for a turn's text; control for what the format puts between texts."""
+        """user, assistant or system for a turn's text; control for what the format inserts between texts."""
         ...
 
     @property
@@ -42,17 +42,17 @@ class Part(Protocol):
 
 
 class Conversation(Protocol):
-    """What the data path needs of a model's conversation format."""
+    """The interface of a model's conversation format."""
 
     tokenizer: Any
     pad_id: int
     fingerprint: str
-    """Differs where the ids or the labels may."""
+    """Changes whenever the ids or labels of a conversation may change."""
 
     def pieces(
         self, turns: Sequence[tuple[str, str]], *, image_first: bool = False, prompt: bool = False
-    ) -> Iterator[Part]:
-        """The stretches of a conversation of (role, text) turns; `prompt`: up to where an answer begins."""
+    ) -> Iterator[Piece]:
+        """The pieces of a conversation of (role, text) turns; `prompt`: up to the start of an answer."""
         ...
 
 
@@ -63,15 +63,15 @@ class Encoded:
     input_ids: np.ndarray
     """int64 [T]; the pad id at image slots."""
     labels: np.ndarray
-    """int64 [T], not shifted: the id where it is trained, else -100."""
+    """int64 [T], not shifted: the id of a trained token, else -100."""
     im_mask: np.ndarray
-    """bool [T]: the image slots."""
+    """bool [T]: True at image slots."""
     image_tokens: list[int]
-    """Slots of each image that is in; images behind the cut are not."""
+    """Slots of each image before the cut at max_length."""
     is_cut: bool = False
-    """max_length took something off."""
+    """Whether max_length cut something off."""
     hd_num: int | None = None
-    """The most tiles of an image, where that was lowered to make the sample fit."""
+    """Largest number of tiles per image if it was lowered to make the sample fit, else None."""
 
     @property
     def num_image_slots(self) -> int:
@@ -90,30 +90,33 @@ class SampleEncoder:
         self.tokenizer, self.pad_id = conversation.tokenizer, conversation.pad_id
 
     def encode(self, sample: Sample, num_image_tokens: Callable[[int], int]) -> Encoded:
-        """Args: num_image_tokens: the slots of the sample's i-th image, asked for only as far as needed."""
-        return self.join(self.parts(sample), num_image_tokens)
+        """The sample cut at max_length.
 
-    def parts(self, sample: Sample) -> list[Part]:
-        """Every stretch of text and every image in order, however long they are together."""
+        Args: num_image_tokens: slots of the sample's i-th image; not called for images after the cut.
+        """
+        return self.join(self.pieces(sample), num_image_tokens)
+
+    def pieces(self, sample: Sample) -> list[Piece]:
+        """All text and images of a sample in order, not cut."""
         return [*self.conversation.pieces(sample.turns, image_first=sample.image_first)]
 
-    def prompt_parts(self, sample: Sample) -> list[Part]:
-        """What an answer is generated after: the turns before the last answer, and an assistant's header."""
+    def prompt_pieces(self, sample: Sample) -> list[Piece]:
+        """The prompt for generating the last answer: the turns before it, and an assistant's header."""
         turns = sample.turns[:-1] if sample.turns[-1][0] == "assistant" else sample.turns
         return [*self.conversation.pieces(turns, image_first=sample.image_first, prompt=True)]
 
-    def join(self, parts: Iterable[Part], num_image_tokens: Callable[[int], int]) -> Encoded:
-        """`encode` of what `parts` gave: once tokenised, a sample can be tried with smaller images."""
+    def join(self, pieces: Iterable[Piece], num_image_tokens: Callable[[int], int]) -> Encoded:
+        """`encode` for pieces that are already tokenised, so that smaller images can be tried cheaply."""
         ids: list[int] = []
         supervised: list[tuple[int, int]] = []
         slots: list[tuple[int, int]] = []
         is_cut = False
-        for part in parts:
+        for piece in pieces:
             begin, room = len(ids), self.max_length - len(ids)
-            if part.ids is not None:
-                size = len(part.ids)
-                ids += part.ids[:room]
-                if part.trained:
+            if piece.ids is not None:
+                size = len(piece.ids)
+                ids += piece.ids[:room]
+                if piece.trained:
                     supervised.append((begin, len(ids)))
             elif (size := num_image_tokens(len(slots)) if room else 1) <= room:
                 ids += [self.pad_id] * size

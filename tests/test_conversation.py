@@ -62,8 +62,8 @@ def test_training_chat_and_chat_template_give_the_same_ids(conversation, roles, 
     for prompt in (False, True):
         if prompt and roles[-1] == "assistant":
             continue  # a prompt leaves the last answer out
-        parts = encoder.prompt_parts(sample) if prompt else encoder.parts(sample)
-        ours = encoder.join(parts, lambda _: 3).input_ids.tolist()
+        pieces = encoder.prompt_pieces(sample) if prompt else encoder.pieces(sample)
+        ours = encoder.join(pieces, lambda _: 3).input_ids.tolist()
         if prompt:
             assert prompt_ids(tokenizer, turns, [3] * num_images)[0] == ours
         messages = [{"role": role, "content": text} for role, text in turns]

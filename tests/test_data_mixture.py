@@ -109,6 +109,11 @@ def test_an_empty_data_txt_is_refused(folder, text):
         mixture(folder, text)
 
 
+def test_a_path_with_a_null_byte_is_refused(folder):
+    with pytest.raises(DataError, match="cannot be read .embedded null byte"):
+        mixture(folder, "one\0.json 0.1")
+
+
 def test_what_is_no_data_txt_is_refused(folder):
     with pytest.raises(DataError, match="cannot be read"):
         read_mixture(folder / "absent.txt")

@@ -66,8 +66,8 @@ def test_any_json_reads_back_through_any_window(tmp_path_factory, values, window
     ("text", "message"),
     [
         (b"", "is empty"),
-        (b"  \n", "holds no record"),
-        (b"[]", "holds no record"),
+        (b"  \n", "contains no record"),
+        (b"[]", "contains no record"),
         (b'[{"a": 1} {"b": 2}]', "'{' follows record 0 on line 1"),
         (b'[\n{"a": 1},\n{"b": 2}\n', "end of the file follows record 1 on line 4"),
         (b'[{"a": 1},\n{"b": }]', "record 1 is not JSON: line 2"),
@@ -75,7 +75,7 @@ def test_any_json_reads_back_through_any_window(tmp_path_factory, values, window
         (b'[{"a": "', "record 0 is not JSON"),
         (b"[" * 100_000, "nested too deeply"),
         (b"[" + b"1" * 5000 + b"]", "record 0 is not JSON"),
-        (b'[{"a": 1}]\n\n [{"b": 2}]', "'[' follows the end of the array on line 3; a file holds one array"),
+        (b'[{"a": 1}]\n\n [{"b": 2}]', "'[' follows the end of the array on line 3; a file is one array"),
         (b'[{"a": 1}]]', "']' follows the end of the array on line 1"),
     ],
 )
@@ -144,24 +144,24 @@ README_SAMPLE = """[
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (README_SAMPLE, """line 4, column 17: "'" stands there; JSON needs double quotes (")"""),
+        (README_SAMPLE, """line 4, column 17: unexpected "'"; JSON needs double quotes (")"""),
         (README_SAMPLE.replace("'", '"'), 'line 5, column 7: a comma is missing before "conversations"'),
         ('[{"图": ["图.jpg"] "b": 1}]', 'line 1, column 18: a comma is missing before "b"'),
-        ('[{"a": “b”}]', "line 1, column 8: '“' stands there; JSON needs double quotes"),
-        ('[{"a": 1,\n}]', "line 2, column 1: '}' stands there; remove the trailing comma"),
-        ('[{"a": 1},\n]', "record 1 is not JSON: line 2, column 1: ']' stands there; remove the trailing"),
-        ('[{"a": None}]', "line 1, column 8: None stands there; JSON writes null"),
-        ('[{"a": True}]', "True stands there; JSON writes true"),
-        ('[{"a": nan}]', "nan stands there; JSON writes null"),
-        ('[{"a": "say "hi" to"}]', "a comma is missing before hi, or the double quote before it belongs to"),
-        ('[{"a": "1\n2"}]', r"'\n' stands within a string; write \n for the end of a line"),
-        (r'[{"a": "\d"}]', "stands within a string; write a backslash twice"),
+        ('[{"a": “b”}]', "line 1, column 8: unexpected '“'; JSON needs double quotes"),
+        ('[{"a": 1,\n}]', "line 2, column 1: unexpected '}'; remove the trailing comma"),
+        ('[{"a": 1},\n]', "record 1 is not JSON: line 2, column 1: unexpected ']'; remove the trailing"),
+        ('[{"a": None}]', "line 1, column 8: unexpected None; write null in JSON"),
+        ('[{"a": True}]', "unexpected True; write true in JSON"),
+        ('[{"a": nan}]', "unexpected nan; write null in JSON"),
+        ('[{"a": "say "hi" to"}]', "a comma is missing before hi, or the double quote before it is part of"),
+        ('[{"a": "1\n2"}]', r"unexpected '\n' in a string; write \n for the end of a line"),
+        (r'[{"a": "\d"}]', "in a string; write a backslash twice"),
         (r'[{"a": "\u12g4"}]', r"\u needs four hexadecimal digits"),
         ('[// c\n{"a": 1}]', "JSON has no comments"),
-        ("[{a: 1}]", "a stands where a key in double quotes should"),
-        ('[{"a" 1}]', "1 stands there; a key needs a colon behind it"),
+        ("[{a: 1}]", "unexpected a; expected a key in double quotes"),
+        ('[{"a" 1}]', "unexpected 1; a key must be followed by a colon"),
         ('[{"a": 1', "the file ends within the record"),
-        ('[{"a": "b', "line 1, column 8: the string that begins there has no end"),
+        ('[{"a": "b', "line 1, column 8: the string that starts here is not closed"),
     ],
 )
 def test_what_is_not_json_is_said_with_its_place_and_remedy(tmp_path, text, message):
@@ -178,10 +178,10 @@ def test_lines_that_are_not_json_are_said_with_their_place_in_the_file(tmp_path)
     (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
     records = Records(tmp_path / "a.jsonl")
     expected = {
-        1: 'line 3, column 2: "\'" stands there; JSON needs double quotes',
-        3: "line 5, column 9: '}' stands there; remove the trailing comma",
+        1: 'line 3, column 2: unexpected "\'"; JSON needs double quotes',
+        3: "line 5, column 9: unexpected '}'; remove the trailing comma",
         4: "line 6, column 2: the line ends within the record; write a record on one line",
-        5: "line 7, column 9: , follows the record on its line",
+        5: "line 7, column 9: unexpected , after the record",
     }
     assert [index for index, _ in records.problems] == list(expected)
     for index, what in reversed(records.problems):

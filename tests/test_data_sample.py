@@ -94,8 +94,11 @@ def test_image_tags_are_placeholders_only_where_the_counts_need_them(text, image
             asked([{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]),
             "the URL 'data:",
         ),
-        ({**record("1", "2"), "image": float("nan")}, "has NaN, which is no JSON, as 'image'"),
-        ({**record("<video>1", "2"), "video": "a.mp4"}, "has 'video', but the model takes text and images"),
+        ({**record("1", "2"), "image": float("nan")}, "has NaN, which is not JSON, as 'image'"),
+        (
+            {**record("<video>1", "2"), "video": "a.mp4"},
+            "has 'video', but the model takes only text and images",
+        ),
         ({**record("1", "2"), "audio": ["a.wav"]}, "has 'audio', but"),
         ({"conversations": [{"from": "user", "content": "1"}]}, "turn 0 must be an object with 'from' and"),
     ],

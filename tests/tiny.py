@@ -6,6 +6,7 @@ first, second = run_ranks(2, main, argv)                     # what each of two 
 result = torchrun(2, argv)                                   # real torchrun, output captured
 """
 
+import faulthandler
 import json
 import logging
 import multiprocessing
@@ -54,6 +55,7 @@ def _rank(rank: int, world: int, port: int, function: Callable[..., Any], args: 
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         sys.stdout = sys.stderr = file
+        faulthandler.enable(file)  # a crash shows its stacks in the rank's output
         logging.getLogger().handlers.clear()  # pytest's own
         status = function(*args)
         file.flush()
