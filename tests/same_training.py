@@ -30,20 +30,10 @@ def train(
     folder, name, ranks, accumulation=1, data="data/data.txt", *more, batch=GLOBAL_BATCH, run=main, **options
 ):
     """Options: those of `run_ranks`."""
-    argv = flags(
-        folder,
-        name,
-        *more,
-        data_path=folder / data,
-        max_steps=10,
-        fix_vit=False,
-        gradient_checkpointing=False,
-        packing=False,
-        adam_epsilon=1e-5,
-        warmup_ratio=0.2,
-        per_device_train_batch_size=batch // ranks // accumulation,
-        gradient_accumulation_steps=accumulation,
-    )
+    shared = {"fix_vit": False, "packing": False, "gradient_checkpointing": False, "max_steps": 10}
+    shared |= {"data_path": folder / data, "adam_epsilon": 1e-5, "warmup_ratio": 0.2}
+    shared |= {"per_device_train_batch_size": batch // ranks // accumulation}
+    argv = flags(folder, name, *more, gradient_accumulation_steps=accumulation, **shared)
     run_ranks(ranks, run, argv, **options)
 
 

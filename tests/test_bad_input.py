@@ -259,15 +259,8 @@ def main_and_change(path, when, arguments):
 @pytest.mark.parametrize(("when", "workers", "status"), [("measuring", 0, 2), ("step", 0, 1), ("step", 2, 1)])
 def test_a_json_file_that_changes_ends_the_run_in_a_sentence(model, data, tmp_path, when, workers, status):
     """Also where bad samples are skipped: not one of its records can be trusted."""
-    argv = flags(
-        tmp_path,
-        "out",
-        model_name_or_path=model,
-        max_steps=60,
-        per_device_train_batch_size=4,
-        on_bad_sample="skip",
-        dataloader_num_workers=workers,
-    )
+    options = {"model_name_or_path": model, "max_steps": 60, "per_device_train_batch_size": 4}
+    argv = flags(tmp_path, "out", on_bad_sample="skip", dataloader_num_workers=workers, **options)
     (output,) = run_ranks(1, main_and_change, data / "text.json", when, argv, status=status)
     (error,) = errors_of(output)
     assert error.endswith(f"{data}/text.json: the file has changed while it was in use; start again")

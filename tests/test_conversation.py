@@ -105,19 +105,20 @@ def test_a_template_that_loses_or_repeats_a_turn_is_refused(conversation):
 CHAT = """
 import json, sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
-folder = sys.argv[1]
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-seen = {}
-generate = model.generate
-def spy(**inputs):
-    seen.update(inputs)
-    return generate(**inputs)
-model.generate = spy
-model.chat(tokenizer, "what colour is it?", max_new_tokens=1)
-messages = [{"role": "user", "content": "what colour is it?"}]
-rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-print(json.dumps([seen["input_ids"][0].tolist(), rendered, "trainer" in sys.modules]))
+found = []
+for folder in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    seen = {}
+    def spy(generate=model.generate, **inputs):
+        seen.update(inputs)
+        return generate(**inputs)
+    model.generate = spy
+    model.chat(tokenizer, "what colour is it?", max_new_tokens=1)
+    messages = [{"role": "user", "content": "what colour is it?"}]
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    found.append([seen["input_ids"][0].tolist(), rendered])
+print(json.dumps([found, "trainer" in sys.modules]))
 """
 PROMPT = """
 import sys
@@ -157,13 +158,13 @@ def test_an_edited_format_is_that_of_training_answers_caches_and_the_saved_model
         return result.stdout.splitlines()[-1] if result.stdout else ""
 
     python("-m", "trainer.main", *flags(tmp_path, "after", **options))
-    ids = {}
-    for name in ("before", "after"):
-        ids[name], rendered, imported = json.loads(python("-c", CHAT, str(tmp_path / name)))
-        assert not imported
-        assert ("[UNUSED_TOKEN_146]the assistant" in rendered) == (name == "after")
-    assert ids["after"] != ids["before"]
-    assert json.loads(python("-c", PROMPT, str(tmp_path / "model"))) == ids["after"]
+    found, imported = json.loads(python("-c", CHAT, str(tmp_path / "before"), str(tmp_path / "after")))
+    assert not imported
+    (before, as_before), (after, as_after) = found
+    assert "[UNUSED_TOKEN_146]the assistant" not in as_before
+    assert "[UNUSED_TOKEN_146]the assistant" in as_after
+    assert after != before
+    assert json.loads(python("-c", PROMPT, str(tmp_path / "model"))) == after
     formats = [
         json.loads((tmp_path / name / file).read_text())["conversation_format"]
         for name in ("before", "after")

@@ -25,33 +25,36 @@ def world(fault_world) -> Path:
     return fault_world
 
 
+def start(script: str, *argv: str, log: Path, folder: Path = ROOT, **environment: str) -> subprocess.Popen:
+    """Start a shell script that finds the tests' own interpreter; its output goes to `log`."""
+    environment = {"PATH": f"{BINARIES}:{os.environ['PATH']}", **environment}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    with log.open("w") as file:
+        return subprocess.Popen([script, *argv], cwd=folder, env=environment, stdout=file, stderr=file)
+
+
 @pytest.mark.parametrize("signal_", [signal.SIGUSR1, signal.SIGINT])
 def test_the_launcher_passes_a_signal_on_and_ends_with_the_trainers_last_words(world, tmp_path, signal_):
-    output_dir = tmp_path / "run"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BINARIES}:{os.environ['PATH']}"}
-    environment |= {"GPUS_PER_NODE": "2", "MASTER_PORT": str(free_port())}
-    argv = ["./torchrun.sh", "full", *fault_flags(world, output_dir, "--max_steps", "100000")]
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(argv, cwd=ROOT, env=environment, stdout=log, stderr=log)
-        wait_for(output_dir / "checkpoint-1")
-        process.send_signal(signal_)
-        assert process.wait(60) == STOPPED, (tmp_path / "log").read_text()
-    output = (tmp_path / "log").read_text()
+    output_dir, log = tmp_path / "run", tmp_path / "log"
+    environment = {"GPUS_PER_NODE": "2", "MASTER_PORT": str(free_port())}
+    argv = fault_flags(world, output_dir, max_steps=100000)
+    process = start("./torchrun.sh", "full", *argv, log=log, **environment)
+    wait_for(output_dir / "checkpoint-1")
+    process.send_signal(signal_)
+    assert process.wait(60) == STOPPED, log.read_text()
+    output = log.read_text()
     assert "stopped after step" in output.rstrip().splitlines()[-1], output
     assert "Traceback" not in output
     last = read_metrics(output_dir)[-1]["step"]
     assert (output_dir / f"checkpoint-{last}" / "complete.json").exists()
 
 
-def test_two_launchers_on_one_machine_do_not_meet(world, tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GPUS_PER_NODE": "1"}
-    environment["PATH"] = f"{BINARIES}:{os.environ['PATH']}"
-    environment.pop("MASTER_PORT", None)
+def test_two_launchers_on_one_machine_do_not_meet(world, tmp_path, monkeypatch):
+    monkeypatch.delenv("MASTER_PORT", raising=False)
     jobs = []
     for number in range(2):
-        with (tmp_path / f"log{number}").open("w") as log:
-            argv = ["./torchrun.sh", "full", *fault_flags(world, tmp_path / f"run{number}")]
-            jobs.append(subprocess.Popen(argv, cwd=ROOT, env=environment, stdout=log, stderr=log))
+        argv, log = fault_flags(world, tmp_path / f"run{number}"), tmp_path / f"log{number}"
+        jobs.append(start("./torchrun.sh", "full", *argv, log=log, GPUS_PER_NODE="1"))
     statuses = [job.wait(120) for job in jobs]
     assert statuses == [0, 0], (tmp_path / "log0").read_text() + (tmp_path / "log1").read_text()
     assert_same_model(tmp_path / "run0", tmp_path / "run1")
@@ -70,29 +73,22 @@ def busy_folder(tmp_path) -> Path:
 def test_the_launcher_runs_from_any_folder_by_a_link_and_relative_paths_start_there(world, busy_folder):
     (busy_folder / "model").symlink_to(world / "model")
     (busy_folder / "start").symlink_to(ROOT / "torchrun.sh")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GPUS_PER_NODE": "1", "MODEL": "model"}
+    environment = {"GPUS_PER_NODE": "1", "MODEL": "model"}
     environment |= {"DATA": f"../{os.path.relpath(world, busy_folder.parent)}/data/data.txt"}
-    environment["PATH"] = f"{BINARIES}:{os.environ['PATH']}"
-    words = ["--output_dir", "out/run", "--bf16", "False", "--max_steps", "1"]
-    done = subprocess.run(
-        ["./start", "full", *words],
-        cwd=busy_folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    words = ["full", "--output_dir", "out/run", "--bf16", "False", "--max_steps", "1"]
+    log = busy_folder / "log"
+    assert start("./start", *words, log=log, folder=busy_folder, **environment).wait() == 0, log.read_text()
     assert (busy_folder / "out" / "run" / "model.safetensors").exists()
 
 
 def test_a_data_py_where_a_module_is_run_does_not_hide_ours(busy_folder):
     (busy_folder / "trainer.py").unlink()
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    for module in ("trainer.main", "trainer.generate"):
-        command = [sys.executable, "-m", module, "--help"]
-        done = subprocess.run(command, cwd=busy_folder, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    started = [
+        subprocess.Popen([sys.executable, "-m", module, "--help"], cwd=busy_folder, env=environment)
+        for module in ("trainer.main", "trainer.generate")
+    ]
+    assert [process.wait() for process in started] == [0, 0]
 
 
 def test_another_package_named_data_that_is_already_loaded_is_named(busy_folder):
@@ -137,14 +133,12 @@ def test_a_port_that_is_taken_is_one_sentence(world, tmp_path):
 
 @pytest.mark.parametrize("ending", ["stopped", "killed"])
 def test_the_launchers_of_all_machines_end_with_the_trainers_status(world, tmp_path, ending):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GPUS_PER_NODE": "1", "NNODES": "2"}
-    environment |= {"MASTER_PORT": str(free_port()), "PATH": f"{BINARIES}:{os.environ['PATH']}"}
-    argv = ["./torchrun.sh", "full", *fault_flags(world, tmp_path / "run", "--max_steps", "100000")]
+    environment = {"GPUS_PER_NODE": "1", "NNODES": "2", "MASTER_PORT": str(free_port())}
+    argv = ["full", *fault_flags(world, tmp_path / "run", max_steps=100000)]
     jobs = []
     for number in range(2):
         node = {**environment, "NODE_RANK": str(number)}
-        with (tmp_path / f"log{number}").open("w") as log:
-            jobs.append(subprocess.Popen(argv, cwd=ROOT, env=node, stdout=log, stderr=log))
+        jobs.append(start("./torchrun.sh", *argv, log=tmp_path / f"log{number}", **node))
     wait_for(tmp_path / "run" / "checkpoint-1")
     if ending == "stopped":
         (tmp_path / "run" / "STOP").touch()
@@ -188,14 +182,12 @@ def test_the_slurm_script_of_the_readme_is_queued_again_after_a_stop(world, tmp_
         (tmp_path / "bin").mkdir(exist_ok=True)
         (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{lines}\n")
         (tmp_path / "bin" / name).chmod(0o755)
-    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{BINARIES}:{os.environ['PATH']}"}
+    environment = {"PATH": f"{tmp_path / 'bin'}:{BINARIES}:{os.environ['PATH']}", "SLURM_CPUS_PER_TASK": "2"}
     environment |= {"SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "42"}
-    environment |= {"SLURM_CPUS_PER_TASK": "2"}
-    with (tmp_path / "log").open("w") as log:
-        job = subprocess.Popen(["bash", "pets.sh"], cwd=tmp_path, env=environment, stdout=log, stderr=log)
-        wait_for(tmp_path / "output" / "pets" / "metrics.jsonl")
-        (tmp_path / "output" / "pets" / "STOP").touch()
-        assert job.wait(60) == STOPPED, (tmp_path / "log").read_text()
+    job = start("bash", "pets.sh", log=tmp_path / "log", folder=tmp_path, **environment)
+    wait_for(tmp_path / "output" / "pets" / "metrics.jsonl")
+    (tmp_path / "output" / "pets" / "STOP").touch()
+    assert job.wait(60) == STOPPED, (tmp_path / "log").read_text()
     assert (tmp_path / "asked").read_text().splitlines() == ["show hostnames node[1-2]", "requeue 42"]
 
 
