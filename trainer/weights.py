@@ -55,7 +55,7 @@ class LoadReport:
     missing: list[str]
     """Parameters that the folder lacks; they have their initial values."""
     carried: dict[str, Path]
-    """Keys that the model does not know → their file; `save_weights` copies them."""
+    """Keys that the model does not know → their file; `save_model_folder` copies them."""
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
@@ -175,17 +175,21 @@ def write_index(folder: Path, files: Mapping[str, list[str]], total_bytes: int) 
         write_json(folder / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
 
 
-def save_weights(
+def save_model_folder(
     model: nn.Module,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    parts: Parts,
     folder: Path,
     dtype: torch.dtype,
     carried: Mapping[str, Path],
     jobs: Jobs,
-    max_file_bytes: int,
+    max_file_bytes: int = 10**9,
 ) -> None:
-    """Write all parameters to `folder` as safetensors in `dtype`; every rank must call it.
+    """Write a complete model to the existing `folder`; every rank must call it.
 
-    Files contain whole tensors in the model's order and are byte for byte the same for any number of ranks.
+    dtype: of the saved weights; carried: `LoadReport.carried` of the base; jobs: does the writing. Files
+    contain whole tensors in the model's order and are byte for byte the same for any number of ranks.
     """
     parameters = dict(model.named_parameters())
     sizes = {name: parameter.numel() * dtype.itemsize for name, parameter in parameters.items()}
@@ -211,25 +215,6 @@ def save_weights(
             jobs.later(partial(save_file, contents, folder / file_name, {"format": "pt"}))
     if is_main():
         jobs.now(lambda: write_index(folder, files, sum(sizes.values())))
-
-
-def save_model_folder(
-    model: nn.Module,
-    config: PreTrainedConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    parts: Parts,
-    folder: Path,
-    dtype: torch.dtype,
-    carried: Mapping[str, Path],
-    jobs: Jobs,
-    max_file_bytes: int = 10**9,
-) -> None:
-    """Write a complete model to the existing `folder`; every rank must call it.
-
-    dtype: of the saved weights; carried: `LoadReport.carried` of the base; jobs: does the writing.
-    """
-    save_weights(model, folder, dtype, carried, jobs, max_file_bytes)
-    if is_main():
         jobs.now(lambda: save_small_files(config, tokenizer, parts, folder, dtype))
 
 
