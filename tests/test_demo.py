@@ -57,7 +57,7 @@ def test_a_folder_that_is_no_demo_is_not_emptied(tmp_path):
     command = [sys.executable, "-m", "trainer.demo", str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 2
-    assert "holds something else than a demo" in result.stderr
+    assert "contains something other than a demo" in result.stderr
     assert (tmp_path / "thesis.txt").read_text() == "precious"
 
 

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -82,8 +83,8 @@ def test_a_merged_model_computes_what_base_and_adapter_do(world, tmp_path, flags
 
 
 def test_a_merged_model_is_written_in_files_reloads_and_trains_on(world, trained, tmp_path, monkeypatch):
-    plan = trainer.export.plan_files
-    monkeypatch.setattr(trainer.export, "plan_files", lambda sizes: plan(sizes, max_file_bytes=200_000))
+    split = partial(trainer.export.split_into_files, max_file_bytes=200_000)
+    monkeypatch.setattr(trainer.export, "split_into_files", split)
     assert main(["--merge", str(trained), str(world / "merged"), "--dtype", "float32"]) == 0
     assert len(list((world / "merged").glob("model-*-of-*.safetensors"))) > 3
     assert {path.name for path in parts_of(load_config(world / "merged")).code_files} <= {
@@ -274,7 +275,7 @@ def test_a_checkpoint_becomes_a_folder_of_its_model_alone(world, tmp_path, flags
     [
         (["--merge", "{}/data", "{}/new"], "{}/data: no adapter_config.json, so this is not the folder"),
         (["--merge", "{}/trained", "{}/data"], "{}/data exists already; name a new folder"),
-        (["--merge", "{}/trained", "{}/new", "--base", "{}/none"], "its base {}/none is no folder here"),
+        (["--merge", "{}/trained", "{}/new", "--base", "{}/none"], "there is no folder {}/none, its base"),
         (["--merge", "{}/trained", "{}/new", "--base", "{}/data"], "{}/data: no config.json"),
         (["--checkpoint", "{}/model", "{}/new"], "{}/model: no complete.json, so this is not a complete"),
         (["--modernise", "{}/data", "{}/new"], "{}/data: no config.json; is this the folder of a model?"),

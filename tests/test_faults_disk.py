@@ -211,7 +211,7 @@ def test_too_little_room_is_said_before_the_first_step(world, tmp_path):
         return main(argv)
 
     output, other = run_ranks(2, run, fault_flags(world, tmp_path / "run"), status=2)
-    assert "what a save writes needs 0.0 GB, and 0.0 GB are free" in output
+    assert "a save needs 0.0 GB, but 0.0 GB are free" in output
     assert "error" not in other
 
 

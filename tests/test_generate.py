@@ -152,13 +152,13 @@ def test_answers_before_a_missing_image_are_kept_and_the_same_command_goes_on(fo
     shutil.copytree(folder / "data", tmp_path / "images")
     output, other = run_ranks(2, main, flags(folder, *more), status=1)
     assert "record 5 (id 'gone')" in output
-    assert "goes on" in output
+    assert "continues after them" in output
     assert "Traceback" not in output + other
     partial = tmp_path / "new" / "folder" / "p.jsonl.partial"
     assert len(partial.read_text().splitlines()) == 1 + 5
     shutil.copy(folder / "data" / "red40.png", tmp_path / "images" / "gone.png")
     output, _ = run_ranks(2, main, flags(folder, *more), status=0)
-    assert "going on behind 5 answers" in output
+    assert "continuing after 5 answers" in output
     assert not partial.exists()
     straight = [*more[:-1], tmp_path / "straight.jsonl"]
     run_ranks(1, main, flags(folder, *straight))
@@ -179,7 +179,7 @@ def test_a_killed_run_keeps_its_answers_and_goes_on_to_the_same_ones(folder, tmp
     with partial.open("ab") as file:
         file.write(b'{"id": "cut o')
     (output,) = run_ranks(1, main, flags(folder, *more))
-    assert "going on behind" in output
+    assert "continuing after" in output
     run_ranks(1, main, flags(folder, *more[:-1], tmp_path / "straight.jsonl"))
     assert predictions(tmp_path / "p.jsonl") == predictions(tmp_path / "straight.jsonl")
 
@@ -190,7 +190,7 @@ def test_answers_of_other_questions_or_flags_are_not_mixed_in_or_overwritten(fol
     run_ranks(1, main, flags(folder, *more, "--batch_size", 2), status=1)
     before = (tmp_path / "p.jsonl.partial").read_bytes()
     (output,) = run_ranks(1, main, flags(folder, *more, "--max_new_tokens", 7), status=2)
-    assert "p.jsonl.partial holds the answers of another run" in output
+    assert "p.jsonl.partial contains the answers of another run" in output
     assert (tmp_path / "p.jsonl.partial").read_bytes() == before
 
 

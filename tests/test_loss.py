@@ -29,7 +29,7 @@ def test_a_second_backward_pass_is_refused_rather_than_wrong():
     head = nn.Linear(16, 50, bias=False)
     total, _ = chunked_cross_entropy(3)(torch.randn(7, 16), torch.randint(50, (7,)), head)
     total.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="the loss can run backward once"):
+    with pytest.raises(RuntimeError, match="the loss can run backward only once"):
         total.backward()
 
 

@@ -317,7 +317,7 @@ def test_a_tokenizer_json_wins_and_its_class_needs_no_remote_code(tiny, tiny_fol
 
 
 def test_a_folder_without_a_tokenizer_or_with_a_broken_one_is_named_in_a_sentence(tmp_path):
-    with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))} holds neither tokenizer.json nor"):
+    with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))} has neither tokenizer.json nor"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match=f"tokenizer files of {re.escape(str(tmp_path))} cannot be read"):

@@ -1,7 +1,7 @@
-"""Checkpoints: what a run needs to go on, written beside the training and checked before it is read.
+"""Resumable checkpoints: written in the background of training, and verified before they are loaded.
 
-Input: the trained parameters, the optimizer, the loop's few numbers, and what writes the model's own folder.
-Output, every `save_steps`, from 2 ranks:
+Input: the trained parameters, the optimizer's state, the loop's few numbers, and a function that writes the
+model's own folder. Output, every `save_steps`, from 2 ranks:
 
     output/checkpoint-120/
         config.json, model.safetensors, tokenizer…    a Hugging Face folder: the model after step 120
@@ -10,15 +10,15 @@ Output, every `save_steps`, from 2 ranks:
         run.json                                      the configuration and the data plan that made it
         complete.json                                 step 120, and bytes and CRC-32 of every file above
 
-The order of data and the dropout masks are functions of (seed, step, rank), so no position and no state of a
-random generator is kept. torch.distributed.checkpoint writes and reshards the tensors, in its Hugging Face
-format: safetensors and JSON, nothing to unpickle, and any number of ranks reads what any other wrote.
+The order of data and the dropout masks are functions of (seed, step, rank), so no data position and no state
+of a random generator is saved. torch.distributed.checkpoint writes and reshards the tensors, in its Hugging
+Face format: safetensors and JSON, nothing to unpickle, and any number of ranks reads what any other wrote.
 
 The loop waits only until parameters and moments are copied to the host's memory; a thread writes them. Only
 when every rank has its files on the disk does rank 0 write `complete.json` and give the folder its name. A
-save that fails is reported and its folder deleted; the checkpoint before it stays, and the run goes on.
+save that fails is logged and its folder deleted; the previous checkpoint stays, and the run continues.
 
-The last step's checkpoint stays too, so that a longer training can go on from it. The final model in
+The last step's checkpoint stays too, so that a longer training can continue from it. The final model in
 output_dir is that checkpoint's, by hard links: nothing is gathered or written twice.
 """
 
@@ -61,7 +61,7 @@ from trainer.lock import Lock
 
 T = TypeVar("T")
 WriteModel = Callable[[Path, Jobs], None]
-"""Fills a folder: its collectives at once, on every rank; what it writes, as jobs."""
+"""Fills a folder: runs its collectives immediately, on every rank, and writes through the jobs."""
 
 
 class SaveError(OSError):
@@ -74,37 +74,37 @@ class Checkpoints:
     def __init__(
         self, run: Mapping[str, Any], config: Config, lock: Lock, steps_per_epoch: int, last_step: int
     ) -> None:
-        """run: the content of run.json; lock: of output_dir, checked before anything there changes."""
+        """run: the content of run.json; lock: of output_dir, checked before anything in there changes."""
         self.output_dir, self.run, self.lock, self.last_step = Path(config.output_dir), run, lock, last_step
         self.keep, self.asynchronous = config.save_total_limit, config.async_save
         self.minutes = config.minutes_between_saves
         self.every = {"no": math.inf, "steps": config.save_steps, "epoch": steps_per_epoch}[
             config.save_strategy
         ]
-        # A group of its own, as the thread's messages must not mix with the loop's; a write may take long.
+        # A separate group, as the thread's messages must not mix with the loop's; a write may take long.
         self.group: Any = dist.new_group(backend="gloo", timeout=timedelta(days=1))
         self.failed = False
-        self.newest: Path | None = None  # that this run has completed
+        self.newest: Path | None = None  # the last checkpoint that this run has completed
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._begun = time.monotonic()
 
     def is_due(self, step: int) -> bool:
-        """Whether save_strategy wants a checkpoint of this step."""
+        """Whether save_strategy asks for a checkpoint of this step."""
         return step % self.every == 0 or (step == self.last_step and self.every < math.inf)
 
     def first_save(self, done: int) -> str:
-        """A sentence that says when the first checkpoint comes; `done` steps are done already."""
-        moments = []
-        if self.every < math.inf:
-            moments.append(f"step {min((done // self.every + 1) * self.every, self.last_step)}")
-        if self.minutes < math.inf:
-            moments.append(f"{self.minutes:g} minutes")
+        """The log message about when the first checkpoint is written; `done`: steps of an earlier run."""
         if done == self.last_step:
-            return "every step is done: what is left is to put the trained model in its place"
-        if not moments:
+            return "every step is done; only the final model has to be written"
+        triggers = []
+        if self.every < math.inf:
+            triggers.append(f"step {min((done // self.every + 1) * self.every, self.last_step)}")
+        if self.minutes < math.inf:
+            triggers.append(f"{self.minutes:g} minutes")
+        if not triggers:
             return "no checkpoints (--save_strategy no): if this run is killed, it starts from scratch"
-        return f"first checkpoint after {' or '.join(moments)}"
+        return f"first checkpoint after {' or '.join(triggers)}"
 
     def save(
         self,
@@ -114,8 +114,10 @@ class Checkpoints:
         notes: Mapping[str, Any],
         until_next: bool = False,
     ) -> None:
-        """Write `checkpoint-<step>` once the save before is done. notes: what `complete.json` also holds;
-        until_next: the next checkpoint replaces this one."""
+        """Write `checkpoint-<step>` once the previous save is done.
+
+        notes: added to `complete.json`; until_next: the next checkpoint replaces this one.
+        """
         self.wait()
         self._begun = time.monotonic()
         folder = self.output_dir / f"checkpoint-{step}"
@@ -126,19 +128,19 @@ class Checkpoints:
             if is_main():
                 jobs.now(lambda: write_json(temporary / "run.json", self.run))
         except SaveError as error:
-            self._report(folder, error)
+            self._warn(folder, error)
             return
-        held = {name: tensor.detach() for name, tensor in tensors.items()}
+        saved = {name: tensor.detach() for name, tensor in tensors.items()}
         if self.asynchronous:
-            held = {name: tensor.to("cpu", copy=True) for name, tensor in held.items()}
+            saved = {name: tensor.to("cpu", copy=True) for name, tensor in saved.items()}
 
         def finish() -> None:
             try:
-                self._finish(temporary, folder, jobs, held, content)
+                self._finish(temporary, folder, jobs, saved, content)
                 self.failed, self.newest = False, folder
             except SaveError as error:
-                self._report(folder, error)
-            except Exception as error:  # another rank is gone, or a mistake of ours
+                self._warn(folder, error)
+            except Exception as error:  # a lost rank or a bug; raised by `wait` in the main thread
                 self._error = error
 
         if self.asynchronous:
@@ -149,7 +151,7 @@ class Checkpoints:
             self.wait()
 
     def minutes_are_over(self) -> bool:
-        """Whether it is time for a save by the clock; rank 0's clock counts."""
+        """Whether `minutes_between_saves` have passed, by rank 0's clock; False on other ranks."""
         return is_main() and time.monotonic() - self._begun > 60 * self.minutes
 
     def is_saving(self) -> bool:
@@ -157,7 +159,7 @@ class Checkpoints:
         return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> None:
-        """Return when no save is under way; `failed` then says whether the last one failed."""
+        """Wait for a running save; `failed` then tells whether the last one failed."""
         if self._thread:
             self._thread.join()
             self._thread = None
@@ -172,8 +174,8 @@ class Checkpoints:
         return f"{self.output_dir} holds no checkpoint, and the same command starts from scratch"
 
     def save_final_model(self, step: int, write_model: WriteModel) -> None:
-        """Put the trained model into output_dir itself, from the checkpoint of the last step if there is
-        one, and wait for it. SaveError if it fails."""
+        """Put the trained model into output_dir itself, from the last step's checkpoint if this run has
+        written one; SaveError if that fails."""
         self.wait()
         checkpoint, folder = self.output_dir / f"checkpoint-{step}", self.output_dir / FINAL
         try:
@@ -186,24 +188,24 @@ class Checkpoints:
             self._on_main(lambda: move_into(folder, self.output_dir))
         except SaveError as error:
             raise SaveError(
-                f"the trained model is not in {self.output_dir}: {error}; make room there, or mend what the "
-                f"error names: {self.what_is_safe()}"
+                f"the trained model is not in {self.output_dir}: {error}; free disk space there or fix this "
+                f"error: {self.what_is_safe()}"
             ) from None
 
-    def _report(self, folder: Path, error: SaveError) -> None:
+    def _warn(self, folder: Path, error: SaveError) -> None:
         self.failed = True
-        goes_on = "training goes on, and the next save tries again"
+        outcome = "training continues, and the next save tries again"
         if folder.name == f"checkpoint-{self.last_step}":
-            goes_on = "the trained model is written next, without what a longer training would go on from"
+            outcome = "the trained model is written next, but a longer training cannot continue from it"
         log(
-            f"\nwarning: {folder} is not saved: {error}; {goes_on}: make room in {self.output_dir}, or mend "
-            f"what the error names; {self.what_is_safe()}"
+            f"\nwarning: {folder} is not saved: {error}; {outcome}: free disk space in {self.output_dir} or "
+            f"fix this error; {self.what_is_safe()}"
         )
         if is_main():
             shutil.rmtree(folder.with_name(f".saving-{folder.name}"), ignore_errors=True)
 
     def _begin(self, folder: Path, write_model: WriteModel, jobs: Jobs) -> Path:
-        """The temporary folder, with the model in it but for the jobs that are put off."""
+        """Create the temporary folder and write the model to it, except for deferred jobs."""
         self._on_main(lambda: begin(folder))
         temporary = folder.with_name(f".saving-{folder.name}")
         if not all(self._together(temporary.is_dir)):
@@ -214,7 +216,7 @@ class Checkpoints:
     def _finish(
         self, temporary: Path, folder: Path, jobs: Jobs, tensors: dict[str, Tensor], content: dict[str, Any]
     ) -> None:
-        """Write what is left, then the marker, then the folder's name."""
+        """Run the deferred jobs, write `tensors` and the marker, and rename the folder."""
         self._together(jobs.finish)
         if tensors:
             writer = HuggingFaceStorageWriter(str(temporary / RESUME), save_distributed=True)
@@ -229,12 +231,12 @@ class Checkpoints:
         def complete() -> None:
             write_json(temporary / MARKER, content)
             put_in_place(temporary, folder)
-            remove_old_checkpoints(self.output_dir, self.keep)  # also those that a killed run did not come to
+            remove_old_checkpoints(self.output_dir, self.keep)  # and those that a killed run left
 
         self._on_main(complete)
 
     def _on_main(self, work: Callable[[], object]) -> None:
-        """Rank 0 changes output_dir, if the folder is still its own; if it fails, SaveError on all ranks."""
+        """Run `work` on rank 0 after checking the lock of output_dir; SaveError on all ranks if it fails."""
 
         def guarded() -> None:
             self.lock.check()
@@ -243,7 +245,7 @@ class Checkpoints:
         self._together(lambda: guarded() if is_main() else None)
 
     def _together(self, work: Callable[[], T]) -> list[T]:
-        """Every rank's result; if any rank failed, SaveError on all ranks."""
+        """Run `work` on every rank and return all results; SaveError on all ranks if it fails on any."""
         try:
             outcome = (work(), None)
         except Exception as error:
@@ -257,7 +259,8 @@ class Checkpoints:
 
 
 def resumable(trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What steps change: `<parameter>`, and `<parameter>.exp_avg` and so on of the optimizer, not copied."""
+    """All tensors that training changes: `<parameter>`, and the optimizer's `<parameter>.exp_avg` and so on.
+    None is copied."""
     tensors = {}
     for name, parameter in trained.items():
         tensors[name] = parameter.detach()
@@ -272,7 +275,7 @@ def load(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def read_marker(folder: Path) -> dict[str, Any]:
-    """The content of a folder's `complete.json`; ValueError if there is none that can be read."""
+    """The content of a folder's `complete.json`; ValueError if it is missing or damaged."""
     try:
         content = json.loads((folder / MARKER).read_text(encoding="utf-8"))
         if isinstance(content["step"], int) and isinstance(content["files"], dict):
@@ -285,14 +288,14 @@ def read_marker(folder: Path) -> dict[str, Any]:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, in a sentence, or None; every rank calls it and reads its share."""
+    """A sentence about the damage to a checkpoint, or None; every rank calls it and reads its share."""
     rank, world = dist.get_rank(), dist.get_world_size()
     problem = None
     try:
         files = read_marker(folder)["files"]
         if not any(name.startswith(f"{RESUME}/") for name in files):
-            problem = f"{folder} holds a model without what resuming needs"
-        for path in (folder / RESUME).glob("*.safetensors"):  # all of them would be read
+            problem = f"{folder} contains a model without the state to resume from"
+        for path in (folder / RESUME).glob("*.safetensors"):  # the loader would read every one
             if f"{RESUME}/{path.name}" not in files:
                 problem = f"{path} does not belong to it"
         for name in sorted(files)[rank::world]:
@@ -301,14 +304,14 @@ def damage(folder: Path) -> str | None:
             if not path.is_file():
                 problem = f"{path} is missing"
             elif path.stat().st_size != size:
-                problem = f"{path} holds {path.stat().st_size:,} bytes instead of {size:,}"
+                problem = f"{path} has {path.stat().st_size:,} bytes instead of {size:,}"
             elif crc32(path) != checksum:
                 problem = f"{path} is damaged: its checksum is not the one written with it"
     except (ValueError, OSError) as error:
         problem = str(error)
     problems: list[Any] = [None] * world
     dist.all_gather_object(problems, problem)
-    return next((found for found in problems if found), None)
+    return next(filter(None, problems), None)
 
 
 def crc32(path: Path) -> int:
@@ -321,13 +324,13 @@ def crc32(path: Path) -> int:
 
 
 def _sizes_and_checksums(folder: Path) -> dict[str, tuple[int, int]]:
-    """Name → bytes and CRC-32, of this rank's share of the folder's files, which are on the disk then."""
+    """Sync this rank's share of the folder's files to the disk; returns name → bytes and CRC-32."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    found = {}
+    described = {}
     for path in paths[dist.get_rank() :: dist.get_world_size()]:
         sync_to_disk(path)
-        found[path.relative_to(folder).as_posix()] = (path.stat().st_size, crc32(path))
-    return found
+        described[path.relative_to(folder).as_posix()] = (path.stat().st_size, crc32(path))
+    return described
 
 
 def _one_sentence(error: CheckpointException) -> str:

@@ -1,4 +1,4 @@
-"""The embedded demo: a small XComposer2 learns to see, then an adapter teaches it Chinese.
+"""The demo: a small XComposer2 learns to answer questions about pictures, then an adapter adds Chinese.
 
     ./torchrun.sh demo [OUT]                 # or: python -m trainer.demo OUT
 
@@ -6,13 +6,13 @@ Input: the package easy-vqa, 5,000 pictures of one coloured shape with questions
 
     data/         the pictures and questions as this project's own files (data/easy_vqa.py)
     base/         a randomly initialised model with its own tokenizer (trainer/models/xcomposer2/demo_base.py)
-    model/        that model after full fine-tuning, and predictions.jsonl on pictures that it has never seen
+    model/        that model after full fine-tuning, and its predictions on held-out pictures
     adapter/      a LoRA adapter on it, after the same questions in Chinese
-    demo.json     what is printed at the end
+    demo.json     the results that are printed at the end
 
-Every step is a command that a user would type; each is printed before it runs. For a higher accuracy train
-longer: `python -m trainer.demo OUT --epochs 12`. With `--high_resolution` the model is like
-2.5, of tiles, and the pictures are of unequal size.
+Every step is a command that a user would type, printed before it runs. For a higher accuracy train longer:
+`python -m trainer.demo OUT --epochs 12`. With `--high_resolution` the model uses tiles, like 2.5, and the
+pictures differ in size.
 """
 
 import argparse
@@ -45,18 +45,18 @@ TRAIN = """
 FULL = "--fix_vit False --learning_rate 2e-3"
 LORA = "--use_lora True --lora_r 16 --lora_alpha 32 --lora_dropout 0 --fix_sampler True --learning_rate 3e-3"
 KINDS = {"colour": "12 %", "shape": "33 %", "yesno": "50 %"}
-"""Kind of question → what guessing among its answers gives."""
+"""Kind of question → the accuracy of guessing among its answers."""
 
 Answers = list[dict[str, Any]]
 
 
 def num_ranks() -> int:
-    """Two; one where the machine has a single accelerator."""
+    """Two, or one if the machine has a single accelerator."""
     return min(2, torch.accelerator.device_count() or 2)
 
 
 def run(module: str, *arguments: object) -> None:
-    """Run a module of this project on `num_ranks`, as torchrun does; raises if it fails."""
+    """Run a module of this project by torchrun on `num_ranks()` ranks; raises if it fails."""
     ranks = num_ranks()
     words = [str(word) for word in arguments]
     print(f"\n$ torchrun --nproc_per_node {ranks} -m {module} {shlex.join(words)}", flush=True)
@@ -67,18 +67,10 @@ def run(module: str, *arguments: object) -> None:
 def ask(model: Path, questions: Path, tiles: Sequence[str]) -> Answers:
     """The model's greedy answers to a file of questions."""
     output = model / f"{questions.stem}-predictions.jsonl"
-    flags = ["--bf16", "False", "--batch_size", "128", "--max_new_tokens", "16"]
     run(
-        "trainer.generate",
-        "--model_name_or_path",
-        model,
-        "--data_path",
-        questions,
-        "--output",
-        output,
-        *flags,
-        *tiles,
-    )
+        "trainer.generate", "--model_name_or_path", model, "--data_path", questions, "--output", output,
+        "--bf16", "False", "--batch_size", "128", "--max_new_tokens", "16", *tiles,
+    )  # fmt: skip
     return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
 
 
@@ -88,7 +80,7 @@ def share_correct(answers: Iterable[Mapping[str, Any]]) -> float:
 
 
 def blind_share(train: Sequence[Path], answers: Answers) -> float:
-    """The best that can be had without looking: for each question, what training answers most often."""
+    """The best accuracy without pictures: each question gets its most frequent answer in training."""
     seen: dict[str, Counter[str]] = defaultdict(Counter)
     for path in train:
         for record in json.loads(path.read_text(encoding="utf-8")):
@@ -99,7 +91,7 @@ def blind_share(train: Sequence[Path], answers: Answers) -> float:
 
 
 def table(answers: Answers, number: int = 12) -> str:
-    """Some questions with their answers, drawn evenly."""
+    """A random selection of questions with their answers and predictions."""
     rows = random.Random(0).sample(answers, min(number, len(answers)))
     lines = [f"{'question':<44}{'answer':<12}{'prediction':<12}"]
     for row in rows:
@@ -109,16 +101,16 @@ def table(answers: Answers, number: int = 12) -> str:
 
 
 def prepare(out: Path) -> None:
-    """An empty folder; an earlier demo's is emptied, any other refused."""
+    """Create the folder or empty that of an earlier demo; DataError if it contains anything else."""
     if out.exists() and any(out.iterdir()) and not (out / "demo.json").is_file():
-        raise DataError(f"{out} holds something else than a demo; name another folder")
+        raise DataError(f"{out} contains something other than a demo; name another folder")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     (out / "demo.json").write_text("{}\n", encoding="utf-8")
 
 
 def demo(out: Path, epochs: float, num_images: int | None, high_resolution: bool = False) -> dict[str, Any]:
-    """Everything; returns what demo.json holds: shares of correct answers and seconds."""
+    """Run the whole demo; returns the content of demo.json: shares of correct answers, and seconds."""
     started = time.perf_counter()
     prepare(out)
     data, base, model, adapter = (out / name for name in ("data", "base", "model", "adapter"))
@@ -170,20 +162,20 @@ def demo(out: Path, epochs: float, num_images: int | None, high_resolution: bool
     print(f"{'in Chinese, before':<24}{result['chinese_before']:>7.1%}   the model without the adapter")
     print(f"{'in Chinese, after':<24}{result['chinese_after']:>7.1%}   with the adapter, as peft loads it")
     print(
-        f"\n{result['seconds']:.0f} seconds, {seconds_base:.0f} of them to the trained model; in {out}: "
+        f"\n{result['seconds']:.0f} seconds, {seconds_base:.0f} of them for the full model; in {out}: "
         "model/, adapter/ (they load in transformers and peft without this project), data/, demo.json"
     )
     return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo; a failure is a sentence and a status."""
+    """Run the demo; a failure is one clear message and a status."""
     parser = argparse.ArgumentParser(prog="trainer.demo", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("out", type=Path, nargs="?", default=Path("output/demo"), metavar="OUT")
     parser.add_argument("--epochs", type=float, default=3.5, help="passes of full fine-tuning (default: 3.5)")
-    parser.add_argument("--num_images", type=int, help="use only so many pictures, for a quick try")
+    parser.add_argument("--num_images", type=int, help="use only this many pictures, for a quick try")
     parser.add_argument(
-        "--high_resolution", action="store_true", help="a model like 2.5, and pictures of unequal size"
+        "--high_resolution", action="store_true", help="a model with tiles, and pictures of different sizes"
     )
     arguments = parser.parse_args(argv)
     try:
@@ -192,10 +184,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
     except subprocess.CalledProcessError:
-        print("error: the command above failed, and said why", file=sys.stderr)
+        print("error: the command above failed; its error is printed there", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
-        print("\nstopped; ./torchrun.sh demo begins again", file=sys.stderr)
+        print("\ninterrupted; ./torchrun.sh demo starts over", file=sys.stderr)
         return FAILED
     return 0
 

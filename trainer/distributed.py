@@ -1,13 +1,13 @@
-"""Start and end of the process group, who speaks, and the few reductions that the loop needs.
+"""The process group, logging on rank 0, and the few reductions that the loop needs.
 
 Input: torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), or nothing: a plain
-`python -m trainer.main` becomes a group of one, so that one code path serves 1 to 64 ranks.
+`python -m trainer.main` becomes a group of one, so that one code path serves any number of ranks.
 Output: a `Ranks` and an initialised default process group on the machine's accelerator (NCCL on CUDA), or on
 the CPU with gloo.
 
     ranks = start()                                   # Ranks(rank=1, world=2, local_rank=1, …)
     all_sum(torch.tensor(3.0, device=ranks.device))   # 3.0 on each of 2 ranks → 6.0 on both
-    log("only rank 0 says this")
+    log("only rank 0 logs this")
 """
 
 import json
@@ -26,14 +26,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 BAD_INPUT, STOPPED, FAILED = 2, 75, 1
-"""Exit statuses, beside 0: nothing was trained; stopped on request, run again to go on; anything else."""
+"""Exit statuses other than 0: nothing was trained; stopped on request, run again to go on; anything else."""
 
-_last_words = ""
-"""What this rank said last: why it ends, where it ends with a failure."""
+_last_message = ""
+"""The last message that this rank logged; when it fails, the reason."""
 _neighbours: list[int] = []
 """The process ids of this machine's other ranks."""
 
@@ -52,8 +52,8 @@ class Ranks:
 def start(timeout_seconds: float = 1800, host_collectives: bool = False) -> Ranks:
     """Join the process group that torchrun describes, or start one of a single process.
 
-    `timeout_seconds` bounds every collective: a rank that never arrives ends the job instead of hanging it.
-    `host_collectives`: tensors in the host's memory take part in collectives too, by gloo.
+    timeout_seconds: of every collective, so that a rank that never arrives ends the job instead of hanging
+    it. host_collectives: also initialise gloo for tensors in the host's memory.
     """
     if "RANK" not in os.environ:
         with socket.socket() as probe:
@@ -69,7 +69,7 @@ def start(timeout_seconds: float = 1800, host_collectives: bool = False) -> Rank
         device = torch.device(accelerator.type, local_rank)
         torch.accelerator.set_device_index(local_rank)
     store, rank, world = next(rendezvous("env://"))
-    # torchrun may keep its store when it starts the ranks again: they must not find addresses of the dead.
+    # torchrun may reuse its store when it restarts the ranks: they must not find addresses of dead ones.
     store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = dist.get_default_backend_for_device(device.type)
     if host_collectives and device.type != "cpu":
@@ -83,31 +83,25 @@ def start(timeout_seconds: float = 1800, host_collectives: bool = False) -> Rank
         device_id=device if device.type != "cpu" else None,
     )
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    _meet_neighbours(store, rank, range(rank - local_rank, rank - local_rank + local_world))
-    return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, local_world, device)
-
-
-def _meet_neighbours(store: Store, rank: int, ranks: range) -> None:
-    """Learn the process ids of this machine's other ranks."""
+    first = rank - local_rank
     store.set(f"process {rank}", str(os.getpid()))
-    _neighbours[:] = [int(store.get(f"process {other}")) for other in ranks if other != rank]
+    others = [other for other in range(first, first + local_world) if other != rank]
+    _neighbours[:] = [int(store.get(f"process {other}")) for other in others]
+    return Ranks(rank, world, local_rank, local_world, device)
 
 
 def a_neighbour_is_gone() -> bool:
-    """Whether another rank of this machine has ended, well or badly."""
-    return not all(_is_alive(process) for process in _neighbours)
-
-
-def _is_alive(process: int) -> bool:
+    """Whether another rank of this machine has ended, successfully or not."""
     try:
-        os.kill(process, 0)
+        for process in _neighbours:
+            os.kill(process, 0)
     except ProcessLookupError:
-        return False
-    return True
+        return True
+    return False
 
 
 def device_mesh(ranks: Ranks, hybrid: bool = False) -> DeviceMesh:
-    """All ranks in a row; or, hybrid, (replicate, shard): a row a node, whose ranks torchrun numbers in turn.
+    """One dimension of all ranks; hybrid: (replicate, shard), where a row is one node's ranks.
 
     4 nodes of 8 ranks: rank 13 is replica 1 of shard 5.
     """
@@ -118,59 +112,59 @@ def device_mesh(ranks: Ranks, hybrid: bool = False) -> DeviceMesh:
 
 
 def finish() -> None:
-    """Leave the process group; a no-op where none was started."""
+    """Destroy the process group; a no-op if none was started."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def leave(status: int) -> NoReturn:
-    """End this process with an exit status, and nothing after it: a lost peer must not hold up a failure.
+    """Exit with a status; on failure immediately, because cleaning up could wait for a lost peer.
 
-    torchrun's own status is 0 or 1, so the first rank of each machine writes ours into the file
-    XCOMPOSER_STATUS_FILE, if named. What a failing rank said last goes where torchrun looks for its error.
+    torchrun's own status is only 0 or 1, so the first rank of each machine writes ours to the file
+    XCOMPOSER_STATUS_FILE, if set. A failing rank's last message goes where torchrun looks for its error.
     """
     if status == BAD_INPUT and not is_main():
-        time.sleep(10)  # torchrun ends the others with the first that ends; let that be the one that speaks
+        time.sleep(10)  # torchrun ends all ranks with the first that ends; let that be the one that logs
     if int(os.environ.get("LOCAL_RANK", "0")) == 0 and "XCOMPOSER_STATUS_FILE" in os.environ:
         Path(os.environ["XCOMPOSER_STATUS_FILE"]).write_text(str(status))
-    if status and _last_words and "TORCHELASTIC_ERROR_FILE" in os.environ:
-        extra = {"py_callstack": _last_words, "timestamp": str(int(time.time()))}
-        error = {"message": {"message": _last_words, "extraInfo": extra}}
+    if status and _last_message and "TORCHELASTIC_ERROR_FILE" in os.environ:
+        extra = {"py_callstack": _last_message, "timestamp": str(int(time.time()))}
+        error = {"message": {"message": _last_message, "extraInfo": extra}}
         Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(error))
     if status == STOPPED and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
-        status = 0  # any other would make torchrun start the ranks again
+        status = 0  # any other would make torchrun restart the ranks
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status) if status else sys.exit(0)
 
 
 def is_main() -> bool:
-    """True on the one rank that speaks and writes the run's files."""
+    """True on rank 0, which logs and writes the run's files."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def log(message: str, every_rank: bool = False) -> None:
-    """Print, by default on rank 0 alone, on the error stream: the standard output stays free for results."""
-    global _last_words
-    _last_words = message.strip()
+    """Print to stderr, by default on rank 0 only; stdout is for results."""
+    global _last_message
+    _last_message = message.strip()
     if every_rank or is_main():
         print(message, file=sys.stderr, flush=True)
 
 
 def no_bar() -> bool:
-    """Whether progress is to be told in lines: a bar redraws itself, which fills a log file."""
+    """Whether to log progress in lines instead of a bar, whose redrawing would fill a log file."""
     return not is_main() or not sys.stderr.isatty()
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait for all ranks."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
 
 
 @contextmanager
 def rank_zero_first() -> Iterator[None]:
-    """Rank 0 runs the block, then all others together: for what is made once and cached in files."""
+    """Rank 0 runs the block, then all others together: for results that are cached in files."""
     if not is_main():
         barrier()
     try:
@@ -181,7 +175,7 @@ def rank_zero_first() -> Iterator[None]:
 
 
 def all_sum(values: torch.Tensor) -> torch.Tensor:
-    """The element-wise sum over all ranks, on the same device; `values` itself is left as it is."""
+    """The element-wise sum over all ranks, on the same device; `values` itself is unchanged."""
     total = values.clone()
     if dist.get_world_size() > 1:
         dist.all_reduce(total)
@@ -189,7 +183,7 @@ def all_sum(values: torch.Tensor) -> torch.Tensor:
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """The seed of a rank's dropout in one step, so that masks depend on nothing that happened before it."""
+    """The seed of a rank's dropout in one step, so that masks do not depend on earlier steps."""
     return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1)
 
 
@@ -202,21 +196,21 @@ def all_max(value: float, device: torch.device) -> float:
 
 
 def agree_on_problems(problems: Sequence[str]) -> bool:
-    """Say rank 0's problems, a line each, and tell every rank whether there are any.
+    """Log rank 0's problems, a line each; returns on every rank whether there are any.
 
-    All ranks read the same files; that they leave together keeps one clear list from drowning in the errors
+    All ranks read the same files, and they end together, so that one clear list does not drown in the errors
     of ranks that lost their peer.
     """
-    held = [list(problems)]
+    shared = [list(problems)]
     if dist.get_world_size() > 1:
-        dist.broadcast_object_list(held, src=0)
-    if held[0]:
-        log("\n".join(f"error: {problem}" for problem in held[0]))
-    return bool(held[0]) or bool(problems)
+        dist.broadcast_object_list(shared, src=0)
+    if shared[0]:
+        log("\n".join(f"error: {problem}" for problem in shared[0]))
+    return bool(shared[0] or problems)
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether a collective failed because another rank went away: the cause is that rank's, not ours."""
+    """Whether a collective failed because another rank ended; the cause is then that rank's."""
     if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and any(

@@ -1,21 +1,22 @@
-"""Model folders from other folders, without training and without a whole model in memory.
+"""Build model folders from other folders, without training and without a whole model in memory.
 
     python -m trainer.export --merge ADAPTER OUT                    # base + adapter, a full model
-    python -m trainer.export --checkpoint RUN/checkpoint-500 OUT    # its model or adapter alone
-    python -m trainer.export --modernise BASE OUT                   # its weights, with code that runs
+    python -m trainer.export --checkpoint RUN/checkpoint-500 OUT    # its model or adapter, without the state
+    python -m trainer.export --modernise BASE OUT                   # its weights, with code that runs today
 
 Input: an adapter's folder, whose configuration names the base, a checkpoint, or a published model.
-Output: the new folder OUT, which appears whole or not at all.
+Output: the new folder OUT, which is created atomically.
 
-Merging reads a tensor at a time, computes in float32 and writes files of 1 GB in the base's dtype:
+Merging reads one tensor at a time, computes in float32 and writes files of 1 GB in the base's dtype:
 
     W' = W + scale · B A                                  scale = alpha / r, or alpha / √r for rsLoRA
     W' = m / ‖W + scale · B A‖ · (W + scale · B A)        DoRA: a magnitude m and a norm for each row
 
-which peaks at 1.7 GB of memory for layers of the 7B's width. PLoRA's part of an adapted layer stays as it is,
-except under DoRA: peft scales the whole output of a row, so the row of `Plora_B` takes the same factor.
+which peaks at 1.7 GB of memory for layers of the 7B's width. PLoRA's weights in an adapted layer are
+unchanged, except under DoRA: peft scales the whole output of a row, so the row of `Plora_B` gets the same
+factor.
 
-A published folder brings code that fails with today's transformers, and only a SentencePiece tokenizer.
+A published folder contains code that fails with today's transformers, and only a SentencePiece tokenizer.
 `--modernise` links its weights, some 17 GB; with `--adapter A`, OUT becomes the base of adapter A, so that
 this works in a process without this project:
 
@@ -53,8 +54,8 @@ from trainer.models import load_config, load_tokenizer, parts_of
 from trainer.trainable import checkpoint_name, is_adapter
 from trainer.weights import (
     SAFETENSORS_DTYPES,
-    plan_files,
     save_small_files,
+    split_into_files,
     tensor_files,
     weights_dtype,
     write_index,
@@ -65,7 +66,7 @@ from trainer.weights import (
 
 @dataclass(frozen=True)
 class _Merge:
-    """What an adapter does to its base's tensors, read from its file when asked."""
+    """Merged tensors of a base and an adapter, computed one at a time."""
 
     folder: Path
     base_files: dict[str, Path]
@@ -75,7 +76,7 @@ class _Merge:
     """Tensor of the base → the key in the adapter's file that replaces it."""
 
     def tensor(self, name: str) -> Tensor:
-        """The merged tensor: as it was, or in float32 where the adapter changed it."""
+        """The merged tensor: in float32 if the adapter changes it, else the base's own."""
         replaced = name in self.whole
         tensor = self._adapter(self.whole[name]) if replaced else _read(self.base_files[name], name)
         for kind in ("Plora_B.weight", "weight", "bias"):
@@ -110,23 +111,23 @@ class _Merge:
 
 
 def _read(path: Path, name: str) -> Tensor:
-    with safe_open(path, framework="pt") as file:  # opened anew: closing gives mapped pages back
+    with safe_open(path, framework="pt") as file:  # opened each time, as closing frees the mapped pages
         return file.get_tensor(name)
 
 
 def merge(adapter: Path, out: Path, base: Path | None = None, dtype: torch.dtype | None = None) -> None:
-    """Write the base with the adapter in it to the new folder `out`.
+    """Merge the adapter into its base and write the model to the new folder `out`.
 
-    base: where it is, if not where the adapter says; dtype: of floating tensors, as in the base if absent.
-    DataError if the adapter is for another base, or biases cannot be merged.
+    base: by default the folder that the adapter names; dtype: of floating tensors, by default as in the base.
+    DataError if the adapter is for another base, or its biases cannot be merged.
     """
     peft_config, _ = read_adapter(adapter)
     base = base or Path(peft_config.base_model_name_or_path or "")
     if not base.is_dir():
-        raise DataError(f"{adapter}: its base {base} is no folder here; say where it is with --base")
+        raise DataError(f"{adapter}: there is no folder {base}, its base; set --base to where it is")
     config = load_config(base, adapter_preprocessing=adapter_preprocessing(adapter))
     tokenizer = load_tokenizer(base)
-    model, held = adapted_model(adapter, base)
+    model, names_in_file = adapted_model(adapter, base)
     base_files = tensor_files(base)
     layers = {
         name: (file_key(name), module.scaling["default"])
@@ -135,8 +136,8 @@ def merge(adapter: Path, out: Path, base: Path | None = None, dtype: torch.dtype
     }
     if peft_config.lora_bias and (bare := [n for n in layers if f"{n}.bias" not in base_files]):
         raise DataError(f"{adapter}: lora_bias cannot be merged into {bare[0]}, which has no bias")
-    whole = {checkpoint_name(name): file_key(name) for name in held if not is_adapter(name)}
-    plan = _Merge(adapter, base_files, layers, whole)
+    whole = {checkpoint_name(name): file_key(name) for name in names_in_file if not is_adapter(name)}
+    merged = _Merge(adapter, base_files, layers, whole)
 
     dtypes: dict[str, torch.dtype] = {}
     sizes: dict[str, int] = {}
@@ -144,16 +145,16 @@ def merge(adapter: Path, out: Path, base: Path | None = None, dtype: torch.dtype
         path, key = (base_files[name], name) if name in base_files else (adapter / WEIGHTS_FILE, whole[name])
         with safe_open(path, framework="pt") as file:
             entry = file.get_slice(key)
-            kept = SAFETENSORS_DTYPES.get(entry.get_dtype())
-            dtypes[name] = (dtype or kept) if kept else file.get_tensor(key).dtype  # None: not floating
+            stored = SAFETENSORS_DTYPES.get(entry.get_dtype())  # None: not floating
+            dtypes[name] = (dtype or stored) if stored else file.get_tensor(key).dtype
             sizes[name] = math.prod(entry.get_shape()) * dtypes[name].itemsize
     temporary = begin(_new(out))
-    files = plan_files(sizes)
+    files = split_into_files(sizes)
     with tqdm(total=len(sizes), unit="tensor", desc="merging", dynamic_ncols=True) as bar:
         for file_name, names in files.items():
             tensors = {}
             for name in names:
-                tensors[name] = plan.tensor(name).to(dtypes[name]).contiguous()
+                tensors[name] = merged.tensor(name).to(dtypes[name]).contiguous()
                 bar.update()
             save_file(tensors, temporary / file_name, metadata={"format": "pt"})
     write_index(temporary, files, sum(sizes.values()))
@@ -165,10 +166,7 @@ def merge(adapter: Path, out: Path, base: Path | None = None, dtype: torch.dtype
 
 
 def from_checkpoint(checkpoint: Path, out: Path) -> None:
-    """Copy the model or adapter of a complete checkpoint to the new folder `out`.
-
-    DataError if `checkpoint` is not one.
-    """
+    """Copy the model or adapter of a checkpoint to the new folder `out`; DataError if it is not complete."""
     if not (checkpoint / MARKER).is_file():
         raise DataError(f"{checkpoint}: no {MARKER}, so this is not a complete checkpoint")
     temporary = begin(_new(out))
@@ -180,9 +178,9 @@ def from_checkpoint(checkpoint: Path, out: Path) -> None:
 
 def modernise(base: Path, out: Path, adapter: Path | None = None) -> None:
     """Make the new folder `out`: links to the weights of `base`, our code, a complete configuration and a
-    fast tokenizer. It loads wherever `base` stays at its place.
+    fast tokenizer. It loads as long as `base` is not moved.
 
-    adapter: has `out` for its base from now on. DataError if it is for another base.
+    adapter: changed to have `out` as its base; DataError if it is for another base.
     """
     config, tokenizer, files = load_config(base), load_tokenizer(base), tensor_files(base)
     if adapter:
@@ -214,7 +212,7 @@ def _finish(temporary: Path, out: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; 0, or 2 after a sentence on what is wrong."""
+    """Run the command line; returns 0, or 2 after an error message."""
     parser = argparse.ArgumentParser(prog="trainer.export", allow_abbrev=False)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
@@ -227,11 +225,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--modernise", type=Path, metavar="BASE", help="link its weights, with code that runs today"
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to make")
-    parser.add_argument("--base", type=Path, help="with --merge: the base, if not where the adapter says")
+    parser.add_argument("--base", type=Path, help="with --merge: by default the one that the adapter names")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="with --merge: the base's own if absent"
+        "--dtype", choices=("float32", "bfloat16"), help="with --merge: by default the base's own"
     )
-    parser.add_argument("--adapter", type=Path, help="with --modernise: give this adapter OUT for its base")
+    parser.add_argument("--adapter", type=Path, help="with --modernise: make OUT the base of this adapter")
     arguments = parser.parse_args(argv)
     if not arguments.merge and (arguments.base or arguments.dtype):
         parser.error("--base and --dtype go with --merge")

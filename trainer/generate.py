@@ -1,21 +1,22 @@
-"""Answers: a file of questions, or one question about one image, from a model or a base with an adapter.
+"""Generate answers to a file of questions or to a single one, with a model or an adapter on its base.
 
     python -m trainer.generate --model_name_or_path output/pets --data_path test.json
     python -m trainer.generate --model_name_or_path output/adapter --image cat.jpg --question "Which breed?"
     torchrun --nproc_per_node 8 -m trainer.generate --model_name_or_path … --data_path … # each takes a share
 
-Input: a model's folder, or an adapter's (its base is the one that it names); samples as for training, with or
-without the last answer. Output: `--output`, a JSON object a line in the order of the samples,
+Input: a model's folder, or an adapter's, which names its base; samples as for training, with or without the
+last answer. Output: the file `--output`, one JSON object a line in the order of the samples,
 
     {"id": "pets-7", "question": "Breed?", "answer": "a tabby", "prediction": "A tabby", "correct": true}
     {"id": "pets-8", "error": "img/8.jpg does not exist; …"}                        # --on_bad_sample skip
 
-and the share of correct ones where an answer is there: equal but for case, outer space and a final full stop.
-Until all are there the lines are in `<output>.partial`, written after every batch; the same command goes on
-from it. A single question's answer goes to the standard output.
+and the share of correct predictions, where samples have an answer: equal except for case, outer white space
+and a final full stop. Every batch is appended to `<output>.partial`, which becomes `<output>` at the end; the
+same command continues an interrupted run from it. The answer to a single `--question` goes to stdout.
 """
 
 import json
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ from trainer.distributed import (
     is_main,
     leave,
     log,
+    no_bar,
     rank_zero_first,
     start,
     step_seed,
@@ -55,19 +57,22 @@ from trainer.lora import adapted_model
 from trainer.models import load_config, load_conversation, load_image_processor, parts_of
 from trainer.parallelize import split_tiles
 
+SECONDS_BETWEEN_LINES = 30.0
+"""Progress is logged this often where there is no progress bar."""
+
 
 @dataclass
 class Questions:
-    """What to ask, of which model, and how to answer."""
+    """The flags: the questions, the model, and how to generate."""
 
     model_name_or_path: str = ""
     """Folder of a model, or of an adapter."""
     base_model: str | None = None
-    """Folder of an adapter's base; the one that the adapter names by default."""
+    """Folder of an adapter's base; by default the one that the adapter names."""
     data_path: str | None = None
     """.json or .jsonl file of samples."""
     image_root: str | None = None
-    """Folder that image paths are relative to; the JSON file's own folder by default."""
+    """Folder that image paths are relative to; by default the folder of the JSON file."""
     question: str | None = None
     """One question, instead of data_path."""
     image: tuple[str, ...] = ()
@@ -75,58 +80,56 @@ class Questions:
     output: str = "predictions.jsonl"
     """File for the predictions of data_path."""
     on_bad_sample: str = "error"
-    """A sample that cannot be read or is too long: `error` ends the run, `skip` writes what is wrong with it
-    in place of its prediction."""
+    """For a sample that cannot be read or is too long: `error` ends the run, `skip` writes the problem
+    instead of a prediction."""
     batch_size: int = 8
-    """Questions answered at once by a rank."""
+    """Questions per rank in a batch."""
     max_new_tokens: int = 256
-    """Tokens an answer may have."""
+    """Maximum tokens of an answer."""
     max_length: int = 4096
-    """Tokens a question may have, image slots included."""
+    """Maximum tokens of a question, image slots included."""
     do_sample: bool = False
-    """Sample each token, instead of taking the likeliest."""
+    """Sample tokens instead of always taking the most likely one."""
     temperature: float = 1.0
     """Temperature for sampling: below 1 favours likely tokens."""
     top_p: float = 1.0
-    """Sample among the likeliest tokens that hold this share of the probability."""
+    """Sample from the smallest set of most likely tokens with this total probability."""
     seed: int = 42
     """Seed for sampling."""
     hd_num: int | None = None
-    """High-resolution models: the most tiles an image is cut into; as the model was trained by default."""
+    """High-resolution models: the maximum number of tiles of an image; by default as in training."""
     fit_images: bool = False
-    """High-resolution models: take the images of a question over max_length at a smaller hd_num, the largest
-    that fits."""
+    """High-resolution models: for a question over max_length, use the largest smaller hd_num that fits."""
     vision_micro_batch: int | None = 16
     """Images or tiles that a block of the vision tower computes at a time; none: all at once."""
     images_as_viewed: bool | None = None
-    """Turn images as their EXIF data says, and lay transparent ones on white; as the model was trained by
-    default."""
+    """Rotate images by their EXIF data and put transparent ones on white; by default as in training."""
     bf16: bool = True
     """Compute in bfloat16; False: float32."""
 
     def problems(self) -> list[str]:
-        """Everything that is wrong with the values alone, a sentence each."""
-        found = []
+        """Problems with the values of the flags, a sentence each."""
+        problems = []
         if not Path(self.model_name_or_path).is_dir() or not self.model_name_or_path:
-            found.append(f"--model_name_or_path {self.model_name_or_path}: there is no such folder")
+            problems.append(f"--model_name_or_path {self.model_name_or_path}: there is no such folder")
         if (self.data_path is None) == (self.question is None):
-            found.append("give either --data_path or --question")
+            problems.append("give either --data_path or --question")
         if self.data_path is not None and not Path(self.data_path).is_file():
-            found.append(f"--data_path {self.data_path}: there is no such file")
+            problems.append(f"--data_path {self.data_path}: there is no such file")
         if self.data_path is not None and Path(self.data_path).suffix not in (".json", ".jsonl"):
-            found.append(f"--data_path {self.data_path}: must be a .json or .jsonl file of samples")
+            problems.append(f"--data_path {self.data_path}: must be a .json or .jsonl file of samples")
         if self.image and self.question is None:
-            found.append("--image goes with --question; samples of --data_path name their own")
+            problems.append("--image goes with --question; samples of --data_path name their own")
         if self.on_bad_sample not in ("error", "skip"):
-            found.append(f"--on_bad_sample {self.on_bad_sample}: choose one of error, skip")
+            problems.append(f"--on_bad_sample {self.on_bad_sample}: choose one of error, skip")
         for name in ("batch_size", "max_new_tokens", "max_length", "vision_micro_batch"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                found.append(f"--{name} {getattr(self, name)}: must be at least 1")
+                problems.append(f"--{name} {getattr(self, name)}: must be at least 1")
         if self.temperature <= 0 or not 0 < self.top_p <= 1:
-            found.append("--temperature must be above 0, and --top_p above 0 and at most 1")
+            problems.append("--temperature must be above 0, and --top_p above 0 and at most 1")
         if not self.do_sample and (self.temperature, self.top_p) != (1.0, 1.0):
-            found.append("--temperature and --top_p have no effect without --do_sample True")
-        return found
+            problems.append("--temperature and --top_p have no effect without --do_sample True")
+        return problems
 
 
 def load_model(
@@ -137,11 +140,11 @@ def load_model(
     hd_num: int | None = None,
     images_as_viewed: bool | None = None,
 ) -> tuple[PreTrainedModel, Path]:
-    """(the model in `folder`, or an adapter on its base; the folder that holds configuration and tokenizer).
+    """Load the model in `folder`, or the adapter there on its base; also returns the folder of the model.
 
     vision_micro_batch: images or tiles that a block of the vision tower computes at a time; None: all.
-    hd_num, images_as_viewed: in place of what the model was trained with, in the model's configuration.
-    ValueError in a sentence where either cannot be used.
+    hd_num, images_as_viewed: override the model's configuration.
+    ValueError if a folder or value cannot be used.
     """
     transformers.logging.disable_progress_bar()
     model_folder, preprocessing = folder, None
@@ -151,25 +154,25 @@ def load_model(
         model_folder = base or Path(peft_config.base_model_name_or_path or "")
         if not (model_folder / "config.json").is_file():
             raise DataError(
-                f"{folder}: its base {model_folder} is no model's folder; name it by --base_model"
+                f"{folder}: its base {model_folder} is not the folder of a model; set --base_model"
             )
-        adapted_model(folder, model_folder)  # refuses another base
+        adapted_model(folder, model_folder)  # rejects another base
     config = load_config(
         model_folder,
         hd_num=hd_num,
         images_as_viewed=images_as_viewed,
         adapter_preprocessing=preprocessing,
     )
-    load_image_processor(config)  # refuses an hd_num before the weights are read
+    load_image_processor(config)  # rejects a bad hd_num before the weights are read
     model = AutoModelForCausalLM.from_pretrained(model_folder, config=config, dtype=dtype)
     parts = parts_of(model.config)
     blocks = model.get_submodule(parts.vision_blocks).children()
     in_tiles = {type(module) for module in (model.get_submodule(parts.vision_embeddings), *blocks)}
     if model_folder != folder:
-        with warnings.catch_warnings(action="ignore"):  # transformers' own, of names that peft still uses
+        with warnings.catch_warnings(action="ignore"):  # transformers' deprecations of names that peft uses
             model = PeftModel.from_pretrained(model, str(folder))
     if vision_micro_batch is not None:
-        # Only now: an adapter that holds the trained tower brings a copy of its modules.
+        # Only now, because an adapter with a trained tower adds copies of its modules.
         for module in [module for module in model.modules() if type(module) in in_tiles]:
             split_tiles(module, vision_micro_batch)
     return cast(PreTrainedModel, model).eval(), model_folder
@@ -183,7 +186,7 @@ def answer(
     pixels: Sequence[torch.Tensor],
     **options: Any,
 ) -> list[str]:
-    """The answers to a batch of prompts, padded on the left; pixels: of all their images, in order."""
+    """Answer a batch of prompts, padded on the left; pixels: of all their images, in order."""
     width = max(len(prompt.input_ids) for prompt in prompts)
     shape, device = (len(prompts), width), model.device
     input_ids = torch.full(shape, encoder.pad_id, device=device)
@@ -202,13 +205,13 @@ def answer(
 
 
 def is_correct(prediction: str, expected: str) -> bool:
-    """Equal but for case, outer white space and a final full stop."""
+    """Whether both are equal except for case, outer white space and a final full stop."""
     ours, theirs = (text.strip().rstrip(".。").casefold() for text in (prediction, expected))
     return ours == theirs
 
 
 class OneQuestion(Source):
-    """A source of the one question of the command line."""
+    """The source of `--question`; errors about it name no file and no record."""
 
     def where(self, index: int, record_id: str | None = None) -> str:
         return "the question"
@@ -226,7 +229,7 @@ def one_question(questions: Questions) -> Source:
 def answer_some(
     questions: Questions, reader: SampleReader, model: PreTrainedModel, indices: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """A row of the output for each of these records; `error` is in the rows of those that cannot be read."""
+    """One row of the output for each of these records, with `error` for those that cannot be read."""
     options: dict[str, Any] = {"max_new_tokens": questions.max_new_tokens, "do_sample": questions.do_sample}
     if questions.do_sample:
         options |= {"temperature": questions.temperature, "top_p": questions.top_p}
@@ -258,14 +261,13 @@ def answer_some(
 
 
 class PartialOutput:
-    """The rows that are written so far, in `<output>.partial`, and the move to `<output>` at the end.
+    """The rows so far, in `<output>.partial`, which becomes `<output>` at the end.
 
-    The first line names the model, the questions and the options, so that a later run goes on only with its
-    own.
+    Its first line describes model, questions and flags, so that a later run continues only its own answers.
     """
 
     def __init__(self, questions: Questions, records: Records) -> None:
-        """DataError if the file cannot be written, or holds the answers of another run."""
+        """DataError if the file cannot be written or contains the answers of another run."""
         self.path = Path(questions.output)
         self.partial = self.path.with_name(f"{self.path.name}.partial")
         answered_by = {k: v for k, v in vars(questions).items() if k not in ("output", "batch_size")}
@@ -277,8 +279,8 @@ class PartialOutput:
             lines = [line for line in lines if line.endswith(b"\n")]  # the last one may be cut off
             if lines and lines[0] != described.encode():
                 raise DataError(
-                    f"--output: {self.partial} holds the answers of another run, with another model, other "
-                    "questions or other flags; remove it, or name another --output"
+                    f"--output: {self.partial} contains the answers of another run, with another model, "
+                    "other questions or other flags; delete it, or name another --output"
                 )
             self.rows = [json.loads(line) for line in lines[1:]]
             self.file = self.partial.open("wb")
@@ -293,7 +295,7 @@ class PartialOutput:
         self.file.flush()
 
     def finish(self) -> None:
-        """Put the rows in place, without the first line."""
+        """Move the rows to `<output>`, without the first line."""
         self.file.close()
         replace_file(self.path, self.partial.read_bytes().partition(b"\n")[2])
         self.partial.unlink()
@@ -302,22 +304,19 @@ class PartialOutput:
 def answer_all(
     questions: Questions, reader: SampleReader, model: PreTrainedModel, ranks: Ranks, first: int
 ) -> Iterator[list[dict[str, Any]]]:
-    """The rows from record `first` on, in order, a batch of every rank at a time; every rank calls it.
+    """Yield the rows from record `first` on, in order, a batch of every rank at a time; every rank calls it.
 
-    DataError, on all ranks, at a record that cannot be read, unless such are skipped; the rows before it
-    come.
+    At a record that cannot be read, unless those are skipped: the rows before it, then DataError everywhere.
     """
-    total, size = len(reader.sources[0].records), questions.batch_size
-    bar = tqdm(total=total, initial=first, unit="question", disable=ranks.rank != 0 or total < 2)
-    for begin in range(first, total, size * ranks.world):
-        indices = range(begin, min(begin + size * ranks.world, total))
-        shares: list[list[dict[str, Any]]] = [[]] * ranks.world
+    total, batch = len(reader.sources[0].records), questions.batch_size * ranks.world
+    bar = tqdm(total=total, initial=first, unit="question", leave=False, disable=no_bar() or total < 2)
+    last_line = time.monotonic()
+    for begin in range(first, total, batch):
+        indices = range(begin, min(begin + batch, total))
         torch.manual_seed(step_seed(questions.seed, begin, ranks.rank))
-        mine = answer_some(questions, reader, model, indices[ranks.rank :: ranks.world])
+        shares = [answer_some(questions, reader, model, indices[ranks.rank :: ranks.world])] * ranks.world
         if ranks.world > 1:
-            dist.all_gather_object(shares, mine)
-        else:
-            shares = [mine]
+            dist.all_gather_object(shares, shares[ranks.rank])
         rows = [shares[number % ranks.world][number // ranks.world] for number in range(len(indices))]
         bad = [number for number, row in enumerate(rows) if "error" in row]
         if bad and questions.on_bad_sample == "error":
@@ -326,55 +325,64 @@ def answer_all(
             raise DataError(rows[bad[0]]["error"])
         yield rows
         bar.update(len(rows))
+        if no_bar() and time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
+            log(f"{indices.stop:,} of {total:,} questions")
+            last_line = time.monotonic()
     bar.close()
 
 
-def ask(questions: Questions, ranks: Ranks) -> int:
-    """Answer everything; returns the exit status."""
-    problems: list[str] = []
-    output: PartialOutput | None = None
-    model, reader = None, None
-    try:
-        if questions.data_path is None:
-            sources = [one_question(questions)]
-        else:
-            with rank_zero_first():
-                # Questions need no answer, so a file's bad records show when they are read.
-                sources = read_mixture(
-                    questions.data_path, image_root=questions.image_root, skip_bad=True, show_progress=False
-                )
-            if is_main():
-                output = PartialOutput(questions, sources[0].records)
-        base = Path(questions.base_model) if questions.base_model else None
-        model, model_folder = load_model(
-            Path(questions.model_name_or_path),
-            base,
-            torch.bfloat16 if questions.bf16 else torch.float32,
-            questions.vision_micro_batch,
-            questions.hd_num,
-            questions.images_as_viewed,
-        )
-        conversation = load_conversation(model_folder)
-        if (trained_with := model.config.conversation_format) not in (None, conversation.format):
-            log(
-                f"warning: {questions.model_name_or_path} was trained with another conversation format "
-                f"({trained_with}) than this code has ({conversation.format}); its answers may suffer"
+def open_all(questions: Questions) -> tuple[PreTrainedModel, SampleReader, PartialOutput | None]:
+    """The model, the questions and, on rank 0 and for a file of questions, the output.
+
+    ValueError or OSError if one of them cannot be used.
+    """
+    output = None
+    if questions.data_path is None:
+        sources = [one_question(questions)]
+    else:
+        with rank_zero_first():
+            # Questions need no answer, so a file's bad records are reported when they are read.
+            sources = read_mixture(
+                questions.data_path, image_root=questions.image_root, skip_bad=True, show_progress=False
             )
-        encoder = SampleEncoder(conversation, questions.max_length)
-        processor = load_image_processor(model.config)
-        reader = SampleReader(sources, encoder, processor, fit_images=questions.fit_images)
+        if is_main():
+            output = PartialOutput(questions, sources[0].records)
+    model, model_folder = load_model(
+        Path(questions.model_name_or_path),
+        Path(questions.base_model) if questions.base_model else None,
+        torch.bfloat16 if questions.bf16 else torch.float32,
+        questions.vision_micro_batch,
+        questions.hd_num,
+        questions.images_as_viewed,
+    )
+    conversation = load_conversation(model_folder)
+    if (trained_with := model.config.conversation_format) not in (None, conversation.format):
+        log(
+            f"warning: {questions.model_name_or_path} was trained with another conversation format "
+            f"({trained_with}) than this code has ({conversation.format}); its answers may suffer"
+        )
+    encoder = SampleEncoder(conversation, questions.max_length)
+    processor = load_image_processor(model.config)
+    return model, SampleReader(sources, encoder, processor, fit_images=questions.fit_images), output
+
+
+def ask(questions: Questions, ranks: Ranks) -> int:
+    """Answer all questions; returns the exit status."""
+    opened = None
+    problems: list[str] = []
+    try:
+        opened = open_all(questions)
     except (ValueError, OSError) as error:
-        problems += str(error).splitlines()
-    if agree_on_problems(problems):
+        problems = str(error).splitlines()
+    if agree_on_problems(problems) or opened is None:
         return BAD_INPUT
-    assert model is not None
-    assert reader is not None
+    model, reader, output = opened
     model = cast(Any, model).to(ranks.device)
     done = [len(output.rows) if output else 0]
     if ranks.world > 1:
         dist.broadcast_object_list(done)
     if done[0]:
-        log(f"going on behind {done[0]:,} answers in {questions.output}.partial")
+        log(f"continuing after {done[0]:,} answers in {questions.output}.partial")
     try:
         for rows in answer_all(questions, reader, model, ranks, done[0]):
             if output:
@@ -383,8 +391,8 @@ def ask(questions: Questions, ranks: Ranks) -> int:
                 print(rows[0]["prediction"])
     except DataError as error:
         hint = (
-            f"; the answers before it are in {questions.output}.partial, and the same command goes on from "
-            "them; --on_bad_sample skip leaves such samples out"
+            f"; the answers before it are in {questions.output}.partial, and the same command continues "
+            "after them; use --on_bad_sample skip to leave such samples out"
         )
         log(f"\nerror: {error}{hint if questions.data_path else ''}")
         return FAILED
@@ -399,12 +407,11 @@ def ask(questions: Questions, ranks: Ranks) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, join the other ranks, answer; a failure is a sentence and a status."""
+    """Parse the flags, start the process group and answer; a failure is one clear message and a status."""
     try:
         questions = parse_flags(Questions, argv, "trainer.generate")
     except ConfigError as error:
-        for problem in str(error).splitlines():
-            log(f"error: {problem}")
+        log("\n".join(f"error: {problem}" for problem in str(error).splitlines()))
         return BAD_INPUT
     ranks = start()
     status = ask(questions, ranks)

@@ -1,10 +1,10 @@
-"""torchrun that ends with the trainer's own words and exit status; `torchrun.sh` starts runs through it.
+"""torchrun with the trainer's own error messages and exit status; `torchrun.sh` starts runs through it.
 
     python -m trainer.launch --nproc_per_node 8 -m trainer.main --model_name_or_path M --data_path data.txt
 
-Input: torchrun's arguments. Two have other defaults: SIGUSR1 is passed on to the ranks as well, and they have
-ten minutes to finish a step and its save. Output: the ranks' own, and nothing behind it where they have said
-why they end. A rank that could not, as it was killed, is named in one line, with its machine and the signal.
+Input: torchrun's arguments. Two have other defaults: SIGUSR1 is forwarded to the ranks as well, and they have
+ten minutes to finish a step and its save. Output: the ranks' own; nothing is added when they have logged why
+they end. A rank that was killed is reported in one line, with its machine and the signal.
 
 Exit status: the trainer's (0, 2, 75, …), where torchrun's is 1 for every failure; 1 if a rank was killed.
 """
@@ -29,9 +29,9 @@ DEFAULTS = ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--s
 
 
 def launch(arguments: Sequence[str], status_file: Path) -> int:
-    """Run torchrun; the ranks write their exit status into the file. Returns the status to end with."""
+    """Run torchrun, whose ranks write their exit status to the file; returns the exit status."""
     options = parse_args([*DEFAULTS, *arguments])
-    if not options.max_restarts:  # else torchrun's log says why it starts the ranks again
+    if not options.max_restarts:  # with restarts, torchrun's log tells why it restarts the ranks
         for name in ("multiprocessing.api", "agent.server.api"):
             logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     try:
@@ -45,20 +45,18 @@ def launch(arguments: Sequence[str], status_file: Path) -> int:
         if not status_file.is_file():
             print(f"\nerror: ended by {error.sigval.name}; nothing was saved after it", file=sys.stderr)
             return FAILED
-    except DistError as error:  # of the ranks' own meeting point
-        reason, place = str(error).splitlines()[0], f"{options.master_addr}:{options.master_port}"
-        print(
-            f"error: the machines cannot meet at {place}, MASTER_ADDR and MASTER_PORT: {reason}",
-            file=sys.stderr,
-        )
+    except DistError as error:  # of the rendezvous
+        address, reason = f"{options.master_addr}:{options.master_port}", str(error).splitlines()[0]
+        problem = f"the machines cannot connect to {address}, MASTER_ADDR and MASTER_PORT: {reason}"
+        print(f"error: {problem}", file=sys.stderr)
         return FAILED
     return int(status_file.read_text()) if status_file.is_file() else 0
 
 
 def how_it_ended(rank: int, failure: ProcessFailure) -> str:
-    """One sentence about a rank that has not said why it ended."""
+    """A sentence about a rank that ended without logging why."""
     if failure.exitcode > 0:
-        what = f"ended with status {failure.exitcode}, and without a word of why"
+        what = f"ended with status {failure.exitcode} and no error message"
     else:
         what = f"was killed by {failure.signal_name()}"
         if failure.exitcode == -signal.SIGKILL:

@@ -20,6 +20,7 @@ With z = W h and p = softmax(z), token i's loss is log Σ exp z − z[target], a
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,14 +30,13 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 ROWS_AT_A_TIME = 8192
-"""Rows of a bfloat16 output layer whose gradient is summed at a time in float32."""
+"""Rows of the output layer whose gradient is accumulated in float32 at a time."""
 
 
 def token_losses(hidden: Tensor, targets: Tensor, lm_head: nn.Module) -> Tensor:
-    """Cross-entropy of each position.
+    """Cross-entropy of each position, in float32 whatever the compute dtype is.
 
-    hidden [N, D], targets [N] int64, lm_head: D → vocabulary. Returns [N] float32; the log-sum-exp is taken
-    in float32 whatever the compute dtype is.
+    hidden [N, D], targets [N] int64, lm_head: D → vocabulary; returns [N].
     """
     return F.cross_entropy(lm_head(hidden).float(), targets, reduction="none")
 
@@ -50,9 +50,9 @@ def losses_and_gradients(
     for_hidden: bool,
     for_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Losses [N] float32, and the gradients of their sum: of hidden [N, D] and of weight [V, D].
+    """Losses [N] float32, and the gradients of their sum for hidden [N, D] and weight [V, D].
 
-    A gradient that is not asked for is None. The products run in the dtype of `weight`; its gradient is
+    A gradient that is not requested is None. The products run in the dtype of `weight`; its gradient is
     summed over chunks in float32: in bfloat16, what a late chunk adds would be lost in the rounding.
     """
     losses = hidden.new_empty(len(hidden), dtype=torch.float32)
@@ -75,15 +75,15 @@ def losses_and_gradients(
         if weight_gradient.dtype == weight.dtype:
             weight_gradient.addmm_(gradient.T, h)
             continue
-        for part, columns in zip(
+        for block, columns in zip(
             weight_gradient.split(ROWS_AT_A_TIME), gradient.split(ROWS_AT_A_TIME, dim=1), strict=True
         ):
-            part += columns.T @ h
+            block += columns.T @ h
     return losses, hidden_gradient, None if weight_gradient is None else weight_gradient.to(weight.dtype)
 
 
 class _SumWithGradients(torch.autograd.Function):
-    """`losses_and_gradients` on the graph; the backward pass scales the gradients in place, once."""
+    """`losses_and_gradients` as an autograd function; backward scales the gradients in place, once."""
 
     @staticmethod
     def forward(
@@ -107,36 +107,31 @@ class _SumWithGradients(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None, None, None]:
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            raise RuntimeError("the loss can run backward once: its gradients are scaled in place")
-        of_hidden, of_weight = (None if g is None else g.mul_(grad_outputs[0]) for g in gradients)
-        return of_hidden, of_weight, None, None
+            raise RuntimeError("the loss can run backward only once: its gradients are scaled in place")
+        for_hidden, for_weight = (None if g is None else g.mul_(grad_outputs[0]) for g in gradients)
+        return for_hidden, for_weight, None, None
 
 
 def chunked_cross_entropy(chunk_tokens: int) -> Callable[..., tuple[Tensor, Tensor]]:
     """The model's `loss_function`: (sum, token losses [N]), `chunk_tokens` rows of logits at a time.
 
-    N = 0 gives a zero that still hangs on the graph, so a rank without a supervised token runs the same
-    collectives as the others and adds exact zeros to every gradient. An output layer that is more than a
-    matrix (one with an adapter) computes each chunk's forward again in the backward pass instead.
+    N = 0 gives a zero that is still connected to the graph, so a rank without a supervised token runs the
+    same collectives as the others and adds exact zeros to every gradient. For an output layer that is more
+    than a matrix (one with an adapter), the backward pass recomputes each chunk's forward instead.
     """
 
     def loss_function(
         hidden: Tensor, targets: Tensor, lm_head: nn.Module, num_items_in_batch: object = None
     ) -> tuple[Tensor, Tensor]:
         assert num_items_in_batch is None, "the loop divides; see trainer/loss.py"
-        is_matrix = type(lm_head) is nn.Linear and lm_head.bias is None
-        if torch.is_grad_enabled() and is_matrix:
-            return _SumWithGradients.apply(hidden, lm_head.weight, targets, chunk_tokens)
+        compute: Callable[..., Any] = token_losses
+        if torch.is_grad_enabled():
+            if type(lm_head) is nn.Linear and lm_head.bias is None:
+                return _SumWithGradients.apply(hidden, lm_head.weight, targets, chunk_tokens)
+            if len(hidden) > chunk_tokens:
+                compute = partial(checkpoint, token_losses, use_reentrant=False, preserve_rng_state=False)
         chunks = zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
-        if not torch.is_grad_enabled() or len(hidden) <= chunk_tokens:
-            losses = torch.cat([token_losses(h, t, lm_head) for h, t in chunks])
-        else:
-            losses = torch.cat(
-                [
-                    checkpoint(token_losses, h, t, lm_head, use_reentrant=False, preserve_rng_state=False)
-                    for h, t in chunks
-                ]
-            )
+        losses = torch.cat([compute(h, t, lm_head) for h, t in chunks])
         return losses.sum(), losses.detach()
 
     return loss_function

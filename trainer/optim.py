@@ -24,7 +24,7 @@ SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 
 
 def learning_rate_factor(schedule: str, step: int, total_steps: int, warmup_steps: int) -> float:
-    """What the peak learning rate is multiplied by at `step` (from 0) of `total_steps`."""
+    """The factor of the peak learning rate at `step` (from 0) of `total_steps`."""
     if schedule == "constant":
         return 1.0
     if step < warmup_steps:
@@ -39,9 +39,9 @@ def learning_rate_factor(schedule: str, step: int, total_steps: int, warmup_step
 
 
 def is_decayed(name: str, parameter: nn.Parameter, original: bool) -> bool:
-    """Whether weight decay applies to a parameter.
+    """Whether weight decay applies to a parameter: matrices only, so that norms, biases, the class embedding
+    and the learned separators are never decayed.
 
-    Ours: to matrices only; never to norms, biases, the class embedding and the learnt separators.
     `original` restores what HF Trainer did with the original model: all but biases and nn.LayerNorm, so its
     own RMSNorm class was decayed.
     """
@@ -61,7 +61,7 @@ def parameter_groups(
     """Groups for the optimizer: one per part and decay, each with its own peak rate in `peak_lr`.
 
     parts_by_name: parameter → part ("vision", "projector", "language"); learning_rates: part → peak rate.
-    A group without parameters does not exist.
+    Empty groups are left out.
     """
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
     for name, parameter in trained.items():
@@ -87,19 +87,19 @@ def adamw(
     device: torch.device,
     moments: str = "float32",
 ) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter, 2019) in its fused form where the device has one.
+    """AdamW (Loshchilov and Hutter, 2019), fused where the device supports it.
 
-    Its moments are allocated here and not in the first step, so that a checkpoint can be read into them, and
-    too little memory for them shows before any work is done. moments: how they are kept, one of
-    float32, bfloat16 and 8bit (trainer/extras/small_moments.py).
+    Its moments are allocated here and not in the first step, so that a checkpoint can be loaded into them and
+    a lack of memory shows before any work is done. moments: their format, one of float32, bfloat16 and 8bit
+    (trainer/extras/small_moments.py).
     """
     fused = device.type in ("cpu", "cuda", "xpu", "mps")
-    kind, zero_moments = torch.optim.AdamW, float32_moments
+    optimizer_class, zero_moments = torch.optim.AdamW, float32_moments
     if moments != "float32":
         from trainer.extras.small_moments import SmallMomentsAdamW, zero_moments_of
 
-        kind, zero_moments = SmallMomentsAdamW, partial(zero_moments_of, kind=moments)
-    optimizer = kind(groups, betas=betas, eps=eps, fused=fused, foreach=None if fused else True)
+        optimizer_class, zero_moments = SmallMomentsAdamW, partial(zero_moments_of, kind=moments)
+    optimizer = optimizer_class(groups, betas=betas, eps=eps, fused=fused, foreach=None if fused else True)
     for parameter in (parameter for group in groups for parameter in group["params"]):
         step = torch.zeros((), device=parameter.device if fused else "cpu")
         optimizer.state[parameter] = {"step": step, **zero_moments(parameter)}
@@ -107,7 +107,6 @@ def adamw(
 
 
 def float32_moments(parameter: nn.Parameter) -> dict[str, Tensor]:
-    """AdamW's state of a parameter before its first step, sharded as it is."""
-    return {
-        name: torch.zeros_like(parameter.detach(), dtype=torch.float32) for name in ("exp_avg", "exp_avg_sq")
-    }
+    """AdamW's moments of a parameter before the first step, sharded like the parameter."""
+    weight = parameter.detach()
+    return {name: torch.zeros_like(weight, dtype=torch.float32) for name in ("exp_avg", "exp_avg_sq")}

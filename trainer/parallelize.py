@@ -1,12 +1,11 @@
-"""One function that turns a model into its sharded form: compile → checkpointing → tiles → fully_shard.
+"""Parallelize a model: compile → activation checkpointing → tiles → fully_shard.
 
-The order matters. What is compiled is a block's `forward` alone. Checkpointing wraps that, so parameter names
-stay; a vision block runs it a few tiles at a time; `fully_shard` hooks the outside of all, so the gather of a
-block's parameters is not done twice when a block is computed again, and happens once however many tiles a
-rank has.
+The order matters. Only a block's `forward` is compiled. Checkpointing wraps that, so parameter names do not
+change; a vision block runs it a few tiles at a time; `fully_shard` hooks the outermost call, so a block's
+parameters are not gathered twice when the block is recomputed, and once however many tiles a rank has.
 
     model = parallelize(build_model(config), mesh, parts, config) # on the meta device: nothing allocated yet
-    allocate(model, device, cpu_offload=False)                    # each rank its part
+    allocate(model, device, cpu_offload=False)                    # each rank its shards
     load_weights(model, folder)
 
 With 2 ranks every parameter becomes a DTensor sharded along its first dimension; a block of 100 M parameters
@@ -14,6 +13,7 @@ costs 50 M a rank, and 100 M more in the compute dtype while it runs. On a mesh 
 a parameter is sharded over 8 ranks, and 4 ranks hold the same shard.
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
@@ -46,17 +46,17 @@ MATRIX_PRODUCTS: list[Any] = [
     aten._scaled_dot_product_cudnn_attention.default,
     aten._scaled_dot_product_fused_attention_overrideable.default,
 ]
-"""What selective checkpointing keeps: nearly all of a block's work, nothing quadratic in the length."""
+"""Outputs that selective checkpointing saves: nearly all of a block's work, none quadratic in the length."""
 
 
 def checkpoint_activations(block: nn.Module, selective: bool) -> None:
-    """Keep only the block's input for the backward pass, or its matrix products too, and run the rest of its
-    forward again there."""
+    """Save only the block's input for the backward pass, selective: its matrix products too, and recompute
+    the rest there."""
     options = {}
     if selective:
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, MATRIX_PRODUCTS)
         for module in block.modules():
-            if getattr(module, "inplace", False):  # it would change what is kept
+            if getattr(module, "inplace", False):  # it would modify what is saved
                 module.__dict__["inplace"] = False
     block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **options)
 
@@ -64,20 +64,21 @@ def checkpoint_activations(block: nn.Module, selective: bool) -> None:
 def split_tiles(module: nn.Module, tiles: int) -> None:
     """Run the module's forward on at most `tiles` rows of its first argument at a time.
 
-    Rows do not see each other in it. All intermediate results then are of so many rows; what goes in and out
-    is whole. Calling the model's whole tower several times would bound those too, but every call gathers
-    parameters, and ranks with other numbers of images would wait for each other for ever.
+    The module must treat rows independently. This bounds the intermediate results; input and output are
+    whole. Calling the whole tower several times would bound those too, but every call gathers parameters, and
+    ranks with different numbers of images would deadlock.
     """
     forward = module.forward
 
-    def forward_in_parts(rows: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return torch.cat([forward(part, *args, **kwargs) for part in rows.split(tiles)])
+    def forward_in_chunks(rows: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return torch.cat([forward(chunk, *args, **kwargs) for chunk in rows.split(tiles)])
 
-    module.forward = forward_in_parts
+    module.forward = forward_in_chunks
 
 
 def allocate(model: nn.Module, device: torch.device, cpu_offload: bool) -> None:
-    """Give a sharded model its memory, unset: parameters on `device` or on the host, buffers on `device`."""
+    """Allocate a sharded model without initialising it: parameters on `device` or the host, buffers on
+    `device`."""
     model.to_empty(device="cpu" if cpu_offload else device)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
@@ -85,16 +86,16 @@ def allocate(model: nn.Module, device: torch.device, cpu_offload: bool) -> None:
 
 
 def set_communication(model: Any, config: Config, is_last: bool) -> None:
-    """Before a micro-batch: whether its backward pass sums gradients over ranks and drops what is gathered.
+    """Set, before a micro-batch, whether its backward pass reduces gradients and reshards parameters.
 
-    is_last: of the step's micro-batches. Before it, every rank keeps its own whole gradient in float32,
-    unless `reduce_every_micro_batch`; then it keeps a shard of the sum, over its node alone where nodes
-    replicate the model. Without `reshard_after_forward` parameters are gathered once a step.
+    is_last: of the step's micro-batches. Before the last one, every rank keeps its own whole gradient in
+    float32, or, with `reduce_every_micro_batch`, a shard of the sum (over its node only, where nodes
+    replicate the model). Without `reshard_after_forward` parameters are gathered once a step.
     """
     reduces = is_last or config.reduce_every_micro_batch
     groups: list[Any] = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for group in groups:
-        # FSDP fails to put off the reduction of a group that never ran: a frozen tower and text alone.
+        # FSDP cannot defer the reduction of a group that never ran, such as a frozen tower on text alone.
         if any(parameter.requires_grad for parameter in group.parameters()):
             group.set_requires_gradient_sync(reduces, recurse=False)
     model.set_requires_all_reduce(is_last)
@@ -102,22 +103,21 @@ def set_communication(model: Any, config: Config, is_last: bool) -> None:
 
 
 def gather_ahead(blocks: Sequence[Any]) -> None:
-    """Ask for the next block's parameters before a block runs, so that they travel while it computes. The
-    backward pass does so by itself."""
+    """Prefetch the next block's parameters while a block computes; the backward pass already does so."""
     for block, following in itertools.pairwise(blocks):
         block.set_modules_to_forward_prefetch([following])
 
 
 def parallelize(model: PreTrainedModel, mesh: DeviceMesh, parts: Parts, config: Config) -> Any:
     """Compile, checkpoint and shard `model` over `mesh`: a group for every vision and language block, one for
-    the token embeddings, and one for all the rest.
+    the token embeddings, and one for the rest.
 
-    mesh: one dimension, or (replicate, shard). What the flags do stands under them in trainer/config.py.
+    mesh: one dimension, or (replicate, shard). The flags are explained in trainer/config.py.
 
     With bf16, parameters are gathered and used in bfloat16; their shards, the gradients' reduction and the
-    optimizer keep the stored dtype. Gradients are summed over ranks, never averaged: the loop divides the
-    loss by the number of supervised tokens of all ranks itself. With sharding "none" frozen parameters stay
-    whole on every rank, in the compute dtype, and are never gathered; all that trains is one group, gathered
+    optimizer keep the stored dtype. Gradients are summed over ranks, never averaged: the loop itself divides
+    the loss by the number of supervised tokens of all ranks. With sharding "none" frozen parameters are whole
+    on every rank, in the compute dtype, and never gathered; all trained parameters are one group, gathered
     once, its gradients reduced once.
 
     Returns the same object, which is now an `FSDPModule` as well as a model; no static type is both.
@@ -144,14 +144,12 @@ def parallelize(model: PreTrainedModel, mesh: DeviceMesh, parts: Parts, config: 
 
     compute_dtype, reduce_dtype = (torch.bfloat16, torch.float32) if config.bf16 else (None, None)
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype)
-    # Inside the model nothing is cast on entry: a block's rotary cosines and sines stay in float32.
-    inner = MixedPrecisionPolicy(
-        param_dtype=compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
-    )
-    offload = (
-        CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if config.cpu_offload else OffloadPolicy()
-    )
-    place: dict[str, Any] = {"mesh": mesh, "offload_policy": offload}
+    # Inside the model inputs are not cast: a block's rotary cosines and sines stay in float32.
+    inner = dataclasses.replace(policy, cast_forward_inputs=False)
+    offload = OffloadPolicy()
+    if config.cpu_offload:
+        offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
+    shard: Any = functools.partial(fully_shard, mesh=mesh, offload_policy=offload)
     whole: set[nn.Parameter] = set()
     shard_frozen = config.sharding != "none"
     if not shard_frozen:
@@ -159,20 +157,20 @@ def parallelize(model: PreTrainedModel, mesh: DeviceMesh, parts: Parts, config: 
         whole = {p for p in model.parameters() if not p.requires_grad and p.dtype == used}
         vision_blocks, language_blocks = [], []
     for block in vision_blocks:
-        # The backward pass never comes to a frozen tower, so nothing would use what is kept for it.
+        # The backward pass never reaches a frozen tower, so it need not stay gathered.
         reshards = config.reshard_after_forward or not vision_trains
-        fully_shard(block, mp_policy=inner, reshard_after_forward=reshards, **place)
+        shard(block, mp_policy=inner, reshard_after_forward=reshards)
     for block in language_blocks:
-        fully_shard(block, mp_policy=inner, reshard_after_forward=config.reshard_after_forward, **place)
+        shard(block, mp_policy=inner, reshard_after_forward=config.reshard_after_forward)
     modules: list[Any] = [*vision_blocks, *language_blocks]
     embeddings: Any = model.get_input_embeddings()
     output: Any = model.get_output_embeddings()
     is_tied = output.weight is embeddings.weight
     if shard_frozen and type(embeddings) is nn.Embedding and not is_tied:
-        # Its gradient needs no weight, so it is gathered once and held for a moment.
-        modules.append(fully_shard(embeddings, mp_policy=inner, reshard_after_forward=True, **place))
+        # Its gradient does not need the weight, which is therefore gathered once, in the forward pass.
+        modules.append(shard(embeddings, mp_policy=inner, reshard_after_forward=True))
         modules[-1].set_unshard_in_backward(False)
-    sharded: Any = fully_shard(model, mp_policy=policy, ignored_params=whole, **place)
+    sharded: Any = shard(model, mp_policy=policy, ignored_params=whole)
     modules.append(sharded)
     if config.forward_prefetch:
         gather_ahead(language_blocks)

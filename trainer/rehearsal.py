@@ -1,9 +1,9 @@
-"""What would end a run later, tried before its first step: room on the disk, memory for a long batch.
+"""Checks before the first step of what would end a run later: disk space, and memory for the longest batch.
 
-Input: the model, the data and the folder. Output: sentences about what will not work, or nothing:
+Input: the model, the data and the folder. Output: a list of problems, or an exception:
 
     prepare_output_dir(Path("output"), run, begin, needed_bytes=120_000_000_000)
-    # ["--output_dir output: what a save writes needs 120.0 GB, and 80.3 GB are free; make room, or …"]
+    # ["--output_dir output: a save needs 120.0 GB, but 80.3 GB are free; free disk space, or …"]
     rehearse(model, longest_micro_batch(reader, 4, packing), device, config)
     # torch.OutOfMemoryError now and not in step 3,217
 """
@@ -28,7 +28,7 @@ from trainer.parallelize import set_communication
 from trainer.resume import Start, drop_later_lines, set_aside
 
 PROBED = 64
-"""Records of each source whose length is looked at; a record's length is not known before it is tokenised."""
+"""Records of each source that are measured: a record's length is not known before it is tokenised."""
 
 
 def bytes_of_a_save(
@@ -38,22 +38,22 @@ def bytes_of_a_save(
     save_dtype: torch.dtype,
     config: Config,
 ) -> int:
-    """Room for a checkpoint: the saved model, and the state that it is resumed from (`resumable`).
+    """Bytes of a checkpoint: the saved model, and the state that a run resumes from (`resumable`).
 
     The final model takes no more: its weights are those of the last checkpoint.
     """
     saved = trained.values() if config.use_lora else model.parameters()
-    return save_dtype.itemsize * sum(parameter.numel() for parameter in saved) + sum(
-        config.makes_checkpoints * tensor.numel() * tensor.dtype.itemsize for tensor in state.values()
-    )
+    model_bytes = save_dtype.itemsize * sum(parameter.numel() for parameter in saved)
+    state_bytes = sum(tensor.numel() * tensor.dtype.itemsize for tensor in state.values())
+    return model_bytes + config.makes_checkpoints * state_bytes
 
 
 def prepare_output_dir(
     output_dir: Path, run: Mapping[str, Any], begin: Start, needed_bytes: int
 ) -> list[str]:
-    """Make the folder fit for a run from `begin`: what was cut short goes, run.json is written.
+    """Prepare the folder for a run from `begin`: delete what a killed run left, and write run.json.
 
-    Returns why it cannot be used, in a sentence; for rank 0 alone.
+    Returns the problems that prevent its use. For rank 0 only.
     """
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -61,35 +61,40 @@ def prepare_output_dir(
         free = shutil.disk_usage(output_dir).free
         if free < needed_bytes:
             return [
-                f"--output_dir {output_dir}: what a save writes needs {needed_bytes / 1e9:.1f} GB, and "
-                f"{free / 1e9:.1f} GB are free; make room, or name a folder elsewhere"
+                f"--output_dir {output_dir}: a save needs {needed_bytes / 1e9:.1f} GB, but "
+                f"{free / 1e9:.1f} GB are free; free disk space, or name a folder on another disk"
             ]
-        (output_dir / MARKER).unlink(missing_ok=True)  # of a run that ended here before
+        (output_dir / MARKER).unlink(missing_ok=True)  # of an earlier run that finished here
         if begin.folder and begin.folder.resolve().parent == output_dir.resolve():
             drop_later_lines(output_dir / "metrics.jsonl", begin.step)
         else:
             set_aside(output_dir / "metrics.jsonl")
         write_json(output_dir / "run.json", run)
     except OSError as error:
-        return [f"--output_dir {output_dir}: cannot be written: {error}; make it writable, or name another"]
+        return [
+            f"--output_dir {output_dir}: cannot be written: {error}; make it writable, or name another folder"
+        ]
     return []
 
 
 def longest_micro_batch(reader: SampleReader, num_samples: int, packing: Packing | None) -> MicroBatch:
-    """Packed: the fullest row that the longest samples make. Else the longest `num_samples` samples among
-    PROBED records, evenly spread, of each source, as lengths are not known then."""
+    """The longest micro-batch that training may meet.
+
+    With packing, whose lengths are known, the fullest row of the longest samples. Otherwise the longest
+    `num_samples` samples among PROBED evenly spaced records of each source.
+    """
     if packing:
         return read_batch(reader, _longest_row(packing), packed=True)
-    found = []
+    candidates = []
     for number, source in enumerate(reader.sources):
         for index in np.unique(np.linspace(0, len(source.records) - 1, PROBED, dtype=int)):
             try:
                 encoded, _ = reader.read(number, int(index), decode=False)
             except DataError:
-                continue  # named when its turn comes
+                continue  # reported when training reads it
             if encoded.num_supervised:
-                found.append((len(encoded.input_ids), number, int(index)))
-    longest = sorted(found, reverse=True)[:num_samples]
+                candidates.append((len(encoded.input_ids), number, int(index)))
+    longest = sorted(candidates, reverse=True)[:num_samples]
     longest = (longest * math.ceil(num_samples / max(1, len(longest))))[:num_samples]
     return read_batch(reader, [(number, index) for _, number, index in longest])
 
@@ -104,7 +109,7 @@ def _longest_row(packing: Packing) -> list[tuple[int, int]]:
         if rows[index, 2] > 0
     ]
     for tokens, number, index in sorted(longest, reverse=True):
-        while tokens <= room:  # a sample twice is as heavy as two
+        while tokens <= room:  # the same sample twice costs as much as two samples
             row.append((number, index))
             room -= tokens
     return row
@@ -125,10 +130,10 @@ def read_batch(
 
 
 def rehearse(model: Any, micro_batch: MicroBatch, device: torch.device, config: Config) -> None:
-    """Forward and backward as in a step, and the gradients dropped again; parameters and moments stay.
+    """Run forward and backward as in a step, then drop the gradients; parameters and moments are unchanged.
 
-    With accumulation the first of two micro-batches keeps its whole gradient on every rank, which is the most
-    memory that a step needs.
+    With accumulation the first of two micro-batches keeps its whole gradient on every rank, which is the peak
+    memory of a step.
     """
     for is_last in (True,) if config.gradient_accumulation_steps == 1 else (False, True):
         set_communication(model, config, is_last)

@@ -1,19 +1,19 @@
-"""Weights between a Hugging Face folder and a sharded model: no rank ever holds the whole model.
+"""Loading and saving a sharded model as a Hugging Face folder: no rank ever holds the whole model.
 
 Reading. Input: a model whose parameters are DTensors with allocated but unset shards, and a folder with
-*.safetensors. Every rank reads the rows of its own shards from the memory-mapped files:
+*.safetensors. Every rank reads only the rows of its own shards from the memory-mapped files:
 
     model.to_empty(device="cpu")
     report = load_weights(model, Path("internlm-xcomposer2-vl-7b"))
     report.carried           # {"extra.weight": Path(".../model-00002-of-00002.safetensors")}: unknown keys
 
-A [6144, 4096] matrix over 2 ranks: rank 1 reads rows 3072 to 6143 alone, 25 MB of bfloat16.
+A [6144, 4096] matrix over 2 ranks: rank 1 reads rows 3072 to 6143, 25 MB of bfloat16.
 
 Writing. Output: `model-00001-of-0000N.safetensors` and their index, or one `model.safetensors`. Tensors are
-gathered one at a time; file i stays with rank i modulo N, so a rank holds one file (1 GB) at most. Keys that
-the base checkpoint had and the model does not know are copied over unchanged. `save_model_folder` adds what
-makes the folder load with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` in a process
-that has transformers and torch but not this project: config.json, the tokenizer and the model's own code.
+gathered one at a time, and file i is collected and written by rank i modulo N. Keys of the base checkpoint
+that the model does not know are copied unchanged. `save_model_folder` adds config.json, the tokenizer and the
+model's own code, so that `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` loads the
+folder in a process that has transformers and torch but not this project.
 """
 
 import hashlib
@@ -52,16 +52,16 @@ SAFETENSORS_DTYPES = {
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a folder held beside what the model asked for."""
+    """Differences between the tensors of a folder and those of the model."""
 
     missing: list[str]
-    """Parameters that the folder lacks; set to the module's own initial values."""
+    """Parameters that the folder lacks; they have their initial values."""
     carried: dict[str, Path]
-    """Keys that the model does not know → their file; written again by `save_weights`."""
+    """Keys that the model does not know → their file; `save_model_folder` copies them."""
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name → the safetensors file of `folder` that holds it; ValueError if there is no usable file."""
+    """Tensor name → the safetensors file of `folder` it is in; ValueError if there is no usable file."""
     index = folder / INDEX
     if index.is_file():
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -70,15 +70,13 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         paths = sorted(folder.glob("*.safetensors"))
     if not paths:
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
-        raise ValueError(
-            f"{folder}: no *.safetensors file; "
-            + (
+        hint = "is this the folder of a model?"
+        if pickled:
+            hint = (
                 "its weights are pickles, which are never opened here: convert them once, "
                 "see 'Weights that come as .bin' in the README"
-                if pickled
-                else "is this the folder of a model?"
             )
-        )
+        raise ValueError(f"{folder}: no *.safetensors file; {hint}")
     files: dict[str, Path] = {}
     for path in paths:
         try:
@@ -113,8 +111,7 @@ def base_checksum(base: Path) -> str:
 def weights_dtype(folder: Path) -> torch.dtype:
     """The dtype of the folder's largest tensor, which is that of its matrices."""
     largest, dtype = -1, torch.float32
-    files = tensor_files(folder)
-    for path in sorted(set(files.values())):
+    for path in sorted(set(tensor_files(folder).values())):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (a safetensors file is not a mapping)
                 entry = file.get_slice(name)
@@ -125,7 +122,7 @@ def weights_dtype(folder: Path) -> torch.dtype:
 
 
 def local_rows(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
-    """A rank's own part of a parameter, and where that part lies in the whole."""
+    """This rank's shard of a parameter, and its slices of the whole."""
     if not isinstance(parameter, DTensor):
         return parameter, tuple(slice(0, size) for size in parameter.shape)
     shape, offset = compute_local_shape_and_global_offset(
@@ -140,14 +137,14 @@ def local_rows(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
 def load_weights(model: nn.Module, folder: Path, optional: tuple[str, ...] = ()) -> LoadReport:
     """Fill the model's parameters from `folder`, each rank its own shards, in the parameters' dtype.
 
-    `optional`: name parts of parameters that a checkpoint may lack; they start from their module's own
-    initialisation. A tensor of another shape is offered to `model.resize_for_load`. ValueError names the
-    first tensors that are missing or do not fit.
+    `optional`: substrings of the names of parameters that a checkpoint may lack; they get their initial
+    values. A tensor of another shape goes through `model.resize_for_load`. ValueError names the first tensors
+    that are missing or do not fit.
     """
     files = tensor_files(folder)
     parameters = {checkpoint_name(n): p for n, p in model.named_parameters() if not is_adapter(n)}
     missing = [name for name in parameters if name not in files]
-    needed = [name for name in missing if not any(part in name for part in optional)]
+    needed = [name for name in missing if not any(substring in name for substring in optional)]
     if needed:
         raise ValueError(
             f"{folder}: {len(needed)} of the model's {len(parameters)} tensors are missing from its "
@@ -157,7 +154,7 @@ def load_weights(model: nn.Module, folder: Path, optional: tuple[str, ...] = ())
         if name not in files:
             continue
         target, where = local_rows(parameter)
-        # Opened for each tensor: closing gives back the pages of the mapped file that were read.
+        # Opened for each tensor: closing frees the pages of the mapped file that were read.
         with safe_open(files[name], framework="pt") as file:
             entry = file.get_slice(name)
             if tuple(entry.get_shape()) == tuple(parameter.shape):
@@ -172,71 +169,33 @@ def load_weights(model: nn.Module, folder: Path, optional: tuple[str, ...] = ())
             )
         target.copy_(whole[where])
     for name in missing:
-        # Only vectors of a norm may be absent: their initial values need no random numbers.
+        # Only the vectors of a norm may be missing; their initial values need no random numbers.
         target, _ = local_rows(parameters[name])
         target.fill_(1.0 if name.endswith("weight") else 0.0)
     return LoadReport(missing, {name: path for name, path in files.items() if name not in parameters})
 
 
-def plan_files(sizes: Mapping[str, int], max_file_bytes: int = 10**9) -> dict[str, list[str]]:
-    """Tensor → bytes, in order; returns file name → tensors, `max_file_bytes` each but for larger tensors."""
+def split_into_files(sizes: Mapping[str, int], max_file_bytes: int = 10**9) -> dict[str, list[str]]:
+    """File name → its tensors, from sizes: tensor → bytes. A file has at most `max_file_bytes`, unless a
+    single tensor is larger."""
     files: list[list[str]] = [[]]
-    held = 0
+    file_bytes = 0
     for name, size in sizes.items():
-        if held and held + size > max_file_bytes:
+        if file_bytes and file_bytes + size > max_file_bytes:
             files.append([])
-            held = 0
+            file_bytes = 0
         files[-1].append(name)
-        held += size
+        file_bytes += size
     if len(files) == 1:
         return {"model.safetensors": files[0]}
-    return {f"model-{i + 1:05d}-of-{len(files):05d}.safetensors": part for i, part in enumerate(files)}
+    return {f"model-{i + 1:05d}-of-{len(files):05d}.safetensors": names for i, names in enumerate(files)}
 
 
 def write_index(folder: Path, files: Mapping[str, list[str]], total_bytes: int) -> None:
-    """What transformers finds the tensors of several files by; nothing for a single file."""
+    """Write the index that transformers reads for several files; a single file needs none."""
     if len(files) > 1:
         weight_map = {tensor: name for name, tensors in files.items() for tensor in tensors}
         write_json(folder / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
-
-
-def save_weights(
-    model: nn.Module,
-    folder: Path,
-    dtype: torch.dtype,
-    carried: Mapping[str, Path],
-    jobs: Jobs,
-    max_file_bytes: int,
-) -> None:
-    """Write all parameters to `folder` as safetensors, floating ones in `dtype`; every rank must call it.
-
-    Files hold whole tensors in the model's order, `max_file_bytes` each (a larger tensor has its own), and
-    are the same bytes for any number of ranks.
-    """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    parameters = dict(model.named_parameters())
-    sizes = {name: parameter.numel() * dtype.itemsize for name, parameter in parameters.items()}
-    for name, path in carried.items():
-        with safe_open(path, framework="pt") as file:
-            sizes[name] = file.get_tensor(name).nbytes
-    files = plan_files(sizes, max_file_bytes)
-    for i, (file_name, tensors) in enumerate(files.items()):
-        mine = i % world == rank
-        held: dict[str, Tensor] = {}
-        for name in tensors:
-            if name in parameters:
-                tensor = parameters[name].detach().to(dtype)
-                if isinstance(tensor, DTensor):
-                    tensor = tensor.full_tensor()
-                if mine:
-                    held[name] = tensor.to("cpu", copy=True).contiguous()  # training may go on meanwhile
-            elif mine:
-                with safe_open(carried[name], framework="pt") as file:
-                    held[name] = file.get_tensor(name)
-        if mine:
-            jobs.later(partial(save_file, held, folder / file_name, {"format": "pt"}))
-    if rank == 0:
-        jobs.now(lambda: write_index(folder, files, sum(sizes.values())))
 
 
 def save_model_folder(
@@ -250,14 +209,35 @@ def save_model_folder(
     jobs: Jobs,
     max_file_bytes: int = 10**9,
 ) -> None:
-    """Write everything to the existing `folder`; every rank must call it, rank 0 writes the small files.
+    """Write a complete model to the existing `folder`; every rank must call it.
 
-    dtype: of the saved weights; carried: unknown tensors of the base checkpoint, copied over unchanged.
-    jobs: does the writing.
+    dtype: of the saved weights; carried: `LoadReport.carried` of the base; jobs: does the writing. Files
+    contain whole tensors in the model's order and are byte for byte the same for any number of ranks.
     """
-    save_weights(model, folder, dtype, carried, jobs, max_file_bytes)
-
+    parameters = dict(model.named_parameters())
+    sizes = {name: parameter.numel() * dtype.itemsize for name, parameter in parameters.items()}
+    for name, path in carried.items():
+        with safe_open(path, framework="pt") as file:
+            sizes[name] = file.get_tensor(name).nbytes
+    files = split_into_files(sizes, max_file_bytes)
+    for i, (file_name, tensors) in enumerate(files.items()):
+        mine = i % dist.get_world_size() == dist.get_rank()
+        contents: dict[str, Tensor] = {}
+        for name in tensors:
+            if name in parameters:
+                tensor = parameters[name].detach().to(dtype)
+                if isinstance(tensor, DTensor):
+                    tensor = tensor.full_tensor()
+                if mine:
+                    # A copy, because training may continue while it is written.
+                    contents[name] = tensor.to("cpu", copy=True).contiguous()
+            elif mine:
+                with safe_open(carried[name], framework="pt") as file:
+                    contents[name] = file.get_tensor(name)
+        if mine:
+            jobs.later(partial(save_file, contents, folder / file_name, {"format": "pt"}))
     if is_main():
+        jobs.now(lambda: write_index(folder, files, sum(sizes.values())))
         jobs.now(lambda: save_small_files(config, tokenizer, parts, folder, dtype))
 
 

@@ -1,4 +1,4 @@
-"""What training can do without: delete this folder and a run without these flags still works.
+"""Optional features: delete this folder and a run without their flags still works.
 
-Each module is imported only where its flag asks for it.
+Each module is imported only where its flag is set.
 """

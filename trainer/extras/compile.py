@@ -1,13 +1,12 @@
-"""Blocks as compiled code: torch.compile of every block's forward.
+"""torch.compile of every block's forward.
 
 Input: the model on the meta device, before checkpointing and sharding. Output: its vision and language blocks
 with a compiled forward.
 
-Blocks of a kind share their code. It is compiled for rows of any length, so that another length compiles
-nothing
-again: there are graphs before and behind the attention, and one more of each for a row with no image slot,
-with one, and of a single sample. Attention stays out: it is one kernel anyway, and would be compiled for
-every way to cut a row.
+Blocks of a kind share their code. It is compiled for rows of any length, so that a new length does not
+compile again: there are graphs before and after the attention, and one more of each for a row with no image
+slot, with one, and of a single sample. Attention is not compiled: it is one kernel anyway, and would be
+compiled again for every packing of a row.
 """
 
 import inspect
@@ -20,13 +19,13 @@ from trainer.models import Parts
 
 
 def compile_blocks(model: PreTrainedModel, parts: Parts) -> None:
-    """Compile the blocks of vision and language; the code is made when they first run."""
+    """Compile the blocks of vision and language; compilation happens when they first run."""
     for name in (parts.vision_blocks, parts.language_blocks):
         for block in model.get_submodule(name).children():
             compile_block(block)
 
 
 def compile_block(block: nn.Module) -> None:
-    """Compile the block's own forward: what transformers wraps around it is one function for all kinds of
-    blocks, and torch compiles only so many versions of a function."""
+    """Compile the block's own forward: transformers' wrapper around it is one function for all kinds of
+    blocks, and torch limits the number of compiled versions of a function."""
     block.forward = torch.compile(inspect.unwrap(type(block).forward).__get__(block), dynamic=True)

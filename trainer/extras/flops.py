@@ -1,23 +1,23 @@
-"""How many floating-point operations the model itself needs, vision and language apart.
+"""Floating-point operations of the model itself, for vision and language separately.
 
-Input: a model (its layers, and what of them trains) and a micro-batch. Output: two whole numbers.
+Input: a model (its layers, and which of them train) and a micro-batch. Output: two integers.
 
     flops = count_flops(model)                       # once; the model may be on the meta device, or sharded
     vision, language = flops.of(micro_batch)
     peak = matmul_peak(device, bf16=True)            # operations a second of all ranks; the whole of an MFU
 
 A product of [m, k] and [k, n] is 2 m k n operations. All else (norms, softmax, rotations, the optimizer) is
-left out, as in PaLM's model FLOPs (arXiv 2204.02311, appendix B), and so is what is only computed again: by
-activation checkpointing, or by a fused attention kernel on its way back. A layer costs
+not counted, as in PaLM's model FLOPs (arXiv 2204.02311, appendix B), and neither is recomputation: by
+activation checkpointing, or by a fused attention kernel in its backward pass. A layer costs
 
     1 product          always: the forward pass
     1 product more     where something before it trains: the gradient of its input
     1 product more     where its weight trains: the gradient of that
 
 so a frozen tower costs its forward pass alone, and the base under adapters no gradients of weights. Attention
-is between all tokens of a sample (n² pairs, also those behind the causal mask, as PaLM counts them) and never
-between samples, packed or not. Padding and dummies are no work. PLoRA's products are at
-image slots only, the output layer's at supervised positions only. What DoRA adds for its norms is left out.
+is between all tokens of a sample (n² pairs, including masked ones, as PaLM counts them) and never between
+samples, packed or not. Padding and dummies do not count. PLoRA's products are at image slots only, the output
+layer's at supervised positions only. DoRA's norms are not counted.
 
 The published 7B with a frozen tower, a sample of 1,500 tokens, 1,225 of them one image's, 200 supervised:
 
@@ -60,7 +60,7 @@ class ModelFlops:
         )
 
     def _views(self, images: Any) -> int:
-        """Squares that the vision tower sees: images, or tiles and a global view of each image."""
+        """Inputs of the vision tower: images, or tiles and a global view of each image."""
         if images is None:
             return 0
         if not self.config.high_resolution:
@@ -70,10 +70,7 @@ class ModelFlops:
 
 
 def count_flops(model: nn.Module, backward: bool = True) -> ModelFlops:
-    """Walk through an XComposer2 in the order of its computation, adapters included.
-
-    backward False counts the forward pass alone.
-    """
+    """Count the operations of an XComposer2, adapters included; backward False: of the forward pass alone."""
     config: Any = model.config
     walk = _Walk(model, backward)
     patches = (config.image_size // config.patch_size) ** 2
@@ -110,7 +107,7 @@ def count_flops(model: nn.Module, backward: bool = True) -> ModelFlops:
 
 
 class _Walk:
-    """Adds up products; `needs_gradient` is whether the activations at this place need one."""
+    """Sums products in the order of computation; `needs_gradient`: whether the activations there need one."""
 
     def __init__(self, model: nn.Module, backward: bool) -> None:
         self.model, self.backward = model, backward
@@ -118,39 +115,40 @@ class _Walk:
         self.per: Counter[str] = Counter()
         self.needs_gradient = False
 
-    def through(self, *places: str) -> None:
-        """What has parameters but no products."""
-        self.needs_gradient = self.needs_gradient or any(map(self._trains, places))
+    def through(self, *names: str) -> None:
+        """Pass modules or parameters without products."""
+        self.needs_gradient = self.needs_gradient or any(map(self._trains, names))
 
-    def layers(self, *places: str, unit: str, rows: int = 1) -> list[bool]:
-        """Linear layers with the same input, of `rows` rows a unit; returns whose outputs need a gradient."""
-        for place in places:
-            for name, part in self.model.get_submodule(place).named_modules(prefix=place):
-                if isinstance(part, nn.Linear | nn.Conv2d):
-                    self._product(name, part, unit, rows)
-        outputs = [self.needs_gradient or self._trains(place) for place in places]
+    def layers(self, *names: str, unit: str, rows: int = 1) -> list[bool]:
+        """Count linear layers with the same input, of `rows` rows a unit; returns which outputs need a
+        gradient."""
+        for prefix in names:
+            for name, layer in self.model.get_submodule(prefix).named_modules(prefix=prefix):
+                if isinstance(layer, nn.Linear | nn.Conv2d):
+                    self._product(name, layer, unit, rows)
+        outputs = [self.needs_gradient or self._trains(name) for name in names]
         self.needs_gradient = any(outputs)
         return outputs
 
-    def _product(self, name: str, part: nn.Linear | nn.Conv2d, unit: str, rows: int) -> None:
-        # The second matrix of a low-rank pair takes what the first gives.
+    def _product(self, name: str, layer: nn.Linear | nn.Conv2d, unit: str, rows: int) -> None:
+        # The input of the second matrix of a low-rank pair is the output of the first.
         first = name[: name.rindex("_B")] + "_A" if "_B" in name else None
         of_input = self.needs_gradient or (first is not None and self._trains(first))
-        products = 1 + self.backward * (of_input + part.weight.requires_grad)
+        products = 1 + self.backward * (of_input + layer.weight.requires_grad)
         unit, rows = ("slot", 1) if "Plora_" in name else (unit, rows)
-        self.per[unit] += 2 * part.weight.numel() * rows * products
+        self.per[unit] += 2 * layer.weight.numel() * rows * products
 
     def attention(self, q: bool, k: bool, v: bool, *, unit: str, pairs: int, width: int) -> None:
-        """Scores and weighted values of `pairs` pairs a unit; q, k, v: which of them need a gradient."""
+        """Count scores and weighted values of `pairs` pairs a unit; q, k, v: whether they need a gradient."""
         products = 2 + self.backward * (q + k + (q or k) + v)
         self.per[unit] += 2 * width * pairs * products
 
-    def _trains(self, place: str) -> bool:
-        return any(name == place or name.startswith(f"{place}.") for name in self.trained)
+    def _trains(self, prefix: str) -> bool:
+        return any(f"{name}.".startswith(f"{prefix}.") for name in self.trained)
 
 
 def matmul_peak(device: torch.device, bf16: bool, seconds: float = 0.3) -> float:
-    """Operations a second of matrix products in bfloat16 or float32, all ranks at once and added up.
+    """Measure operations a second of matrix products in bfloat16 or float32, summed over all ranks.
 
     The fastest square product of each rank counts, over three sizes of `seconds` each. Every rank calls it.
     """

@@ -1,13 +1,13 @@
-"""How FSDP's parameters and gradients travel between CPUs: a gather and a reduce-scatter by gloo's messages.
+"""FSDP's all-gather and reduce-scatter between CPUs, by gloo's point-to-point messages.
 
 Input and output are those of FSDP2's `AllGather` and `ReduceScatter`. 2 ranks, each with one of two numbers:
 
     gather           [1, _] and [_, 2]  →  [1, 2] on both
     reduce-scatter   [1, 2] and [3, 4]  →  [4] on rank 0, [6] on rank 1
 
-gloo's own two copy the whole tensor into fresh memory first, and its reduce-scatter is an all-reduce whose
-larger part is thrown away: on 2 ranks they take two to three times as long as these
-(`python -m tests.benchmarks.gloo`). Sums are formed in the order of the ranks. Accelerators keep NCCL's own.
+gloo's own collectives first copy the whole tensor into new memory, and its reduce-scatter is an all-reduce
+most of which is discarded: on 2 ranks they take two to three times as long as these
+(`python -m tests.benchmarks.gloo`). Sums are formed in the order of the ranks. Accelerators use NCCL's own.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatt
 
 
 class _Messages:
-    """Memory and the exchange that both have in common."""
+    """Allocation and exchange of both collectives."""
 
     def allocate(
         self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device
@@ -28,7 +28,7 @@ class _Messages:
         return torch.empty(*size, dtype=dtype, device=device)
 
     def exchange(self, sent: Sequence[Tensor], received: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-        """Send sent[k] to rank k of the group, and fill received[k] from it; a rank's own are left alone."""
+        """Send sent[k] to rank k of the group, and fill received[k] from it; a rank's own are not copied."""
         rank, world = group.rank(), group.size()
         works: list[Any] = []
         for distance in range(1, world):

@@ -1,10 +1,9 @@
-"""Traces of some steps, with named ranges, and a table of the time in them: `--profile 10:12`.
+"""Profiler traces of some steps, and a table of the time in their named ranges: `--profile 10:12`.
 
-Input: the steps of the loop, whose ranges have names (torch.profiler.record_function). Output, at the last
-step:
+Input: the steps of the loop, with ranges named by torch.profiler.record_function. Output, at the last step:
 
-    output_dir/profile/rank<k>.json.gz     the trace of rank k, for chrome://tracing or
-    https://ui.perfetto.dev output_dir/profile/table.txt           rank 0's ranges, printed too:
+    output_dir/profile/rank<k>.json.gz     the trace of rank k, for https://ui.perfetto.dev
+    output_dir/profile/table.txt           rank 0's ranges, logged too:
 
     range           host s/step  device s/step  calls
     data_wait            0.0021         0.0000      3
@@ -13,10 +12,9 @@ step:
       loss               0.0540         0.0533      6
     …
 
-The time of `vision` and `loss` is within `forward`; what checkpointing computes again is within `backward`.
-On an accelerator the host's time is that of launching kernels, and the device's that of running them. The
-profiler makes
-the steps slower: the table says how time is shared out, not how long a step takes.
+The time of `vision` and `loss` is within `forward`, the recomputation of checkpointing within `backward`. On
+an accelerator the host's time is that of launching kernels, and the device's that of running them. The
+profiler slows the steps down: the table shows how the time is divided, not how long a step takes.
 """
 
 import os
@@ -29,7 +27,7 @@ from trainer.config import Config
 from trainer.distributed import Ranks, log
 
 RANGES = ("data_wait", "host_to_device", "forward", "  vision", "  loss", "backward", "optimizer", "saving")
-"""In the order of a step; what is within another range is indented."""
+"""In the order of a step; a range within another is indented."""
 
 
 class Tracer:
@@ -40,7 +38,7 @@ class Tracer:
         self.folder = Path(config.output_dir) / "profile"
         self._profiler: profile | None = None
         self._first = 0
-        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or it reports each start and stop
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it logs each start and stop
 
     def begin(self, step: int) -> None:
         """Call before a step."""

@@ -1,19 +1,19 @@
-"""AdamW whose two moments are kept in bfloat16 or in 8 bits; parameters and all arithmetic stay in float32.
+"""AdamW with moments in bfloat16 or 8 bits; parameters and all arithmetic stay in float32.
 
-Input: parameters with gradients. Output: the update that torch's AdamW makes, of moments that were rounded
-after the step before. Only a part of a parameter has its moments in float32 at a time:
+Input: parameters with gradients. Output: the update of torch's AdamW, from moments that were rounded after
+the previous step. Only some elements of a parameter have their moments in float32 at a time:
 
     moments               float32     bfloat16     8bit
     bytes a parameter     8           4            2.03
 
 8bit is block-wise dynamic quantisation (Dettmers et al., arXiv 2110.02861) by torchao: 256 neighbours of a
 row share a float32 scale, and a number is one of 256 codes, dense near zero. Parameters whose rows are not a
-multiple of 256 long, norms and biases among them, keep float32 moments. As no block crosses a row, codes and
-scales are sharded like the parameter, and checkpoints hold them as they are, for any number of ranks. On a
-CPU it is slow: a step takes some 150 nanoseconds a parameter and core; with float32 1, with bfloat16 2.
+multiple of 256 long, such as norms and biases, keep float32 moments. As no block crosses a row, codes and
+scales are sharded like the parameter, and checkpoints save them as they are, for any number of ranks. On a
+CPU it is slow: a step takes some 150 nanoseconds a parameter and core; float32 takes 1, bfloat16 2.
 
 bfloat16 rounds to nearest, with 8 bits: a second moment that decays by less than 1 / 256 a step would never
-become smaller again, which is why `adam_beta2` must not be above 0.996 (`Config.problems`).
+decrease, which is why `adam_beta2` must not be above 0.996 (`Config.problems`).
 """
 
 import functools
@@ -28,13 +28,13 @@ from torch.optim.adamw import adamw
 
 BLOCK = 256
 AT_A_TIME = 1024 * BLOCK
-"""Numbers of a parameter whose moments are in float32 at a time on a CPU, whose caches hold so many; 16 times
-that on an accelerator. Quantising takes some 40 bytes for each."""
+"""Elements processed at once, sized to fit CPU caches; 16 times as many on an accelerator. Quantising takes
+some 40 bytes for each."""
 
 
 def zero_moments_of(parameter: nn.Parameter, kind: str) -> dict[str, Tensor]:
-    """The state of a parameter before its first step, sharded as it is: `exp_avg`, `exp_avg_sq`, and with
-    8 bits `exp_avg_scale` and `exp_avg_sq_scale`, [rows, columns / 256]."""
+    """The moments of a parameter before the first step, sharded like the parameter: `exp_avg`, `exp_avg_sq`,
+    and with 8 bits `exp_avg_scale` and `exp_avg_sq_scale`, [rows, columns / 256]."""
     weight, moments = parameter.detach(), {}
     in_blocks = kind == "8bit" and weight.ndim == 2 and weight.shape[1] % BLOCK == 0
     dtype = torch.uint8 if in_blocks else torch.bfloat16 if kind == "bfloat16" else torch.float32
@@ -47,11 +47,11 @@ def zero_moments_of(parameter: nn.Parameter, kind: str) -> dict[str, Tensor]:
 
 
 class SmallMomentsAdamW(torch.optim.AdamW):
-    """torch's AdamW for a state of `zero_moments_of`."""
+    """torch's AdamW with moments of `zero_moments_of`."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:
-        """One update; a parameter without a gradient is left alone."""
+        """Update all parameters that have a gradient."""
         assert closure is None
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -60,14 +60,14 @@ class SmallMomentsAdamW(torch.optim.AdamW):
 
     def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
         state = self.state[parameter]
-        weights, gradients = _parts(parameter.detach()), _parts(parameter.grad)
+        weights, gradients = _chunks(parameter.detach()), _chunks(parameter.grad)
         names = [name for name in state if name != "step"]
-        for weight, gradient, *kept in zip(
-            weights, gradients, *(_parts(state[name], "_scale" in name) for name in names), strict=True
+        for weight, gradient, *values in zip(
+            weights, gradients, *(_chunks(state[name], "_scale" in name) for name in names), strict=True
         ):
-            if weight.numel() == 0:  # the last rank's part of a parameter with few rows
+            if weight.numel() == 0:  # the last rank's shard of a parameter with few rows
                 continue
-            stored = dict(zip(names, kept, strict=True))
+            stored = dict(zip(names, values, strict=True))
             moments = [_read(stored, name) for name in ("exp_avg", "exp_avg_sq")]
             adamw(
                 [weight],
@@ -91,15 +91,15 @@ class SmallMomentsAdamW(torch.optim.AdamW):
         state["step"] += 1
 
 
-def _parts(tensor: Any, scales: bool = False) -> tuple[Tensor, ...]:
-    """This rank's numbers, AT_A_TIME of them at a time, or the scales of so many."""
+def _chunks(tensor: Any, scales: bool = False) -> tuple[Tensor, ...]:
+    """This rank's elements in chunks of AT_A_TIME, or the scales of as many elements."""
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    numbers = AT_A_TIME if local.device.type == "cpu" else 16 * AT_A_TIME
-    return local.view(-1).split(numbers // BLOCK if scales else numbers)
+    size = AT_A_TIME if local.device.type == "cpu" else 16 * AT_A_TIME
+    return local.view(-1).split(size // BLOCK if scales else size)
 
 
 def _read(stored: dict[str, Tensor], name: str) -> Tensor:
-    """A moment in float32: the stored numbers themselves if they are."""
+    """A moment in float32: the stored tensor itself if it has that dtype."""
     if stored[name].dtype != torch.uint8:
         return stored[name].float()
     codes, scales = stored[name], stored[f"{name}_scale"]
@@ -118,7 +118,7 @@ def _write(stored: dict[str, Tensor], name: str, moment: Tensor) -> None:
 
 @functools.cache
 def _quantisation() -> Any:
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of kernels that it lacks and we don't use
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns about missing kernels that are not used
     from torchao.optim import quant_utils
 
     return quant_utils

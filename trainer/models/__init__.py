@@ -3,9 +3,9 @@
     import trainer.models
     model = AutoModelForCausalLM.from_pretrained("internlm-xcomposer2-vl-7b")
 
-The trainer needs of a family only what this file exposes:
+The trainer uses only what this file exposes:
 
-    config = load_config("internlm-xcomposer2-vl-7b")     # the variant, told from config.json and the weights
+    config = load_config("internlm-xcomposer2-vl-7b")     # the variant is detected from config and weights
     with torch.device("meta"):
         model = build_model(config)                       # no weights yet
     parts_of(config).language_blocks                      # "model.layers"
@@ -37,24 +37,24 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Parts:
-    """What the trainer must know of a model family."""
+    """The named parts of a model, and the files that its saved folder needs."""
 
     language_blocks: str
     """Dotted name of the ModuleList of language blocks, sharded one by one."""
     vision_blocks: str
-    """The same for vision."""
+    """The same for vision blocks."""
     vision_embeddings: str
     """Dotted name of the module between pixels and the vision blocks."""
     vision: tuple[str, ...]
     """Prefixes of the vision tower's parameters."""
     projector: tuple[str, ...]
-    """Prefixes of what stands between vision and language."""
+    """Prefixes of the parameters between vision and language."""
     unused: tuple[str, ...]
-    """Prefixes of parameters that no forward pass uses, and that a checkpoint may lack."""
+    """Prefixes of parameters that no forward pass uses and a checkpoint may lack."""
     lora_targets: tuple[str, ...]
-    """Endings of the names of the linear layers that LoRA adapts."""
+    """Suffixes of the names of the linear layers that LoRA adapts by default."""
     code_files: tuple[Path, ...]
-    """Python files that, beside the weights, make `trust_remote_code` work alone."""
+    """Python files that a saved folder needs to load with `trust_remote_code`."""
 
 
 def parts_of(config: PreTrainedConfig) -> Parts:
@@ -73,7 +73,7 @@ def parts_of(config: PreTrainedConfig) -> Parts:
 
 
 def cost_sizes(config: PreTrainedConfig) -> dict[str, Any]:
-    """The sizes that tell what a sample costs: the arguments of `data.packing.CostModel.from_sizes`."""
+    """The sizes that determine a sample's cost: the arguments of `data.packing.CostModel.from_sizes`."""
     assert isinstance(config, InternLMXcomposer2Config)
     vision = config.vision_config
     return {
@@ -86,7 +86,7 @@ def cost_sizes(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def preprocessing_of(config: PreTrainedConfig) -> dict[str, Any]:
-    """How images and conversations become the model's input: an adapter's folder keeps this of a config."""
+    """How images and conversations become the model's input, which an adapter's folder records too."""
     assert isinstance(config, InternLMXcomposer2Config)
     return config.preprocessing
 
@@ -98,11 +98,11 @@ def load_config(
     images_as_viewed: bool | None = None,
     adapter_preprocessing: Mapping[str, Any] | None = None,
 ) -> PreTrainedConfig:
-    """The configuration of the model in `folder`, with changes to how images become its input.
+    """The configuration of the model in `folder`, with overrides of its image preprocessing.
 
-    img_size, hd_num, images_as_viewed: in place of the folder's own; None, or -1 for hd_num, keeps that.
-    adapter_preprocessing: `preprocessing_of` an adapter on this model, which comes before the folder's own.
-    ValueError if the folder holds no configuration, or that of another model.
+    img_size, hd_num, images_as_viewed: override the folder's own; None, or -1 for hd_num, keeps that.
+    adapter_preprocessing: `preprocessing_of` an adapter on this model, which also overrides the folder's own.
+    ValueError if the folder has no configuration, or that of another model.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
@@ -124,13 +124,13 @@ def load_config(
 
 
 def build_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model without a checkpoint's weights: random, or nothing at all under `torch.device("meta")`."""
+    """The model with random weights, or with none under `torch.device("meta")`."""
     assert isinstance(config, InternLMXcomposer2Config)
     return InternLMXComposer2ForCausalLM(config)
 
 
 class _InternLM2Config(InternLMXcomposer2Config):
-    """2.5 and many fine-tunes name their model_type internlm2 or internlm; both load as what they are."""
+    """Loads 2.5 and many fine-tunes, whose model_type is internlm2 or internlm."""
 
     model_type = "internlm2"
 

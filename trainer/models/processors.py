@@ -1,10 +1,10 @@
-"""From a model folder to its tokenizer and conversation format, from a configuration to its image processor.
+"""Load the tokenizer and conversation format of a model folder, and the image processor of a configuration.
 
     tokenizer = load_tokenizer("internlm-xcomposer2-vl-7b")        # from tokenizer.json, else tokenizer.model
     conversation = load_conversation("internlm-xcomposer2-vl-7b")  # turns → ids
     image_processor = load_image_processor(config)                 # vl-7b: a picture → float32 [3, 490, 490]
 
-None of them runs code of the folder: tokenizer.json counts, whatever class tokenizer_config.json names.
+No code of the folder is run: tokenizer.json is read, whatever class tokenizer_config.json names.
 """
 
 from pathlib import Path
@@ -17,9 +17,9 @@ from trainer.models.xcomposer2.tokenization_xcomposer2 import tokenizer_from_sen
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a model folder; ValueError in a sentence when it has none or a broken one.
+    """The tokenizer of a model folder; ValueError if it has none or a broken one.
 
-    Its chat template is this project's, whatever the folder brings: saved, it says what the training did.
+    Its chat template is always this project's, so that the saved one describes the training.
     """
     folder = Path(folder)
     if (folder / "tokenizer.json").is_file():
@@ -31,14 +31,14 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
         tokenizer = tokenizer_from_sentencepiece(folder / "tokenizer.model")
     else:
         raise ValueError(
-            f"{folder} holds neither tokenizer.json nor tokenizer.model; copy it from the published model"
+            f"{folder} has neither tokenizer.json nor tokenizer.model; copy it from the published model"
         )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 
 def load_conversation(folder: str | Path) -> Conversation:
-    """The conversation format with the tokenizer of a model folder; ValueError as of `load_tokenizer`."""
+    """The conversation format with the tokenizer of a model folder; ValueError as in `load_tokenizer`."""
     return Conversation(load_tokenizer(folder))
 
 

@@ -1,1 +1,1 @@
-"""InternLM-XComposer2. These files import nothing of the project: they are saved beside the weights."""
+"""InternLM-XComposer2. These files import nothing else of the project: they are saved with the weights."""

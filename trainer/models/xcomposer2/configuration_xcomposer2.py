@@ -1,10 +1,11 @@
-"""The configuration of InternLM-XComposer2: from config.json, and from the shapes of the weights.
+"""The configuration of InternLM-XComposer2, from config.json and the shapes of the weights.
 
 Input: the config.json of a published, fine-tuned or saved model, and the headers of its safetensors files,
-which tell what the original hard-codes. Output: one complete configuration; saved, it needs no weights again.
+which determine what the original hard-codes. Output: a complete configuration, whose saved form needs no
+weights.
 
     config = InternLMXcomposer2Config.from_pretrained("internlm-xcomposer2-4khd-7b")
-    config.high_resolution            # True: the weights hold plora_glb_GN
+    config.high_resolution            # True: the weights contain plora_glb_GN
     config.plora("wqkv")              # (8, 2.0): the rows of its Plora_A; scale 2, as its rank is not wo's
     config.vision_config.image_size   # 336: a position grid of 24 × 24 patches of 14 pixels, one tile
 
@@ -42,18 +43,17 @@ PATCHES = "vit.vision_tower.vision_model.embeddings.patch_embedding.weight"
 
 
 class InternLMXcomposer2Config(PreTrainedConfig):
-    """Fields keep the original's names; those from `vision_config` on are not in a published config.json.
+    """Fields have the original's names; those from `vision_config` on are not in a published config.json.
 
     vision_config: CLIP's fields. Its image_size is the side of one ViT input, in pixels: of the square that
-        an image is squashed to, which the original calls `img_size`, or of a tile.
+        an image is resized to, which the original calls `img_size`, or of a tile.
     plora_rank, plora_alpha: an int for all layers, or one each for wqkv, wo, w1, w2, w3.
     plora_dropout: applied in training to the input of Plora_A.
     end_token_id: `[UNUSED_TOKEN_145]`, which ends a turn.
     high_resolution: 4KHD and 2.5, where an image is a global view and a grid of tiles.
-    hd_num: the most tiles that an image is cut into; None: 16 for 4KHD, 18 for 2.5, as in their fine-tuning.
-    images_as_viewed: images are turned by their EXIF data, and transparent ones lie on white.
-    conversation_format: a hash of the format that the model was trained with (`Conversation.format`), if
-    known.
+    hd_num: maximum tiles of an image; None: 16 for 4KHD, 18 for 2.5, as in their fine-tuning.
+    images_as_viewed: rotate images by their EXIF data, and put transparent ones on white.
+    conversation_format: hash of the format that the model was trained with (`Conversation.format`), if known.
     """
 
     model_type = "internlmxcomposer2"
@@ -101,7 +101,7 @@ class InternLMXcomposer2Config(PreTrainedConfig):
         wqkv_scale = 1 if self.plora_rank["wqkv"] == self.plora_rank["wo"] else 2
         published = {**self.plora_rank, "wqkv": wqkv_scale * self.plora_rank["wqkv"]}
         self.plora_alpha = {**published, **_per_layer({} if self.plora_alpha is None else self.plora_alpha)}
-        # What a saved folder is loaded with: transformers' Auto classes read these.
+        # transformers' Auto classes read these from a saved folder.
         kwargs.pop("model_type", None)
         self.architectures = ["InternLMXComposer2ForCausalLM"]
         model = "modeling_xcomposer2.InternLMXComposer2ForCausalLM"
@@ -114,9 +114,9 @@ class InternLMXcomposer2Config(PreTrainedConfig):
         self._check()
 
     def _check(self) -> None:
-        """ValueError for what the model cannot compute."""
+        """ValueError for values that the model does not support."""
         if self.rope_parameters["rope_type"] not in ("default", "dynamic"):
-            raise ValueError(f"rope_scaling is {self.rope_parameters}: only null and type dynamic are known")
+            raise ValueError(f"rope_scaling is {self.rope_parameters}; supported: null and type dynamic")
         if self.hidden_size % self.num_attention_heads or self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads {self.num_key_value_heads} must divide num_attention_heads "
@@ -149,14 +149,14 @@ class InternLMXcomposer2Config(PreTrainedConfig):
     def img_size(self, pixels: int) -> None:
         if self.high_resolution:
             raise ValueError(
-                f"img_size is for square images; this model has tiles of {self.image_size} pixels"
+                f"img_size is for models of square images; this one has tiles of {self.image_size} pixels"
             )
         self.vision_config.image_size = pixels
         self._check_image_size()
 
     @property
     def preprocessing(self) -> dict[str, Any]:
-        """How images and conversations became the model's input in training; adapters keep it too."""
+        """How images and conversations became the model's input in training; adapters record it too."""
         names = ("hd_num", "images_as_viewed", "conversation_format")
         return {name: getattr(self, name) for name in names}
 
@@ -174,9 +174,9 @@ class InternLMXcomposer2Config(PreTrainedConfig):
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         config_dict, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        # 2.5 and many fine-tunes say internlm2 or internlm, of which transformers would warn.
+        # transformers would warn about internlm2 or internlm, as in 2.5 and many fine-tunes.
         config_dict = {**config_dict, "model_type": cls.model_type}
-        # As AutoConfig does it: from_dict must know the folder, to look at its weights.
+        # As AutoConfig does: from_dict needs the folder to read the shapes of its weights.
         return config_dict, {**unused, "name_or_path": str(pretrained_model_name_or_path)}
 
     @classmethod
@@ -184,7 +184,7 @@ class InternLMXcomposer2Config(PreTrainedConfig):
         folder = Path(str(kwargs.get("name_or_path", "")))
         shapes = weight_shapes(folder) if (folder / "config.json").is_file() else {}
         fields = complete(config_dict, shapes)
-        # Published files say eager, the slowest; how to compute is for the caller to say, in kwargs.
+        # Published files name eager, the slowest attention; the caller chooses one in kwargs.
         fields.pop("attn_implementation", None)
         return super().from_dict(fields, **kwargs)
 
@@ -213,23 +213,23 @@ def weight_shapes(folder: Path) -> dict[str, list[int]]:
 
 
 def complete(config_dict: dict[str, Any], shapes: dict[str, list[int]]) -> dict[str, Any]:
-    """`config_dict` with what `shapes` tell of the fields that it lacks.
+    """`config_dict`, with missing fields inferred from `shapes`.
 
     ValueError if the weights are not those of an XComposer2, or if a vision tower other than ViT-L/14 is not
-    described by `vision_config`: the number of its heads is in no shape.
+    described by `vision_config`, because the number of its heads cannot be inferred.
     """
     if not shapes:
         return dict(config_dict)
     if POSITIONS not in shapes:
         raise ValueError(f"the weights lack {POSITIONS}: this is not an InternLM-XComposer2 model")
-    found: dict[str, Any] = {"high_resolution": "plora_glb_GN" in shapes}
+    inferred: dict[str, Any] = {"high_resolution": "plora_glb_GN" in shapes}
     ranks = {
         name: shapes[key][0]
         for name, layer in PLORA_LAYERS.items()
         if (key := f"model.layers.0.{layer}.Plora_A.weight") in shapes
     }
     if ranks:
-        found["plora_rank"] = ranks
+        inferred["plora_rank"] = ranks
     vision = dict(config_dict.get("vision_config") or VIT_L_14)
     width, _, patch, _ = shapes[PATCHES]
     if (width, patch) != (vision.get("hidden_size"), vision.get("patch_size")):
@@ -238,4 +238,4 @@ def complete(config_dict: dict[str, Any], shapes: dict[str, list[int]]) -> dict[
             "config.json must describe it in vision_config"
         )
     vision["image_size"] = math.isqrt(shapes[POSITIONS][0] - 1) * patch
-    return {**found, **config_dict, "vision_config": vision}
+    return {**inferred, **config_dict, "vision_config": vision}

@@ -8,13 +8,13 @@ ids:
     # <s> [146] user \n | image | What? | [145] \n [146] assistant \n | A cat. | [145] </s>
     #                                                                    trained   trained
 
-`CHAT_TEMPLATE` is the only place that says what stands between the texts. Training, `trainer.generate`, the
-saved model's `chat()` and its `chat_template.jinja` all render it, so that they cannot differ: edit it here.
-The template is rendered with a mark in place of each text. What lies between the marks is tokenised with
-control tokens recognised, and the texts themselves are tokenised as plain text, so that a literal "</s>" in a
-user's text stays text. Every text between two marks or images is tokenised by itself.
+`CHAT_TEMPLATE` alone defines the text between the turns' texts. Training, `trainer.generate`, the saved
+model's `chat()` and its `chat_template.jinja` all render it, so that they cannot differ: edit it here.
+The template is rendered with a mark in place of each text. The text between the marks is tokenised with
+control tokens recognised, and the turns' texts are tokenised as plain text, so that a literal "</s>" in a
+user's text remains text. Every text between two marks or images is tokenised separately.
 
-What trains: the texts of the assistant, and the control tokens directly behind them that end generation.
+Trained are the texts of the assistant, and the control tokens right after them that end generation.
 """
 
 from __future__ import annotations
@@ -54,27 +54,27 @@ PROBES = (
     [("system", "a"), ("user", f"{IMAGE}b"), ("assistant", "c"), ("user", "d"), ("assistant", "e")],
     [("user", "b"), ("assistant", "c"), ("user", "d")],
 )
-"""Conversations whose pieces tell two formats apart."""
+"""Conversations whose pieces differ between two formats."""
 
 
 class Piece(NamedTuple):
-    """A stretch of a conversation."""
+    """An image or consecutive token ids of a conversation."""
 
     ids: list[int] | None
-    """None: an image stands here."""
+    """None: an image."""
     role: str
-    """user, assistant or system for the text of a turn; control for what the format puts between."""
+    """user, assistant or system for the text of a turn; control for the format's own tokens."""
     trained: bool
 
 
 class Conversation:
-    """The format with one tokenizer. Pickles to worker processes.
+    """The conversation format with a tokenizer; can be pickled to worker processes.
 
-    `format` is a hash of what the format makes of a conversation; `fingerprint` of that and of the tokenizer.
+    `format` is a hash of the ids of sample conversations; `fingerprint` also covers the tokenizer.
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        """ValueError if the tokenizer lacks a control token, or reads one out of a user's text."""
+        """ValueError if the tokenizer lacks a control token, or recognises one in a user's text."""
         self.tokenizer = tokenizer
         ends = self._id(TURN_END), self._id(tokenizer.eos_token)
         self._ends = set(ends)
@@ -96,31 +96,31 @@ class Conversation:
     def pieces(
         self, turns: Sequence[tuple[str, str]], *, image_first: bool = False, prompt: bool = False
     ) -> Iterator[Piece]:
-        """The pieces of a conversation, or of what an answer to it is generated after (`prompt`).
+        """The pieces of a conversation, or of the prompt for an answer to it (`prompt`).
 
-        image_first: an image without a placeholder stands before everything else, the 2.5 models' convention.
+        image_first: an image without a placeholder comes before everything else, as in the 2.5 models.
         """
         between = self._literals(tuple(role for role, _ in turns), prompt)
         texts = [text.strip().split(IMAGE) for _, text in turns]
-        tokenized = iter(self._tokenize([part for parts in texts for part in parts]))
+        tokenized = iter(self._tokenize([segment for segments in texts for segment in segments]))
         if image_first:
             yield Piece(None, "control", False)
         yield Piece(between[0], "control", False)
-        for (role, _), parts, behind in zip(turns, texts, between[1:], strict=True):
-            answers = role == "assistant"
-            for number in range(len(parts)):
+        for (role, _), segments, after in zip(turns, texts, between[1:], strict=True):
+            trained = role == "assistant"
+            for number in range(len(segments)):
                 if number:
                     yield Piece(None, role, False)
-                yield Piece(next(tokenized), role, answers)
-            num_ends = next((n for n, token in enumerate(behind) if token not in self._ends), len(behind))
-            if answers and num_ends:
-                yield Piece(behind[:num_ends], "control", True)
-                behind = behind[num_ends:]
-            if behind:
-                yield Piece(behind, "control", False)
+                yield Piece(next(tokenized), role, trained)
+            num_ends = next((n for n, token in enumerate(after) if token not in self._ends), len(after))
+            if trained and num_ends:
+                yield Piece(after[:num_ends], "control", True)
+                after = after[num_ends:]
+            if after:
+                yield Piece(after, "control", False)
 
     def _literals(self, roles: tuple[str, ...], prompt: bool) -> list[list[int]]:
-        """The ids before the first text, between each two, and behind the last: one list more than roles."""
+        """The ids before the first text, between texts, and after the last: one list more than roles."""
         if (roles, prompt) not in self._between:
             messages = [{"role": role, "content": f"\ue000{i}\ue001"} for i, role in enumerate(roles)]
             template = self.tokenizer.chat_template or CHAT_TEMPLATE

@@ -1,12 +1,12 @@
-"""The embedded demo's base model: a small XComposer2 with random weights and a tokenizer of its own.
+"""The demo's base model: a small XComposer2 with random weights and its own tokenizer.
 
-Input: the texts that the model will read and write. Output: a Hugging Face folder like that of a published
-model (config.json, model.safetensors, tokenizer.json), from which `trainer.main` starts as from any other:
+Input: the texts of the training data. Output: a Hugging Face folder like that of a published model
+(config.json, model.safetensors, tokenizer.json), which `trainer.main` fine-tunes like any other:
 
     make_base(Path("output/demo/base"), texts, seed=0)      # 0.3 M parameters, 450 token ids
 
 64 × 64 pixels in patches of 8 are 64 image slots. A question is some 6 tokens, and its answer is one: the
-tokenizer is byte-pair encoding learnt from the texts, with single Chinese characters, and bytes for the rest.
+tokenizer is a byte-pair encoding trained on the texts, with single Chinese characters and byte fallback.
 """
 
 import json
@@ -14,19 +14,19 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPVisionConfig, PreTrainedTokenizerFast
 
 from trainer.models.xcomposer2.configuration_xcomposer2 import InternLMXcomposer2Config
-from trainer.models.xcomposer2.conversation_xcomposer2 import CHAT_TEMPLATE, ROLES, TURN_END, TURN_START
+from trainer.models.xcomposer2.conversation_xcomposer2 import ROLES, TURN_END, TURN_START
 from trainer.models.xcomposer2.modeling_xcomposer2 import InternLMXComposer2ForCausalLM
-from trainer.models.xcomposer2.tokenization_xcomposer2 import SPACE
+from trainer.models.xcomposer2.tokenization_xcomposer2 import SPACE, fast_tokenizer
 
 MAX_PIECES = 600
 
 
 def make_base(folder: Path, texts: Iterable[str], seed: int, high_resolution: bool = False) -> None:
-    """Write tokenizer, configuration and freshly drawn weights to `folder`.
+    """Write tokenizer, configuration and random weights to `folder`.
 
     high_resolution: like 2.5, with tiles of 32 × 32 pixels, 4 slots each.
     """
@@ -42,7 +42,7 @@ def make_base(folder: Path, texts: Iterable[str], seed: int, high_resolution: bo
         max_position_embeddings=256,
         plora_rank=4,
         high_resolution=high_resolution,
-        # Four times the usual width of the draws: the model is a sixtieth of the usual width.
+        # Four times the usual standard deviation, as the model is 64 times narrower than usual.
         initializer_range=0.08,
         vision_config=CLIPVisionConfig(
             hidden_size=64,
@@ -69,9 +69,6 @@ def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
             pre_tokenizers.Split(Regex("[\u4e00-\u9fff?？:]"), "isolated"),
         ]
     )
-    pieces.decoder = decoders.Sequence(
-        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
     headers = [f"{role}\n" for role in ROLES]
     control, byte_tokens = ["<unk>", "<s>", "</s>"], [f"<0x{byte:02X}>" for byte in range(256)]
     pieces.train_from_iterator(
@@ -80,23 +77,10 @@ def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
             vocab_size=MAX_PIECES, special_tokens=[*control, *byte_tokens], show_progress=False
         ),
     )
-    # The trainer marks them all as special, but bytes are text: decoding must not leave them out.
-    learnt = json.loads(pieces.to_str())["model"]
-    merges = [tuple(pair) for pair in learnt["merges"]]
-    tokenizer = Tokenizer(models.BPE(learnt["vocab"], merges, unk_token="<unk>", byte_fallback=True))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pieces.pre_tokenizer, pieces.decoder
+    # The trainer marks all of them as special, but bytes are text, which decoding must not skip.
+    trained = json.loads(pieces.to_str())["model"]
+    merges = [tuple(pair) for pair in trained["merges"]]
+    tokenizer = Tokenizer(models.BPE(trained["vocab"], merges, unk_token="<unk>", byte_fallback=True))
+    tokenizer.pre_tokenizer = pieces.pre_tokenizer
     tokenizer.add_special_tokens([*control, TURN_END, TURN_START])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        pad_token="</s>",
-        padding_side="right",
-        model_input_names=["input_ids", "attention_mask"],
-        clean_up_tokenization_spaces=False,
-        chat_template=CHAT_TEMPLATE,
-    )
+    return fast_tokenizer(tokenizer, bos="<s>", eos="</s>", unk="<unk>")

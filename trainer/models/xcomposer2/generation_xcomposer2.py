@@ -1,4 +1,4 @@
-"""Answers: `generate` with images, and `chat` in the original's prompt format.
+"""Generation with images: `generate`, and `chat` in the original's prompt format.
 
     answer, history = model.chat(tokenizer, "<ImageHere>What colour is it?", image="cat.jpg")
     answer, history = model.chat(tokenizer, "And the background?", image="cat.jpg", history=history)
@@ -7,7 +7,7 @@ The first prompt, with the control tokens as ids and the slots of a 490-pixel mo
 
     1 92543 "user\\n" 1,225 slots "What colour is it?" 92542 "\\n" 92543 "assistant\\n"
 
-`generate` takes what `forward` takes; rows of unequal length are padded on the left.
+`generate` takes the inputs of `forward`; rows of unequal length are padded on the left.
 """
 
 import copy
@@ -28,11 +28,11 @@ ImageLike = str | Path | Image.Image
 
 
 class XComposer2GenerationMixin(GenerationMixin):
-    """What generation needs beyond transformers' own: images in the first step only, and rows that repeat."""
+    """Adds images to transformers' generation: used in the first step only, and repeated with their rows."""
 
     def set_generation_defaults(self: Any) -> None:
-        """Stop at the end of a turn too, and forget what a published config.json says of training: use_cache
-        false, and a max_length."""
+        """Stop at the end of a turn too, and ignore the training settings of a published config.json:
+        use_cache false, and a max_length."""
         defaults = self.generation_config
         eos = defaults.eos_token_id
         ends = eos if isinstance(eos, list) else [self.config.eos_token_id if eos is None else eos]
@@ -42,7 +42,7 @@ class XComposer2GenerationMixin(GenerationMixin):
             defaults.max_length = None
 
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
-        """from_pretrained reads the defaults again, from the folder."""
+        """from_pretrained reads the defaults again, from the folder, and calls this."""
         parent: Any = super()
         parent.adjust_generation_fn(*args, **kwargs)
         self.set_generation_defaults()
@@ -50,7 +50,7 @@ class XComposer2GenerationMixin(GenerationMixin):
     def _prepare_attention_mask_for_generation(
         self, inputs_tensor: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
     ) -> Any:
-        """Without a mask every position is real: image slots may hold the id of padding."""
+        """All ones: without a mask every position is real, as image slots may have the id of padding."""
         return torch.ones(inputs_tensor.shape[:2], dtype=torch.int64, device=inputs_tensor.device)
 
     def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -64,7 +64,7 @@ class XComposer2GenerationMixin(GenerationMixin):
         inputs = parent.prepare_inputs_for_generation(
             input_ids, is_first_iteration=is_first_iteration, **kwargs
         )
-        # pixel_values come and go by the same rule, in transformers' method.
+        # transformers' method passes pixel_values by the same rule.
         if im_mask is not None and (is_first_iteration or not kwargs.get("use_cache", True)):
             new_tokens = max(input_ids.shape[1] - im_mask.shape[1], 0)
             inputs["im_mask"] = F.pad(im_mask, (0, new_tokens))
@@ -77,7 +77,7 @@ class XComposer2GenerationMixin(GenerationMixin):
         input_ids: Tensor | None = None,
         **model_kwargs: Any,
     ) -> tuple[Any, dict[str, Any]]:
-        """Repeat each row, for beams or several answers, and its images with it."""
+        """Repeat each row with its images, for beams or several answers."""
         images, im_mask = model_kwargs.pop("pixel_values", None), model_kwargs.get("im_mask")
         if images is not None and im_mask is not None and expand_size > 1:
             images = self._repeat_images(list(images), im_mask.sum(dim=1).tolist(), expand_size)
@@ -113,11 +113,11 @@ class XComposer2GenerationMixin(GenerationMixin):
         """Answer `query`; returns the answer and the history with it.
 
         image: one or several, for the `<ImageHere>` of history and query in order; a single one without a
-            placeholder goes first. meta_instruction: a system turn. hd_num: the most tiles of an image.
-        generation: more of `generate`'s arguments, such as temperature.
+            placeholder goes first. meta_instruction: a system turn. hd_num: maximum tiles of an image.
+        generation: further arguments of `generate`, such as temperature.
 
-        Control tokens that the query, the history or the instruction spell out are read as plain text.
-        ValueError if the images are not as many as the placeholders.
+        Control tokens written in query, history or instruction are treated as plain text. ValueError if
+        images and placeholders differ in number.
         """
         if image is None:
             images = []
@@ -128,7 +128,8 @@ class XComposer2GenerationMixin(GenerationMixin):
             if value is not None:
                 setattr(config, name, value)
         process = image_processor_for(config)
-        pixels = [process(_open(item)).to(self.device) for item in images]
+        opened = [item if isinstance(item, Image.Image) else Image.open(item) for item in images]
+        pixels = [process(item).to(self.device) for item in opened]
         turns = [("system", meta_instruction)] if meta_instruction else []
         for asked, answered in history:
             turns += [("user", asked), ("assistant", answered)]
@@ -149,7 +150,7 @@ class XComposer2GenerationMixin(GenerationMixin):
         return answer, [*history, (query, answer)]
 
     def _adapter_preprocessing(self: Any) -> dict[str, Any]:
-        """What the active adapter was trained with, where peft has put one on the model; else nothing."""
+        """The preprocessing of the active adapter's training; empty if there is no active adapter."""
         if not (adapters := getattr(self, "peft_config", None)):
             return {}
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -163,9 +164,9 @@ class XComposer2GenerationMixin(GenerationMixin):
 def prompt_ids(
     tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]], slots: Sequence[int]
 ) -> tuple[list[int], list[bool]]:
-    """(role, text) turns → the ids up to where the assistant speaks, and which of them are image slots.
+    """(role, text) turns → the ids of the prompt for the assistant, and which of them are image slots.
 
-    slots: how many each image fills, in the order of `<ImageHere>` in the texts.
+    slots: number of slots of each image, in the order of `<ImageHere>` in the texts.
     """
     placeholders = sum(text.count(IMAGE) for _, text in turns)
     first = len(slots) == 1 and placeholders == 0
@@ -179,7 +180,3 @@ def prompt_ids(
         ids += new
         is_slot += [piece.ids is None] * len(new)
     return ids, is_slot
-
-
-def _open(image: ImageLike) -> Image.Image:
-    return image if isinstance(image, Image.Image) else Image.open(image)

@@ -1,9 +1,9 @@
-"""What InternLM-XComposer2 makes of a picture before its vision tower: resize, pad, normalise.
+"""Image preprocessing of InternLM-XComposer2: resize, pad, normalise.
 
-Input: a `PIL.Image` of any mode and size. Output: float32 [3, H, W], normalised as CLIP's, bit for bit what
-the original makes with torchvision. `num_tokens(width, height)` says without pixels how many tokens that is.
+Input: a `PIL.Image` of any mode and size. Output: float32 [3, H, W], normalised as CLIP's, bit for bit equal
+to the original with torchvision. `num_tokens(width, height)` computes the number of tokens from the size.
 
-Square (2.0: `-7b`, `-vl-7b`, `-vl-1_8b`): squashed to `img_size`, bicubic; a token per patch.
+Square (2.0: `-7b`, `-vl-7b`, `-vl-1_8b`): resized to a square of `img_size`, bicubic; a token per patch.
 
     >>> SquareImageProcessor(img_size=490, patch_size=14).num_tokens(640, 480)  # 35 · 35 patches
     1225
@@ -18,11 +18,11 @@ white, centred. The tower also sees the whole picture in one tile. 2×2 patches 
     >>> (2 * 2 + 1) * 20 * 20 + 1 + (2 + 1) * 20  # (tiles + global) · m² + 1 + (rows + global) · m
     2061
 
-Any mode becomes RGB by `convert("RGB")`, as in the original: a phone picture lies as its sensor lay, and a
-transparent pixel shows the colour under it. `as_viewed=True` gives what a person sees: turned by the EXIF
-tag, transparency on white. An animation gives its first frame. 16-bit grey is scaled to 8 bits, where
-`convert` would clip nearly all of it to white. Training, `trainer.generate` and a saved model's `chat()` all
-use this file.
+Any mode becomes RGB by `convert("RGB")`, as in the original: a phone picture is not rotated, and a
+transparent pixel shows its hidden colour. `as_viewed=True` gives what a person sees: rotated by the EXIF tag,
+transparency on white. An animation gives its first frame. 16-bit grey is scaled to 8 bits, where `convert`
+would clip nearly all of it to white. Training, `trainer.generate` and a saved model's `chat()` all use this
+file.
 """
 
 from __future__ import annotations
@@ -39,15 +39,13 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 TILE_4KHD = 336
-"""4KHD is told from 2.5 by its tile: 336 pixels, where 2.5 has 560."""
-
-
+"""4KHD is recognised by its tile: 336 pixels, where 2.5 has 560."""
 EXIF_ORIENTATION = 0x0112
 SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 
 def to_rgb(image: Image.Image, as_viewed: bool = False) -> Image.Image:
-    """An image of any mode in RGB; ValueError if its pixels have no meaning as that."""
+    """Convert an image of any mode to RGB; ValueError if its pixels cannot be interpreted as colours."""
     if as_viewed:
         image = ImageOps.exif_transpose(image)
     if image.mode in SIXTEEN_BIT_MODES:
@@ -71,13 +69,13 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True, kw_only=True)
 class _Views:
-    """What both kinds of processor have."""
+    """Options and methods of both processors."""
 
     as_viewed: bool = False
-    """Turn images by their EXIF tag and lay transparent ones on white; the original does neither."""
+    """Rotate images by their EXIF tag and put transparent ones on white; the original does neither."""
 
     def rgb(self, image: Image.Image) -> Image.Image:
-        """The RGB picture of an image of any mode, before resizing; ValueError as of `to_rgb`."""
+        """The RGB picture of an image of any mode, before resizing; ValueError as in `to_rgb`."""
         return to_rgb(image, self.as_viewed)
 
     def size(self, image: Image.Image) -> tuple[int, int]:
@@ -88,7 +86,7 @@ class _Views:
 
 @dataclass(frozen=True)
 class SquareImageProcessor(_Views):
-    """Squashes every picture to img_size × img_size pixels."""
+    """Resizes every picture to img_size × img_size pixels."""
 
     img_size: int
     patch_size: int
@@ -102,15 +100,15 @@ class SquareImageProcessor(_Views):
         return self.rgb(image).resize((self.img_size, self.img_size), Image.Resampling.BICUBIC)
 
     def num_tokens(self, width: int, height: int) -> int:
-        """Image tokens of a picture of that many pixels: one number for all pictures."""
+        """Image tokens of a picture, the same for every size."""
         return (self.img_size // self.patch_size) ** 2
 
     @property
     def hd_num(self) -> None:
-        """There are no tiles."""
+        """None, as there are no tiles."""
 
     def smaller(self) -> list[SquareImageProcessor]:
-        """Every picture is as large as any other."""
+        """Empty, as every picture takes the same number of tokens."""
         return []
 
     def dummy(self) -> torch.Tensor:
@@ -126,7 +124,7 @@ class HDImageProcessor(_Views):
     """Side of a tile, in pixels."""
     patch_size: int
     hd_num: int
-    """At most so many tiles, the global view not counted."""
+    """Maximum number of tiles, without the global view."""
     max_upscale: float | None
     """The longer side grows at most by this factor, rounded up to a whole tile; None: no limit."""
 
@@ -141,7 +139,7 @@ class HDImageProcessor(_Views):
     def resize(self, image: Image.Image) -> Image.Image:
         """The RGB picture that the model sees, padded to whole tiles."""
         image = self.rgb(image)
-        # The original resizes portraits on their side; Pillow rounds between its two passes, so that shows.
+        # The original resizes portraits transposed, which matters as Pillow rounds between its two passes.
         portrait = image.width < image.height
         if portrait:
             image = image.transpose(Image.Transpose.TRANSPOSE)
@@ -162,7 +160,7 @@ class HDImageProcessor(_Views):
         return (long * short + 1) * merged**2 + 1 + (rows + 1) * merged
 
     def smaller(self) -> list[HDImageProcessor]:
-        """The same with fewer and fewer tiles, down to one."""
+        """The same processor with fewer tiles, from hd_num - 1 down to one."""
         return [replace(self, hd_num=tiles) for tiles in range(self.hd_num - 1, 0, -1)]
 
     def dummy(self) -> torch.Tensor:
@@ -178,7 +176,7 @@ class HDImageProcessor(_Views):
         if self.max_upscale is not None:
             columns = min(math.ceil(width * self.max_upscale / self.tile), columns)
         new_width = columns * self.tile
-        # A strip of 2000×1 would be less than a pixel high, where the original fails.
+        # A strip of 2000×1 would be less than a pixel high; the original fails there.
         return new_width, max(1, int(new_width / ratio))
 
 
@@ -186,18 +184,17 @@ ImageProcessor = SquareImageProcessor | HDImageProcessor
 
 
 def image_processor_for(config: Any) -> ImageProcessor:
-    """The processor that a model of this configuration was trained with.
+    """The image processor of a model with this configuration.
 
-    config: its `high_resolution`, `image_size` (of the square or the tile), `patch_size`, `images_as_viewed`,
-    and `hd_num`, the most tiles of a high-resolution image: None stands for what the original's fine-tuning
-    uses, 16 for 4KHD and 18 for 2.5. ValueError if hd_num is below 1, or given for a model that takes
-    squares.
+    config: its `high_resolution`, `image_size` (of the square or the tile), `patch_size`, `images_as_viewed`
+    and `hd_num`, the maximum tiles of an image; None: as in the original's fine-tuning, 16 for 4KHD and 18
+    for 2.5. ValueError if hd_num is below 1, or set for a model of square images.
     """
     side, patch_size, hd_num = config.image_size, config.patch_size, config.hd_num
     if not config.high_resolution:
         if hd_num is not None:
             raise ValueError(
-                f"hd_num is {hd_num}, but this model takes square images of {side} pixels: leave hd_num out"
+                f"hd_num is {hd_num}, but this model takes square images of {side} pixels: do not set hd_num"
             )
         return SquareImageProcessor(side, patch_size, as_viewed=config.images_as_viewed)
     is_4khd = side == TILE_4KHD

@@ -40,11 +40,11 @@ from .vision_xcomposer2 import VisionEncoder, resize_positions
 
 
 class PLoRADown(nn.Linear):
-    """PLoRA's A: random at the start."""
+    """PLoRA's A: initialised randomly."""
 
 
 class PLoRAUp(nn.Linear):
-    """PLoRA's B: zero at the start, so that a fresh one changes nothing."""
+    """PLoRA's B: initialised to zero, so that new weights change nothing."""
 
 
 class PLoRALinear(nn.Linear):
@@ -62,7 +62,7 @@ class PLoRALinear(nn.Linear):
         self.Plora_B = PLoRAUp(rank, outputs, bias=False)
 
     def forward(self, input: Tensor, slots: Tensor | None = None) -> Tensor:
-        """input [B, T, inputs]; slots [N], the image slots' places among B·T, or None for no image.
+        """input [B, T, inputs]; slots [N], the image slots' indices in B·T, or None for no image.
 
         N = 0 is not None: the product of an empty matrix gives A and B gradients that are exactly zero.
         """
@@ -80,9 +80,9 @@ class PLoRALinear(nn.Linear):
 class RotaryEmbedding(nn.Module):
     """Cosines and sines of the positions, with dynamic NTK scaling beyond max_position_embeddings.
 
-    A pure function of the positions. The original and transformers keep a cache that a long batch leaves
-    behind; a buffer would also be spoilt by `.to(bfloat16)` and by `to_empty`. E/2 numbers a forward are
-    cheaper than either.
+    A pure function of the positions: a cache, as in the original and transformers, keeps the scaling of an
+    earlier long batch, and a buffer would be corrupted by `.to(bfloat16)` and `to_empty`. Computing E/2
+    frequencies in every forward pass is cheap.
     """
 
     def __init__(self, config: InternLMXcomposer2Config) -> None:
@@ -145,9 +145,9 @@ class Attention(nn.Module):
         )
         return attend(self, q, k, v, mask, scaling=self.head_dim**-0.5)[0]  # [B, T, H, E]
 
-    @torch.compiler.disable()  # code for every way to cut a row would be code for every row
+    @torch.compiler.disable()  # it would be compiled again for every packing of a row
     def _attend_packed(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
-        """One sample of the row at a time: exactly what it gives alone, and no T × T mask."""
+        """Attention of one sample of the row at a time: exactly as if alone, without a T × T mask."""
         samples = zip(*(x.split(lengths.tolist(), dim=2) for x in (q, k, v)), strict=True)
         return torch.cat([self._attend(*sample, mask=None) for sample in samples], dim=1)
 
@@ -228,8 +228,8 @@ class InternLM2Model(nn.Module):
         return BaseModelOutputWithPast(last_hidden_state=x, cache=cache, hidden_states=hidden_states)
 
     def _packed_lengths(self, position_ids: Tensor, batch: int) -> Tensor | None:
-        """Lengths, on the CPU, of the samples of a packed row; None if it holds one, or if the attention
-        needs a mask to be causal (then transformers makes one that separates the samples)."""
+        """Lengths, on the CPU, of the samples of a packed row; None for a single sample, or if the attention
+        needs a mask to be causal (transformers then makes one that separates the samples)."""
         attention = self.config._attn_implementation or "eager"
         if batch > 1 or not attention.startswith(("sdpa", "flash")):
             return None
@@ -244,7 +244,7 @@ class InternLM2Model(nn.Module):
 def supervised_cross_entropy(
     hidden: Tensor, targets: Tensor, lm_head: nn.Module, num_items_in_batch: int | Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """hidden [M, D], targets [M] → the mean loss, or the sum divided by `num_items_in_batch`; each token's.
+    """hidden [M, D], targets [M] → the mean loss, or the sum / `num_items_in_batch`; and each token's loss.
 
     Both in float32, the second without a graph. M = 0 gives 0, with a graph.
     """
@@ -255,7 +255,7 @@ def supervised_cross_entropy(
 
 @dataclass
 class XComposer2Output(CausalLMOutputWithPast):
-    """What a forward pass returns."""
+    """The result of a forward pass."""
 
     token_losses: Tensor | None = None
     """[M], of each supervised position, row by row; without a graph."""
@@ -274,7 +274,7 @@ class InternLMXComposer2ForCausalLM(XComposer2GenerationMixin, PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    # It is never used, and some fine-tuned checkpoints lack it.
+    # It is unused, and some fine-tuned checkpoints lack it.
     _keys_to_ignore_on_load_missing = [r"post_layernorm\."]  # noqa: RUF012
 
     def __init__(self, config: InternLMXcomposer2Config) -> None:
@@ -320,12 +320,12 @@ class InternLMXComposer2ForCausalLM(XComposer2GenerationMixin, PreTrainedModel):
 
     @torch.no_grad()
     def init_buffers(self) -> None:
-        """Set what no checkpoint holds, after `to_empty`: CLIP's position ids."""
+        """Initialise the buffers, which no checkpoint contains, after `to_empty`: CLIP's position ids."""
         position_ids = self.vit.vision_tower.vision_model.embeddings.position_ids
         position_ids.copy_(torch.arange(position_ids.shape[-1]))
 
     def resize_for_load(self, name: str, tensor: Tensor) -> Tensor:
-        """A checkpoint's tensor in the shape that this model needs: the positions of another image size."""
+        """Resize a checkpoint's tensor for this model: position embeddings of another image size."""
         if name.endswith("embeddings.position_embedding.weight"):
             return resize_positions(tensor, self.vit.grid)
         return tensor
@@ -351,20 +351,21 @@ class InternLMXComposer2ForCausalLM(XComposer2GenerationMixin, PreTrainedModel):
 
         input_ids [B, T] or inputs_embeds [B, T, D].
         attention_mask [B, T], 1 for real tokens; None: no padding.
-        position_ids [B, T]. With one row and no attention_mask, positions that start again mark a packed row,
-            whose samples do not see each other.
-        im_mask [B, T]: True at image slots; ids there may be any. Without pixel_values, inputs_embeds is
-            taken to hold the features already.
-        pixel_values: [images, 3, S, S], or a list of [3, H, W]. With no True in im_mask the images are a
-            rank's part in collectives that other ranks' images need: they add zeros to the gradients.
+        position_ids [B, T]. With one row and no attention_mask, positions that restart mark a packed row,
+            whose samples do not attend to each other.
+        im_mask [B, T]: True at image slots, where ids are ignored. Without pixel_values, inputs_embeds must
+            already contain the features.
+        pixel_values: [images, 3, S, S], or a list of [3, H, W]. With no True in im_mask, the images only make
+            this rank join the collectives of vision: they add zeros to the gradients.
         labels [B, T], not shifted, -100 where not supervised; a packed sample's first one must be -100.
         loss, token_losses: `loss_function(hidden [M, D], targets [M], lm_head, num_items_in_batch)` of the M
             supervised positions, row by row. In training no logits are formed for the others.
 
-        ValueError: as many image slots as features are needed; and ids or embeddings, not both.
+        ValueError if image slots and features differ in number, or not exactly one of ids and embeddings is
+        given.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give input_ids or inputs_embeds, not both and not neither")
+            raise ValueError("give either input_ids or inputs_embeds")
         if output_attentions:
             raise ValueError("output_attentions is not supported: fused attention does not form the weights")
         x = self.model.tok_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
@@ -404,16 +405,14 @@ class InternLMXComposer2ForCausalLM(XComposer2GenerationMixin, PreTrainedModel):
 
     def image_features(self, pixel_values: Tensor | list[Tensor]) -> Tensor:
         """Images → [slots, D], in the order of the images."""
+        separators = (self.plora_sub_GN, self.plora_glb_GN) if self.config.high_resolution else ()
         with record_function("vision"):
-            return self.vision_proj(self.vit(pixel_values, *self._separators()))
-
-    def _separators(self) -> tuple[Tensor, ...]:
-        return (self.plora_sub_GN, self.plora_glb_GN) if self.config.high_resolution else ()
+            return self.vision_proj(self.vit(pixel_values, *separators))
 
     def _fill(self, x: Tensor, slots: Tensor | None, features: Tensor) -> Tensor:
         """Put features [N, D] at the slots of x [B, T, D]."""
         if slots is None or len(slots) == 0:
-            # No row of the features is used, but all of vision stays on the graph, with zero gradients.
+            # No features are used, but all of vision stays connected to the graph, with zero gradients.
             slots, features = torch.empty(0, dtype=torch.int64, device=x.device), features[:0]
         if len(slots) != len(features):
             raise ValueError(

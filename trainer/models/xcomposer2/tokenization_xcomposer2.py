@@ -1,6 +1,6 @@
 r"""The tokenizer of InternLM-XComposer2, read from its SentencePiece file by `tokenizers` alone.
 
-Input: the path of a `tokenizer.model`, the one vocabulary file that published checkpoints bring.
+Input: the path of a `tokenizer.model`, the only vocabulary file of published checkpoints.
 Output: a `PreTrainedTokenizerFast` that gives the ids of the original's slow tokenizer (transformers 4.33.1),
 and whose `save_pretrained` writes a `tokenizer.json` that `AutoTokenizer` loads without this code.
 
@@ -11,16 +11,16 @@ and whose `save_pretrained` writes a `tokenizer.json` that `AutoTokenizer` loads
     [290, 312, 654, 269, 330]
 
 How SentencePiece's BPE becomes the BPE of `tokenizers`:
-- SentencePiece joins the neighbours whose concatenation is the piece of highest score. The pieces' order by
-  score, each with all its splits into two pieces, is the same thing as a list of merges.
+- SentencePiece joins the neighbours whose concatenation is the piece of highest score. The pieces in order of
+  their score, each with all its splits into two pieces, are the equivalent list of merges.
 - A user-defined piece is matched before any merge, the longest first, and never merged: an added token.
 - `<s>`, `</s>`, `<unk>` and `[UNUSED_TOKEN_*]` are *special* added tokens: with `split_special_tokens=True`
   they are plain characters of the text, so that a user's text cannot bring in a control token. The other
   user-defined pieces (`——`, `……`, full-width letters) are ordinary text and stay whole in both modes.
 - transformers 4.33.1 strips the white space around `<s>`, `</s>` and `<unk>`, and the models were trained on
   that: `…[UNUSED_TOKEN_145]\n</s>` ends in 92542, 2 and not in 92542, 364, 2.
-- What no piece covers becomes UTF-8 bytes, `<0xF0><0x9F>…`, and decoding puts them together again. Decoding
-  undoes encoding exactly, leading spaces included; bytes that are not UTF-8 decode to a � each.
+- What no piece covers becomes UTF-8 bytes, `<0xF0><0x9F>…`, which decoding joins again. Decoding inverts
+  encoding exactly, leading spaces included; bytes that are not UTF-8 decode to a � each.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ SPACE = "▁"  # SentencePiece's visible space, U+2581
 
 @dataclass(frozen=True)
 class SentencePieceModel:
-    """What we use of a SentencePiece BPE file."""
+    """The fields of a SentencePiece BPE file that the conversion uses."""
 
     pieces: list[tuple[str, float, int]]
     """(text, score, kind), in the order of the ids."""
@@ -70,20 +70,19 @@ def tokenizer_from_sentencepiece(path: str | Path) -> PreTrainedTokenizerFast:
         )
     )
     tokenizer.normalizer = normalizers.Replace(" ", SPACE)
+    added = (UNKNOWN, CONTROL, USER_DEFINED)
+    tokenizer.add_tokens([_added_token(text, kind) for text, _, kind in model.pieces if kind in added])
+    bos, eos, unk = (model.pieces[index][0] for index in (model.bos_id, model.eos_id, model.unk_id))
+    return fast_tokenizer(tokenizer, bos, eos, unk)
+
+
+def fast_tokenizer(tokenizer: Tokenizer, bos: str, eos: str, unk: str) -> PreTrainedTokenizerFast:
+    """Add what all XComposer2 tokenizers share: decoding, `bos` first, padding and the chat template."""
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     )
-    tokenizer.add_tokens(
-        [
-            _added_token(text, kind)
-            for text, _, kind in model.pieces
-            if kind in (UNKNOWN, CONTROL, USER_DEFINED)
-        ]
-    )
-
-    bos, eos, unk = (model.pieces[index][0] for index in (model.bos_id, model.eos_id, model.unk_id))
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, model.bos_id)]
+        single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -105,7 +104,7 @@ def _added_token(text: str, kind: int) -> AddedToken:
 
 
 def _merges(pieces: list[tuple[str, float, int]]) -> list[tuple[str, str]]:
-    """All (left, right) whose concatenation is a piece, the best-scored piece first.
+    """All (left, right) whose concatenation is a piece, in descending order of the piece's score.
 
     Only normal pieces take part: a user's text must never merge into a control or a user-defined piece.
     """
@@ -119,11 +118,11 @@ def _merges(pieces: list[tuple[str, float, int]]) -> list[tuple[str, str]]:
     return merges
 
 
-# The file: a protocol-buffer message of a few fields, read here so that protobuf need not be installed
+# The file is a protocol-buffer message of a few fields, parsed here so that protobuf need not be installed.
 
 
 def read_sentencepiece(path: str | Path) -> SentencePieceModel:
-    """Parse a `tokenizer.model`; ValueError with the path and the reason if it is not one that we convert."""
+    """Parse a `tokenizer.model`; ValueError with path and reason if it cannot be converted."""
     try:
         return _parse_model(Path(path).read_bytes())
     except ValueError as error:
@@ -180,7 +179,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 
 def _varint(message: bytes, at: int) -> tuple[int, int]:
-    """The base-128 number at `at`, little end first, and where it ends."""
+    """The little-endian base-128 number at `at`, and where it ends."""
     value = 0
     for shift in range(0, 70, 7):
         if at >= len(message):

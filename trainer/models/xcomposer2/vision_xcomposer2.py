@@ -1,13 +1,13 @@
-"""Images to features: CLIP ViT, and the tiles of the high-resolution models.
+"""The vision encoder: CLIP ViT, and the tiles of the high-resolution models.
 
 Input: images [3, H, W]. Output: one row of features for each image slot, in the order of the slots.
 
 Square models (VL 2.0): every image is img_size × img_size; 490 pixels are 35 × 35 patches → [1225, 1024].
 
-High-resolution models (4KHD, 2.5): an image is a whole number of tiles, h by w. The ViT sees a global view,
-the image squeezed into one tile, then the tiles row by row. 2 × 2 neighbouring patches merge into one feature
-four times as wide, a learned `sub_GN` ends every row, and `glb_GN` stands between the two pictures. An image
-672 pixels high and 336 wide has h = 2, w = 1 in 4KHD, with 12 merged rows a tile:
+High-resolution models (4KHD, 2.5): an image is a whole number of tiles, h by w. The ViT encodes a global
+view, the image resized to one tile, then the tiles row by row. 2 × 2 neighbouring patches merge into one
+feature four times as wide, a learned `sub_GN` ends every row, and `glb_GN` separates global view and tiles.
+An image 672 pixels high and 336 wide has h = 2, w = 1 in 4KHD, with 12 merged rows a tile:
 
     global 12 · (12 + 1) = 156, glb_GN 1, tiles 24 · (12 + 1) = 312        → [469, 4096]
 """
@@ -90,7 +90,7 @@ class VisionEncoder(nn.Module):
         The tower's patch embedding casts the pixels to its own dtype, which under FSDP is the gathered one.
         """
         tower = self.vision_tower.vision_model
-        # A frozen tower keeps no activations, whatever else trains.
+        # A frozen tower saves no activations, whatever else trains.
         with torch.set_grad_enabled(
             torch.is_grad_enabled() and any(parameter.requires_grad for parameter in tower.parameters())
         ):
@@ -121,7 +121,7 @@ def _end_rows(picture: Tensor, sub_gn: Tensor) -> Tensor:
 def resize_positions(weight: Tensor, grid: int) -> Tensor:
     """Position embeddings [1 + g², C] for another grid, [1 + grid², C]: bicubic, the class row kept.
 
-    As the original does it once, when it builds its tower (24 → 35 for 490 pixels).
+    As the original does once, when it builds its tower (24 → 35 for 490 pixels).
     """
     old = round((len(weight) - 1) ** 0.5)
     if old == grid:
