@@ -153,7 +153,7 @@ def test_a_second_signal_ends_at_once_and_an_echo_does_not(world, tmp_path):
     assert not ranks.wait(30)
     assert (tmp_path / "alive").exists()
     assert ranks.processes[0].exitcode == 1
-    assert "a second signal: ending at once" in ranks.output()
+    assert "a second signal: ending immediately" in ranks.output()
     ranks.end()
 
 
@@ -169,7 +169,7 @@ def test_torchrun_starts_killed_ranks_again_which_go_on_and_wait_for_no_lock(wor
     assert process.returncode == 0, output
     assert output.count("going on from") == 2, output
     assert f"taking over output_dir {tmp_path}/run from process" in output
-    assert "for a sign of life" not in output
+    assert "for its heartbeat" not in output
     assert_same_model(tmp_path / "run", world / "straight")
 
 
@@ -299,7 +299,7 @@ def test_a_run_whose_folder_was_taken_over_while_it_was_suspended_ends_and_write
         assert time.monotonic() < until, first.output()
         time.sleep(0.05)
     output, _ = run_ranks(2, with_short_times, argv, False)
-    assert "which gave no sign of life for 2 s" in output
+    assert "which sent no heartbeat for 2 s" in output
     written = {path: path.read_bytes() for path in output_dir.rglob("*") if path.is_file()}
     with trainer.lock.Lock(output_dir) as lock:
         assert lock.take() == []

@@ -338,7 +338,7 @@ def test_a_bad_sample_costs_its_step_and_replay_names_it(world, tmp_path, capsys
     assert (~bad.isfinite()).any(1).sum() == 1
     assert replay([str(capsule)]) == 1
     shown = capsys.readouterr().out
-    assert f"{world}/data/text.json: record 7: loss nan" in shown
+    assert f"{world}/data/text.json: record 7 (id 'text-7'): loss nan" in shown
     assert shown.count("record") > shown.count("nan, gradient norm nan") - 1
     assert replay([str(capsule), "--weights", str(world / "model")]) == 0  # the weights were to blame
 

@@ -77,7 +77,7 @@ def test_a_folder_in_use_is_refused_with_its_holder_and_free_when_that_ends(star
     (problem,) = lock.take()
     host = json.loads((folder / "run.lock").read_text())["host"]
     assert f"--output_dir {folder} is in use by process {holder.pid} on host {host} (started 2" in problem
-    assert re.search(r"last sign of life [01] s ago\); wait until it ends, stop it \(touch .*STOP\)", problem)
+    assert re.search(r"last heartbeat [01] s ago\); wait until it ends, stop it \(touch .*STOP\)", problem)
     assert (folder / "run.lock").exists()
     os.kill(holder.pid, signal.SIGINT)
     holder.join(10)
@@ -122,8 +122,8 @@ def test_a_process_of_another_machine_is_watched_for_a_sign_of_life(tmp_path, ca
         with Lock(tmp_path) as lock:
             assert lock.take() == []
             said = capfd.readouterr().err
-            assert "waiting up to 1 s for a sign of life" in said
-            assert "which gave no sign of life for 1 s" in said
+            assert "waiting up to 1 s for its heartbeat" in said
+            assert "which sent no heartbeat for 1 s" in said
             content = path.read_text()
         path.write_text(content)
         change(path, id=f"stale{wrong}", **other)

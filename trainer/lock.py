@@ -1,33 +1,32 @@
-"""The lock of an output_dir: one run at a time writes there.
+"""The lock of an output_dir: only one run at a time writes there.
 
-Input: the folder. Output: the file `run.lock` in it while the run lasts, or a sentence about who has it:
+Input: the folder. Output: the file `run.lock` in it while the run lasts, or a sentence about who holds it:
 
     with Lock(Path("output")) as lock:
         lock.take()      # [], or ["--output_dir output is in use by process 123 on host abc (started …); …"]
-        lock.check()     # returns while the lock is held; ends this process if another run has taken over
+        lock.check()     # returns while the lock is ours; ends this process if another run has taken over
 
 A thread touches the file every BEAT_SECONDS. A lock is stale when its process ran on this machine and is
-dead, or when the file is not touched while somebody watches it for WATCH_SECONDS. Clocks of two machines are
-never compared: what is watched is whether the time of the last change, by the file server's clock, moves on.
+dead, or when the file is not touched while another process watches it for WATCH_SECONDS. Clocks of two
+machines are never compared: only changes of the modification time, by the file server's clock, count.
 
-Files are created exclusively (O_EXCL), also over NFS. A stale lock is never deleted to make room for another,
-as of two that find it stale the slower could delete the lock of the faster. It has a successor instead:
+Files are created exclusively (O_EXCL), which also works over NFS. A stale lock is never deleted first: of two
+processes that find it stale, the slower could delete the lock of the faster. It gets a successor instead:
 
     run.lock                      id 7a…, stale
-    run.lock-after-7a…            id 9c…: only one process can create it, and it holds the folder from then on
+    run.lock-after-7a…            id 9c…: only one process can create it, and it holds the lock from then on
     run.lock                      id 9c…: renamed over the stale one
 
-The holder is the last of this chain, and a successor of an id that has left the chain is void.
+The holder is the last of this chain; a successor of an id that is no longer in the chain is void.
 
-The file is removed however the run ends, if Python gets to run. A process that is killed or ended by the
-watchdog leaves it, and the next start takes it over.
+The file is deleted when the run ends, in any way that lets Python run. A process that is killed or ended by
+the watchdog leaves it behind, and the next start takes it over.
 """
 
 import errno
 import json
 import os
 import socket
-import sys
 import tempfile
 import threading
 import time
@@ -43,12 +42,12 @@ from trainer.distributed import FAILED, leave, log
 NAME = "run.lock"
 BEAT_SECONDS = 5.0
 WATCH_SECONDS = 30.0
-"""Six heartbeats: a file server that is slow for a moment does not cost a run its lock."""
+"""Six heartbeats, so that a run does not lose its lock when the file server is slow for a moment."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """What a lock file says, and when it was last touched by the clock of its file system."""
+    """The content of a lock file, and when it was last touched by the clock of its file system."""
 
     id: str
     facts: dict[str, Any]
@@ -56,7 +55,7 @@ class Holder:
 
 
 class Lock:
-    """The lock of one folder; a context that releases it at the end. Only rank 0 takes it."""
+    """The lock of one folder, a context manager that releases it. Only rank 0 takes it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.path, self.id = folder, folder / NAME, uuid.uuid4().hex
@@ -72,7 +71,7 @@ class Lock:
         self.release()
 
     def take(self) -> list[str]:
-        """Take the lock, a stale one after watching it; or say in a sentence why that is not possible."""
+        """Take the lock, after watching one that may be stale; returns the problem if that is impossible."""
         try:
             self._made_folder = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -80,15 +79,15 @@ class Lock:
                 return [problem]
         except OSError as error:
             return [
-                f"--output_dir {self.folder}: cannot be written: {error}; make it writable and its disk not "
-                "full, or name another folder"
+                f"--output_dir {self.folder}: cannot be written: {error}; make it writable, free disk space, "
+                "or name another folder"
             ]
         self._thread = threading.Thread(target=self._beat, name=NAME, daemon=True)
         self._thread.start()
         return []
 
     def check(self) -> None:
-        """Return if this process holds the lock or never took it; else end it, as another run writes now."""
+        """End this process if another run has taken over its lock; call before every write to the folder."""
         if self._thread is None:
             return
         with self._checking:
@@ -96,19 +95,17 @@ class Lock:
             if self._over.is_set() or (holder and holder.id == self.id):
                 return
             if holder:
-                print(
+                log(
                     f"\nerror: --output_dir {self.folder} has been taken over by {self._describe(holder)}, "
-                    f"as this process gave no sign of life for {WATCH_SECONDS:.0f} s; this run ends, so that "
-                    "two do not write to one folder: let the other go on, or stop it and run this one again",
-                    file=sys.stderr,
-                    flush=True,
+                    f"because this process sent no heartbeat for {WATCH_SECONDS:.0f} s; this run ends, so "
+                    "that no two runs write to one folder: keep the other, or stop it and start this again"
                 )
                 leave(FAILED)
-            if self.folder.is_dir():  # somebody has deleted the file alone
+            if self.folder.is_dir():  # only the file has been deleted
                 self._create(self.path)
 
     def release(self) -> None:
-        """Remove the file, if it is ours; also from a signal handler."""
+        """Delete the file if it is ours; may be called by a signal handler."""
         if self._thread is None or self._over.is_set():
             return
         self._over.set()
@@ -117,8 +114,8 @@ class Lock:
             if self._is_ours():
                 self.path.unlink()
         except OSError as error:
-            log(f"warning: {self.path} is left behind: {error}; the next start takes it over")
-        if self._made_folder:  # a run that was refused leaves nothing
+            log(f"warning: {self.path} cannot be deleted: {error}; the next start takes it over")
+        if self._made_folder:  # a run that was rejected leaves nothing behind
             with suppress(OSError):
                 self.folder.rmdir()
 
@@ -128,21 +125,21 @@ class Lock:
             if stale and (why := self._why_stale(stale)) is None:
                 holder = self._holder()
                 if holder is None or holder.id != stale.id:
-                    continue  # it has ended, or somebody else has taken it over
+                    continue  # it has ended, or another process has taken it over
                 return (
                     f"--output_dir {self.folder} is in use by {self._describe(holder)}; wait until it ends, "
                     f"stop it (touch {self.folder / 'STOP'}), or name another --output_dir"
                 )
-            place = self._after(stale.id) if stale else self.path
-            if not self._create(place):
+            path = self._after(stale.id) if stale else self.path
+            if not self._create(path):
                 time.sleep(0.05)
-                continue  # somebody was quicker
+                continue  # another process was faster
             if stale:
                 if not self._is_ours():
-                    place.unlink(missing_ok=True)
+                    path.unlink(missing_ok=True)
                     continue
                 log(f"taking over output_dir {self.folder} from {self._describe(stale)}, {why}")
-                os.replace(place, self.path)
+                os.replace(path, self.path)
             if self._is_ours():
                 break
         for void in self.folder.glob(f"{NAME}-after-*"):
@@ -151,31 +148,31 @@ class Lock:
         return None
 
     def _why_stale(self, holder: Holder) -> str | None:
-        """Why the lock is stale; None as soon as it changes while it is watched."""
+        """Watch the lock; returns why it is stale, or None as soon as it changes."""
         until = None
         while not _is_dead(holder.facts):
             if until is None:
                 until = time.monotonic() + WATCH_SECONDS
                 log(
                     f"output_dir {self.folder} is locked by {self._describe(holder)}; waiting up to "
-                    f"{WATCH_SECONDS:.0f} s for a sign of life of it"
+                    f"{WATCH_SECONDS:.0f} s for its heartbeat"
                 )
             time.sleep(min(0.5, BEAT_SECONDS / 4))
             now = self._holder()
             if now is None or (now.id, now.touched_ns) != (holder.id, holder.touched_ns):
                 return None
             if time.monotonic() > until:
-                return f"which gave no sign of life for {WATCH_SECONDS:.0f} s"
+                return f"which sent no heartbeat for {WATCH_SECONDS:.0f} s"
         return "which is dead"
 
     def _beat(self) -> None:
         while not self._over.wait(BEAT_SECONDS):
-            with suppress(OSError):  # of the file server; perhaps it answers to the next beat
+            with suppress(OSError):  # of the file server, which may answer at the next beat
                 self.check()
                 os.utime(self.path)  # by the file server's clock
 
     def _create(self, path: Path) -> bool:
-        """Whether this process created the lock file `path`; False: there is one."""
+        """Create the lock file `path`; False if it exists already."""
         facts = {"id": self.id, **_this_process(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
         try:
             file = path.open("x", encoding="utf-8")
@@ -190,10 +187,11 @@ class Lock:
         return True
 
     def _chain(self) -> Iterator[Holder]:
+        """The lock and its successors."""
         path = self.path
         while True:
             try:
-                with path.open("rb") as file:  # opening it makes an NFS client ask the server
+                with path.open("rb") as file:  # opening makes an NFS client ask the server
                     status, content = os.fstat(file.fileno()), file.read()
             except FileNotFoundError:
                 return
@@ -204,13 +202,13 @@ class Lock:
             try:
                 facts = json.loads(content)
                 name = str(facts["id"])
-            except (ValueError, KeyError, TypeError):  # it is being written, or its writer died over it
+            except (ValueError, KeyError, TypeError):  # it is being written, or its writer was killed
                 facts, name = {}, f"unreadable-{status.st_ino}"
             yield Holder(name, facts, status.st_mtime_ns)
             path = self._after(name)
 
     def _holder(self) -> Holder | None:
-        """The last of the chain; None: nobody has the folder."""
+        """The last of the chain; None if the folder is not locked."""
         holders = list(self._chain())
         return holders[-1] if holders else None
 
@@ -222,19 +220,19 @@ class Lock:
         return self.path.with_name(f"{NAME}-after-{name}")
 
     def _describe(self, holder: Holder) -> str:
-        """Who holds the lock, since when, and its last sign of life by the file server's clock."""
+        """The process that holds the lock, since when, and its last heartbeat by the file server's clock."""
         facts, age = holder.facts, "?"
         with suppress(OSError), tempfile.TemporaryFile(dir=self.folder) as file:
             os.utime(file.fileno())
             age = f"{max(0, os.fstat(file.fileno()).st_mtime_ns - holder.touched_ns) / 1e9:.0f}"
         return (
             f"process {facts.get('process', '?')} on host {facts.get('host', '?')} (started "
-            f"{facts.get('started', '?')}, last sign of life {age} s ago)"
+            f"{facts.get('started', '?')}, last heartbeat {age} s ago)"
         )
 
 
 def _this_process() -> dict[str, Any]:
-    """What tells this process from all others; None where the system does not say."""
+    """Identifies this process among all machines and boots; a value is None where the system has none."""
 
     def read(path: str) -> str | None:
         try:
@@ -256,10 +254,9 @@ def _this_process() -> dict[str, Any]:
 
 
 def _is_dead(facts: dict[str, Any]) -> bool:
-    """Whether a process is known to be dead: it ran here, and none that started then has its number."""
+    """Whether a process is known to be dead: it ran here, and no process of its start time has its id."""
     here = _this_process()
-    place = ("host", "boot", "process_namespace")
-    if any(here[key] is None or here[key] != facts.get(key) for key in place):
+    if any(here[key] is None or here[key] != facts.get(key) for key in ("host", "boot", "process_namespace")):
         return False
     try:
         os.kill(facts["process"], 0)
@@ -272,7 +269,7 @@ def _is_dead(facts: dict[str, Any]) -> bool:
 
 
 def _state_and_start(process: int) -> tuple[str, int | None]:
-    """The state of a process (Z: dead, but not yet collected) and its start, in ticks since the boot."""
+    """The state of a process (Z: zombie) and its start, in ticks since the boot."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -1,4 +1,4 @@
-"""Requests from outside to end a run early: SIGTERM, SIGINT, SIGUSR1 and the file `STOP` in output_dir.
+"""Requests to stop a run early: SIGTERM, SIGINT, SIGUSR1 and the file `STOP` in output_dir.
 
 Input: signals to any rank, or `touch output/STOP`. Output: a flag that the loop sums over all ranks together
 with the step's counts, so that all of them see it after the same step, save, and exit 75:
@@ -6,11 +6,11 @@ with the step's counts, so that all of them see it after the same step, save, an
     stop = StopRequest(Path("output"))
     counts = all_sum(torch.tensor([..., stop.asked()]))      # [..., 0.0]; after a signal to rank 3 [..., 1.0]
 
-A second signal ends the process at once. A scheduler may signal every process of a job, and torchrun then
-passes the same signal on: what arrives within ECHO_SECONDS of the first is taken for its echo.
+A second signal ends the process immediately. A scheduler may signal every process of a job, and torchrun
+then forwards the same signal: whatever arrives within ECHO_SECONDS of the first counts as its echo.
 
-torchrun also sends SIGTERM to the ranks that are left when one has ended with a failure. No step can be
-finished without that one, so this is no request: a rank that is still there ENDING_SECONDS later is ended.
+torchrun also sends SIGTERM to the remaining ranks when one has failed. No step can be finished without that
+one, so this is not a request to stop: a rank that still runs ENDING_SECONDS later ends itself.
 """
 
 import os
@@ -25,14 +25,14 @@ from trainer.distributed import FAILED, a_neighbour_is_gone, is_main
 
 ECHO_SECONDS = 3.0
 ENDING_SECONDS = 5.0
-"""Longer than it takes all ranks to end together: stopped on request, or each with the same error."""
+"""Longer than all ranks need to end together, on request or with the same error."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Listens from its construction on; only the main thread may construct one.
+    """Listens for requests to stop; only the main thread may construct one.
 
-    before_exit: called when a second signal, or torchrun, ends the process.
+    before_exit: called before a second signal, or torchrun, ends the process.
     """
 
     def __init__(self, output_dir: Path, before_exit: Callable[[], None] = lambda: None) -> None:
@@ -40,8 +40,8 @@ class StopRequest:
         self.is_requested = self.is_ending = False
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
-        # Such a handler waits while the main thread is in a C call, as NCCL's collectives are. What cannot
-        # wait is done by a thread, to which Python writes every signal's number as soon as it arrives.
+        # A Python handler does not run while the main thread is in a C call, such as an NCCL collective. What
+        # is urgent happens in a thread, which receives every signal's number as soon as it arrives.
         received, numbers = os.pipe()
         os.set_blocking(numbers, False)
         signal.set_wakeup_fd(numbers, warn_on_full_buffer=False)
@@ -58,13 +58,13 @@ class StopRequest:
         return self.is_requested or (is_main() and self.file.exists())
 
     def honoured(self) -> None:
-        """Take the file away, so that the next run does not stop too."""
+        """Delete the file, so that the next run does not stop too."""
         if is_main():
             self.file.unlink(missing_ok=True)
 
 
 def _listen(received: int, before_exit: Callable[[], None]) -> None:
-    """End the process at a second signal, or if torchrun wants it ended; never returns."""
+    """End the process at a second signal, or when torchrun ends it; never returns."""
     first = None
     while number := os.read(received, 1):
         if number[0] not in SIGNALS:
@@ -76,15 +76,16 @@ def _listen(received: int, before_exit: Callable[[], None]) -> None:
                 before_exit()
                 os._exit(FAILED)
         elif time.monotonic() - first > ECHO_SECONDS:
-            os.write(2, b"a second signal: ending at once\n")
+            os.write(2, b"received a second signal: ending immediately\n")
             before_exit()
             os._exit(FAILED)
 
 
 def wait_for_the_end(seconds: float = 10.0) -> None:
-    """Another rank failed and says why: let torchrun's SIGTERM end this one, rather than add a second cause.
+    """After a failure of another rank, wait for torchrun's SIGTERM to end this one, so that only the cause is
+    logged.
 
-    Returns where that does not come, or came before as a request to stop.
+    Returns if no SIGTERM arrives, or if it arrived earlier as a request to stop.
     """
     handler = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
     for number in SIGNALS:
