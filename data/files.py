@@ -7,7 +7,7 @@ write_cache(paths, header, offsets.data)           # at the first path that can 
 
 import hashlib
 import os
-import tempfile
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,19 +15,22 @@ UNFINISHED = ".saving-"
 """Prefix of what is being written; a killed process leaves it behind."""
 
 
-def replace_file(path: Path, *content: bytes | memoryview) -> None:
-    """Write a file, or replace it, in one step, whoever else reads or writes it; OSError if that fails."""
-    with tempfile.NamedTemporaryFile(
-        dir=path.parent, prefix=f"{UNFINISHED}{path.name}-", delete=False
-    ) as file:
+def replace_file(path: Path, *content: bytes | memoryview, mode: int | None = None) -> None:
+    """Write a file, or replace it, in one step, whoever else reads or writes it; OSError if that fails.
+
+    mode: its permissions; by default those of any new file, which follow the umask.
+    """
+    temporary = path.with_name(f"{UNFINISHED}{path.name}-{uuid.uuid4().hex[:8]}")
+    with temporary.open("xb") as file:
         try:
             file.writelines(content)
             file.flush()
+            if mode is not None:
+                os.fchmod(file.fileno(), mode)
             os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
+            os.replace(temporary, path)
         except BaseException:
-            os.unlink(file.name)
+            temporary.unlink()
             raise
     sync_to_disk(path.parent)
 
@@ -49,11 +52,11 @@ def cache_paths(path: Path, suffix: str) -> list[Path]:
 
 
 def write_cache(paths: Sequence[Path], *content: bytes | memoryview) -> bool:
-    """Write a cache to the first of `paths` that can be written; False if none can."""
+    """Write a cache that all users can read to the first writable one of `paths`; False if none is."""
     for path in paths:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(path, *content)
+            replace_file(path, *content, mode=0o644)
         except OSError:
             continue
         return True
