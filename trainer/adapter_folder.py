@@ -49,7 +49,8 @@ class Adapters:
 
     peft_config: LoraConfig
     """As it will be saved."""
-    base: Path
+    base_checksum: str
+    """Of the base's weights; computed once, and written with every save."""
     base_class: type
     """The model's class before FSDP2 derived its own from it."""
     saved: frozenset[str]
@@ -151,7 +152,7 @@ def save_adapter(
                 tensors[file_key(name)] = whole.cpu().contiguous()
 
     def write() -> None:
-        metadata = {"base_checksum": base_checksum(adapters.base), "format": "pt"}
+        metadata = {"base_checksum": adapters.base_checksum, "format": "pt"}
         save_file(tensors, folder / WEIGHTS_FILE, metadata=metadata)
         _sort_metadata(folder / WEIGHTS_FILE)
         written = copy.copy(adapters.peft_config)

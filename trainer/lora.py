@@ -32,7 +32,7 @@ from trainer.adapter_folder import WEIGHTS_FILE, Adapters, file_key, parameters_
 from trainer.config import Config
 from trainer.models import Parts, build_model, load_config
 from trainer.trainable import trained_whole
-from trainer.weights import local_rows
+from trainer.weights import base_checksum, local_rows
 
 
 def add_adapters(model: PreTrainedModel, parts: Parts, config: Config) -> Adapters:
@@ -72,7 +72,7 @@ def add_adapters(model: PreTrainedModel, parts: Parts, config: Config) -> Adapte
     peft_config.modules_to_save = sorted(modules_to_save) or None
     saved = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     saved = saved.union(*whole.values(), parameters_in(model, source, base) if source else ())
-    return Adapters(peft_config, base, base_class, frozenset(saved), source)
+    return Adapters(peft_config, base_checksum(base), base_class, frozenset(saved), source)
 
 
 def inject(model: nn.Module, peft_config: LoraConfig) -> None:
