@@ -117,7 +117,7 @@ def test_a_checkpoint_holds_the_moments_as_they_are(world):
 
 
 def test_what_cannot_be_kept_so_is_a_sentence(tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match=r"cannot express --adam_beta2 0.999: take 0.996 or less"):
+    with pytest.raises(ConfigError, match=r"cannot express --adam_beta2 0.999: use 0.996 or less"):
         trainer.config.parse(["--optim_state", "bfloat16", "--adam_beta2", "0.999"])
     monkeypatch.setattr(trainer.config, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs torchao: pip install 'torchao==0.18"):
