@@ -127,4 +127,4 @@ def test_what_cannot_be_kept_so_is_a_sentence(tmp_path, monkeypatch):
 def test_moments_in_another_form_are_refused_whatever_is_insisted_on(world):
     shutil.copytree(world / "bfloat16" / "checkpoint-4", world / "other" / "checkpoint-4")
     said, _ = run_ranks(2, main, flags(world, "other", resume_anyway=True), status=2)
-    assert "checkpoint-4 holds AdamW's moments in another form: go on with --optim_state bfloat16" in said
+    assert "checkpoint-4 holds AdamW's moments in another format: set --optim_state bfloat16" in said

@@ -25,7 +25,7 @@ from trainer.optim import SCHEDULES
 
 @dataclass
 class Config(DataConfig):
-    """All settings of a run; `trainer.main` reads no others."""
+    """All settings of a training run."""
 
     # --- model ---------------------------------------------------------------------------------------
     attn_implementation: str = may_change("sdpa")
@@ -61,8 +61,8 @@ class Config(DataConfig):
     lora_dropout: float = 0.05
     """Dropout on the adapters' input, while training."""
     lora_target_modules: tuple[str, ...] = ()
-    """Linear layers that get an adapter, by the end of their names (attention.wqkv) or a regular expression for
-    whole names; or all-linear. By default attention.wqkv, attention.wo and feed_forward.w1, w2, w3."""
+    """Linear layers that get an adapter, by the end of their names (attention.wqkv) or a regular expression
+    for whole names; or all-linear. By default attention.wqkv, attention.wo and feed_forward.w1, w2, w3."""
     lora_bias: str = "none"
     """Biases to train too: none, all, or lora_only (those of the layers with an adapter)."""
     lora_weight_path: str | None = None

@@ -48,7 +48,7 @@ from trainer.adapter_folder import (
     file_key,
     read_adapter,
 )
-from trainer.atomic import MARKER, begin, put_in_place, write_json
+from trainer.atomic import MARKER, create_temporary, put_in_place, write_json
 from trainer.lora import adapted_model
 from trainer.models import load_config, load_tokenizer, parts_of
 from trainer.trainable import checkpoint_name, is_adapter
@@ -148,7 +148,7 @@ def merge(adapter: Path, out: Path, base: Path | None = None, dtype: torch.dtype
             stored = SAFETENSORS_DTYPES.get(entry.get_dtype())  # None: not floating
             dtypes[name] = (dtype or stored) if stored else file.get_tensor(key).dtype
             sizes[name] = math.prod(entry.get_shape()) * dtypes[name].itemsize
-    temporary = begin(_new(out))
+    temporary = create_temporary(_new(out))
     files = split_into_files(sizes)
     with tqdm(total=len(sizes), unit="tensor", desc="merging", dynamic_ncols=True) as bar:
         for file_name, names in files.items():
@@ -169,7 +169,7 @@ def from_checkpoint(checkpoint: Path, out: Path) -> None:
     """Copy the model or adapter of a checkpoint to the new folder `out`; DataError if it is not complete."""
     if not (checkpoint / MARKER).is_file():
         raise DataError(f"{checkpoint}: no {MARKER}, so this is not a complete checkpoint")
-    temporary = begin(_new(out))
+    temporary = create_temporary(_new(out))
     for path in sorted(checkpoint.iterdir()):
         if path.is_file() and path.name not in (MARKER, "run.json"):
             shutil.copyfile(path, temporary / path.name)
@@ -185,7 +185,7 @@ def modernise(base: Path, out: Path, adapter: Path | None = None) -> None:
     config, tokenizer, files = load_config(base), load_tokenizer(base), tensor_files(base)
     if adapter:
         adapted_model(adapter, base)
-    temporary = begin(_new(out))
+    temporary = create_temporary(_new(out))
     paths = sorted(set(files.values()))
     names = {path: path.name if len(paths) > 1 else "model.safetensors" for path in paths}
     for path, name in names.items():
