@@ -191,7 +191,7 @@ def verify_adapter(folder: Path, model_config: PreTrainedConfig) -> str:
     """
     with torch.device("meta"):
         base = build_model(model_config)
-    loaded = _load_with_peft(base, folder, low_cpu_mem_usage=True)  # without initializing the adapter
+    loaded = _load_with_peft(base, folder, low_cpu_mem_usage=True)  # without initialising the adapter
     with warnings.catch_warnings(action="ignore"):  # about values lost on the meta device
         result = loaded.load_adapter(str(folder), "default", torch_device="cpu", low_cpu_mem_usage=True)
     tensors = load_file(folder / WEIGHTS_FILE)

@@ -2,8 +2,8 @@
 
 Input: a target folder and code that fills it. Output: the folder, complete and on disk, or none.
 
-    temporary = create_temporary(Path("output/checkpoint-100"))      # output/.saving-checkpoint-100
-    save_file(tensors, temporary / "model.safetensors")   # killed here: no checkpoint-100
+    temporary = create_temporary(Path("output/checkpoint-100"))  # output/.saving-checkpoint-100
+    save_file(tensors, temporary / "model.safetensors")          # killed here: no checkpoint-100
     put_in_place(temporary, Path("output/checkpoint-100"))
 
 The name of a folder that is being written or deleted starts with a dot; `sweep` deletes those that a killed

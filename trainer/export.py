@@ -17,8 +17,8 @@ unchanged, except under DoRA: peft scales the whole output of a row, so the row 
 factor.
 
 A published folder contains code that fails with today's transformers, and only a SentencePiece tokenizer.
-`--modernise` links its weights, some 17 GB; with `--adapter A`, OUT becomes the base of adapter A, so that
-this works in a process without this project:
+`--modernise` links to its weights, about 17 GB; with `--adapter A`, OUT becomes the base of adapter A, so
+that this works in a process without this project:
 
     AutoPeftModelForCausalLM.from_pretrained("A", device_map="auto", trust_remote_code=True)
 """
@@ -71,9 +71,9 @@ class _Merge:
     folder: Path
     base_files: dict[str, Path]
     layers: dict[str, tuple[str, float]]
-    """Layer → the key in the adapter's file up to `.lora_`, and its scale."""
+    """By layer, the key in the adapter's file up to `.lora_`, and the layer's scale."""
     whole: dict[str, str]
-    """Tensor of the base → the key in the adapter's file that replaces it."""
+    """By tensor of the base, the key in the adapter's file that replaces it."""
 
     def tensor(self, name: str) -> Tensor:
         """The merged tensor: in float32 if the adapter changes it, else the base's own."""
@@ -118,7 +118,7 @@ def _read(path: Path, name: str) -> Tensor:
 def merge(adapter: Path, out: Path, base: Path | None = None, dtype: torch.dtype | None = None) -> None:
     """Merge the adapter into its base and write the model to the new folder `out`.
 
-    base: by default the folder that the adapter names; dtype: of floating tensors, by default as in the base.
+    base: by default the folder that the adapter names; dtype: of floating tensors, by default the base's.
     DataError if the adapter is for another base, or its biases cannot be merged.
     """
     peft_config, _ = read_adapter(adapter)
@@ -177,7 +177,7 @@ def from_checkpoint(checkpoint: Path, out: Path) -> None:
 
 
 def modernise(base: Path, out: Path, adapter: Path | None = None) -> None:
-    """Make the new folder `out`: links to the weights of `base`, our code, a complete configuration and a
+    """Create the new folder `out`: links to the weights of `base`, our code, a complete configuration and a
     fast tokenizer. It loads as long as `base` is not moved.
 
     adapter: changed to have `out` as its base; DataError if it is for another base.
@@ -224,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     what.add_argument(
         "--modernise", type=Path, metavar="BASE", help="link its weights, with code that runs today"
     )
-    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to make")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to create")
     parser.add_argument("--base", type=Path, help="with --merge: by default the one that the adapter names")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="with --merge: by default the base's own"
@@ -232,9 +232,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--adapter", type=Path, help="with --modernise: make OUT the base of this adapter")
     arguments = parser.parse_args(argv)
     if not arguments.merge and (arguments.base or arguments.dtype):
-        parser.error("--base and --dtype go with --merge")
+        parser.error("--base and --dtype need --merge")
     if not arguments.modernise and arguments.adapter:
-        parser.error("--adapter goes with --modernise")
+        parser.error("--adapter needs --modernise")
     try:
         if arguments.merge:
             dtype = getattr(torch, arguments.dtype) if arguments.dtype else None

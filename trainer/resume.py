@@ -1,4 +1,4 @@
-"""Where a run resumes: the newest complete checkpoint, if it belongs to the same training.
+"""Choose where a run resumes: at the newest complete checkpoint, if it belongs to the same training.
 
 Input: the configuration, the description of the run (`describe_run`), and the content of output_dir. Output:
 a `Start`, the same on every rank, or ValueError with one line for each reason why the run must not resume:
@@ -86,7 +86,7 @@ def choose_start(config: Config, run: Mapping[str, Any]) -> Start:
     barrier()
     found = numbered(output_dir)
     has = f"{output_dir} has {', '.join(path.name for path in found.values()) or 'no checkpoints'}"
-    # Ranks that torchrun has restarted resume, whatever --resume_from_checkpoint said at first.
+    # Ranks that torchrun has restarted resume, regardless of --resume_from_checkpoint.
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     wanted = "auto" if restarted and found else config.resume_from_checkpoint
     if wanted == "auto" and (output_dir / MARKER).is_file():
