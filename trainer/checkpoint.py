@@ -159,15 +159,15 @@ class Checkpoints:
         return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> None:
-        """Wait for a running save; `failed` then tells whether the last one failed."""
+        """Wait for a running save; afterwards `failed` is whether the last one failed."""
         if self._thread:
             self._thread.join()
             self._thread = None
         if self._error:
             raise self._error
 
-    def what_is_safe(self) -> str:
-        """The newest complete checkpoint and what the same command does next: the end of a message."""
+    def resume_hint(self) -> str:
+        """The end of a log message: the newest complete checkpoint, and what the same command does next."""
         for step, folder in numbered(self.output_dir).items():
             if (folder / MARKER).is_file():
                 return f"{folder} holds step {step}, and the same command resumes from it"
@@ -189,7 +189,7 @@ class Checkpoints:
         except SaveError as error:
             raise SaveError(
                 f"the trained model is not in {self.output_dir}: {error}; free disk space there or fix this "
-                f"error: {self.what_is_safe()}"
+                f"error: {self.resume_hint()}"
             ) from None
 
     def _warn(self, folder: Path, error: SaveError) -> None:
@@ -199,7 +199,7 @@ class Checkpoints:
             outcome = "the trained model is written next, but a longer training cannot resume from it"
         log(
             f"\nwarning: {folder} is not saved: {error}; {outcome}: free disk space in {self.output_dir} or "
-            f"fix this error; {self.what_is_safe()}"
+            f"fix this error; {self.resume_hint()}"
         )
         if is_main():
             shutil.rmtree(folder.with_name(f".saving-{folder.name}"), ignore_errors=True)

@@ -53,7 +53,7 @@ def start(timeout_seconds: float = 1800, host_collectives: bool = False) -> Rank
     """Join the process group that torchrun describes, or start one of a single process.
 
     timeout_seconds: timeout of every collective, so that a missing rank ends the job instead of hanging it.
-    host_collectives: also initialise gloo for tensors in the host's memory.
+    host_collectives: also initialise gloo for tensors in host memory.
     """
     if "RANK" not in os.environ:
         with socket.socket() as probe:

@@ -205,7 +205,7 @@ def train(config: Config, ranks: Ranks, lock: Lock) -> int:
         if stopping:
             checkpoints.wait()
             stop.honoured()
-            log(f"\nstopped after step {step} of {total_steps}, as asked; {checkpoints.what_is_safe()}")
+            log(f"\nstopped after step {step} of {total_steps}, as asked; {checkpoints.resume_hint()}")
             return FAILED if checkpoints.failed else STOPPED
     bar.leave = True
     bar.close()

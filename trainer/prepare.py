@@ -109,7 +109,7 @@ def _machine_problems(config: Config, ranks: Ranks) -> list[str]:
     problems = output_dir_problems(Path(config.output_dir), read)
     if config.cpu_offload and ranks.device.type == "cpu":
         problems.append(
-            "--cpu_offload: there is no accelerator here, so everything is in the host's memory already; "
+            "--cpu_offload: there is no accelerator here, so everything is in host memory already; "
             "remove the flag"
         )
     if config.attn_implementation == "flex_attention" and ranks.device.type == "cpu":
@@ -128,7 +128,7 @@ def _text_only_problems(plan: Plan, config: Config) -> list[str]:
         return []
     by_name = "take its layers out of --lora_target_modules and --train_modules"
     return [
-        f"the data names no image, so the {what} would get no gradient: {remedy}"
+        f"the data has no images, so the {what} would get no gradient: {remedy}"
         for what, remedy, prefixes in (
             (
                 "vision tower",
