@@ -271,6 +271,6 @@ def test_the_start_warns_of_samples_that_lose_their_tail_and_of_files_repeated_o
     (data / "data.txt").write_text("colour.json\ntext.json 0.13\n")
     (output,) = run(0, model, data / "data.txt", tmp_path / "out", "--max_steps", "-1", "--max_length", "46")
     warnings = [line for line in output.splitlines() if line.startswith("warning: ")]
-    tails, repeated = [line for line in warnings if "text.json: " in line or "lose their tail" in line]
-    assert tails == "warning: colour: 12 of 12 measured samples are over max_length=46 and lose their tail"
+    tails, repeated = [line for line in warnings if "text.json: " in line or "are truncated" in line]
+    assert tails == "warning: colour: 12 of 12 measured samples are over max_length=46 and are truncated"
     assert "text.json: 130 samples an epoch of 12 records, each about 11 times" in repeated

@@ -167,7 +167,7 @@ def test_torchrun_starts_killed_ranks_again_which_go_on_and_wait_for_no_lock(wor
     process = launch(tmp_path, hook, ["--max-restarts", "2"], argv)
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
-    assert output.count("going on from") == 2, output
+    assert output.count("resuming from") == 2, output
     assert f"taking over output_dir {tmp_path}/run from process" in output
     assert "for its heartbeat" not in output
     assert_same_model(tmp_path / "run", world / "straight")

@@ -53,14 +53,14 @@ def cut_short(path: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
-    "a flipped byte": ("resume/shard-00002*", flip_a_byte, "its checksum is not the one written with it"),
-    "a flipped byte of the model": ("model.safetensors", flip_a_byte, "its checksum is not the one"),
+    "a flipped byte": ("resume/shard-00002*", flip_a_byte, "checksum differs from the one in complete.json"),
+    "a flipped byte of the model": ("model.safetensors", flip_a_byte, "its checksum differs from the one"),
     "a truncated shard": ("resume/shard-00001*", cut_short, "bytes instead of"),
     "a missing rank": ("resume/shard-00002*", Path.unlink, "is missing"),
     "a foreign shard": (
         "resume/shard-00002*",
         lambda path: shutil.copy(path, path.parent / "x.safetensors"),
-        "does not belong to it",
+        "does not belong to the checkpoint",
     ),
     "no marker": ("complete.json", Path.unlink, "has no complete.json, so it was never finished"),
     "half a marker": ("complete.json", cut_short, "complete.json is damaged"),
@@ -86,11 +86,11 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(world, stopped, tmp_path,
     (path,) = (tmp_path / "run" / "checkpoint-3").glob(pattern)
     spoil(path)
     output, other = run_ranks(2, main, fault_flags(world, tmp_path / "run"))
-    (line,) = [line for line in output.splitlines() if "is passed over" in line]
-    assert f"{tmp_path}/run/checkpoint-3 is passed over" in line
+    (line,) = [line for line in output.splitlines() if "is skipped: " in line]
+    assert f"{tmp_path}/run/checkpoint-3 is skipped" in line
     assert said in line
     assert "after step 2 of 8" in output
-    assert "passed over" not in other
+    assert "is skipped" not in other
     assert_same_model(tmp_path / "run", world / "straight")
 
 
@@ -124,9 +124,9 @@ def test_files_that_cannot_grow_cost_a_save_and_not_the_run(world, tmp_path):
     left = sorted(path.name for path in tmp_path.glob("*checkpoint-*"))
     assert left in (["checkpoint-1", "checkpoint-2"], ["checkpoint-2", "checkpoint-3"])
     error = next(line for line in output.splitlines() if line.startswith("error: "))
-    assert f"{tmp_path}/{left[-1]} holds step {left[-1][-1]}, and the same command goes on from it" in error
+    assert f"{tmp_path}/{left[-1]} holds step {left[-1][-1]}, and the same command resumes from it" in error
     output, _ = run_ranks(2, main, fault_flags(world, tmp_path))
-    assert f"going on from {tmp_path}/{left[-1]}" in output
+    assert f"resuming from {tmp_path}/{left[-1]}" in output
     assert_same_model(tmp_path, world / "straight")
 
 
@@ -143,7 +143,7 @@ def test_a_stop_whose_save_fails_says_what_is_saved(world, tmp_path):
 
     output, _ = run_ranks(2, run, fault_flags(world, tmp_path), status=1)
     (line,) = [line for line in output.splitlines() if line.startswith("stopped after step 4 of 8")]
-    assert f"{tmp_path}/checkpoint-3 holds step 3, and the same command goes on from it" in line
+    assert f"{tmp_path}/checkpoint-3 holds step 3, and the same command resumes from it" in line
 
 
 @pytest.fixture

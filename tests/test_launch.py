@@ -151,7 +151,9 @@ def test_the_launchers_of_all_machines_end_with_the_trainers_status(world, tmp_p
     if ending == "killed":
         last = [log.rstrip().splitlines()[-1] for log in logs]
         assert "error: rank 1 on" in last[1]
-        assert last[0] == "error: it has lost another rank, perhaps of another machine; that one says why"
+        assert (
+            last[0] == "error: lost the connection to another rank, perhaps on another machine; see its error"
+        )
 
 
 def wait_for(path: Path, seconds: float = 90) -> None:

@@ -122,7 +122,7 @@ def test_a_project_from_its_check_to_plain_transformers(tmp_path):
     said = interrupted(kill_a_rank, 1)
     assert "was killed by SIGKILL" in said.rstrip().splitlines()[-1], said
     said = run(*training(1))  # fewer ranks, to the end
-    assert "going on from" in said
+    assert "resuming from" in said
     lines = read_metrics(here / "output/discs")
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert lines[-1]["loss"] < lines[0]["loss"] / 4

@@ -283,7 +283,7 @@ def test_whatever_is_to_train_and_gets_no_gradient_is_named():
     [
         (
             ("--lora_target_modules", "q_prj"),
-            "--lora_target_modules q_prj: no linear layer is named so; there are ",
+            "--lora_target_modules q_prj: no linear layer has this name; found ",
         ),
         (
             ("--lora_target_modules", "attention_norm"),

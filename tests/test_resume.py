@@ -137,14 +137,14 @@ def copy(stopped, tmp_path):
 def test_a_changed_training_is_refused_with_every_change(world, copy):
     more = ["--learning_rate", "2e-3", "--seed", "1", "--logging_steps", "1"]
     output, other = run_ranks(2, main, resume_flags(world, copy, *more), status=2)
-    assert f"this is not the training that {copy}/checkpoint-4 is of:" in output
+    assert f"{copy}/checkpoint-4 belongs to a different training:" in output
     assert "--learning_rate was 0.001 and is 0.002" in output
     assert "--seed was 42 and is 1" in output
     assert "since" in output  # the harmless change is noted
     assert "--logging_steps was 2 and is 1" in output
     assert "Traceback" not in output + other
     output, _ = run_ranks(2, main, resume_flags(world, copy, *more, "--resume_anyway", "True"))
-    assert "going on in spite of a change: --seed was 42 and is 1" in output
+    assert "resuming in spite of a change: --seed was 42 and is 1" in output
 
 
 def test_fewer_ranks_are_told_how_to_keep_the_global_batch(world, copy):
@@ -152,7 +152,7 @@ def test_fewer_ranks_are_told_how_to_keep_the_global_batch(world, copy):
     (output,) = run_ranks(1, main, argv, status=2)
     assert "the global batch was 12 samples and is 6; keep it with --gradient_accumulation_steps 4" in output
     (output,) = run_ranks(1, main, [*argv, "--gradient_accumulation_steps", "4"])
-    assert "going on from" in output
+    assert "resuming from" in output
 
 
 def test_changed_data_is_refused_and_moved_data_is_not(world, copy, tmp_path):
@@ -179,7 +179,7 @@ def test_an_older_start_beside_a_later_checkpoint_is_refused(world, copy):
     for start in ("none", str(copy / "checkpoint-3")):
         argv = resume_flags(world, copy, "--resume_from_checkpoint", start)
         output, _ = run_ranks(2, main, argv, status=2)
-        assert f"{copy}/checkpoint-4 is of a later step than this run would start from" in output
+        assert f"{copy}/checkpoint-4 is from a later step than this run would start from" in output
 
 
 def test_a_named_checkpoint_starts_a_run_in_another_folder(world, copy, tmp_path):
@@ -209,7 +209,7 @@ def test_a_branch_with_another_learning_rate_is_what_the_readme_says(world, copy
     argv = resume_flags(world, tmp_path / "branch", **start, **changed)
     output, _ = run_ranks(2, main, argv, status=2)
     assert "--learning_rate was 0.001 and is 0.0005" in output
-    assert "--resume_anyway True goes on all the same" in output
+    assert "--resume_anyway True resumes all the same" in output
     assert not (tmp_path / "branch").exists()
     run_ranks(2, main, [*argv, "--resume_anyway", "True"])
     lines = read_metrics(tmp_path / "branch")
@@ -224,7 +224,7 @@ def test_a_branch_that_torchrun_starts_again_before_its_first_save_is_the_same_b
 
     argv = resume_flags(world, tmp_path / "branch", resume_from_checkpoint=copy / "checkpoint-4")
     output, _ = run_ranks(2, main_started_again, argv)
-    assert f"going on from {copy}/checkpoint-4, after step 4" in output
+    assert f"resuming from {copy}/checkpoint-4, after step 4" in output
 
 
 # --- the last step, and longer trainings ------------------------------------------------------------------
@@ -241,7 +241,7 @@ def test_a_finished_run_can_be_extended_and_is_then_the_longer_run(world, tmp_pa
     run_ranks(2, main, argv("run", "0.6"))  # 3 of the 5 steps of an epoch
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]
     output, _ = run_ranks(2, main, argv("run", "2"))
-    assert f"going on from {tmp_path}/run/checkpoint-3, after step 3 of 10" in output
+    assert f"resuming from {tmp_path}/run/checkpoint-3, after step 3 of 10" in output
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "long"))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     assert read_metrics(tmp_path / "run")[-1]["step"] == 10
@@ -254,10 +254,10 @@ def test_an_extension_that_changes_the_learning_rates_is_refused_with_the_flag_t
     before = (tmp_path / "model.safetensors").read_bytes()
     output, _ = run_ranks(2, main, [*argv, "4"], status=2)
     assert "total_steps was 2 and is 4, which changes the learning rate" in output
-    assert "--resume_anyway True goes on all the same" in output
+    assert "--resume_anyway True resumes all the same" in output
     assert (tmp_path / "model.safetensors").read_bytes() == before
     output, _ = run_ranks(2, main, [*argv, "4", "--resume_anyway", "True"])
-    assert "going on from" in output
+    assert "resuming from" in output
     assert [line["step"] for line in read_metrics(tmp_path)] == [2, 4]
 
 
@@ -266,7 +266,7 @@ def test_a_finished_model_without_a_checkpoint_is_not_replaced_by_a_longer_train
     run_ranks(2, main, [*argv, "2"])
     before = (tmp_path / "model.safetensors").read_bytes()
     output, _ = run_ranks(2, main, [*argv, "3"], status=2)
-    assert f"{tmp_path} holds the finished model of step 2 of 3 and no checkpoint to go on from" in output
+    assert f"{tmp_path} holds the finished model of step 2 of 3 and no checkpoint to resume from" in output
     assert (tmp_path / "model.safetensors").read_bytes() == before
     output, _ = run_ranks(2, main, [*argv, "3", "--resume_from_checkpoint", "none"])
     assert "starting from scratch" in output
@@ -291,7 +291,7 @@ def test_an_attempt_that_starts_from_scratch_says_so_and_keeps_the_metrics_befor
         run_ranks(2, main_killed_after, 3, argv, status=-signal.SIGKILL)
         output, _ = run_ranks(2, main_killed_after, 2, argv, status=-signal.SIGKILL)
         assert f"starting from scratch: {tmp_path} has no checkpoints" in output
-        assert f"the metrics of an earlier attempt are in {tmp_path}/metrics-{2 * number - 1}.jsonl" in output
+        assert f"earlier metrics were moved to {tmp_path}/metrics-{2 * number - 1}.jsonl" in output
     steps = [len((tmp_path / f"metrics-{n}.jsonl").read_text().splitlines()) for n in (1, 2, 3)]
     assert steps == [3, 2, 3]
 

@@ -117,7 +117,7 @@ def test_a_checkpoint_holds_the_moments_as_they_are(world):
 
 
 def test_what_cannot_be_kept_so_is_a_sentence(tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match=r"cannot express --adam_beta2 0.999: take 0.996 or less"):
+    with pytest.raises(ConfigError, match=r"cannot express --adam_beta2 0.999: use 0.996 or less"):
         trainer.config.parse(["--optim_state", "bfloat16", "--adam_beta2", "0.999"])
     monkeypatch.setattr(trainer.config, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs torchao: pip install 'torchao==0.18"):
@@ -127,4 +127,4 @@ def test_what_cannot_be_kept_so_is_a_sentence(tmp_path, monkeypatch):
 def test_moments_in_another_form_are_refused_whatever_is_insisted_on(world):
     shutil.copytree(world / "bfloat16" / "checkpoint-4", world / "other" / "checkpoint-4")
     said, _ = run_ranks(2, main, flags(world, "other", resume_anyway=True), status=2)
-    assert "checkpoint-4 holds AdamW's moments in another form: go on with --optim_state bfloat16" in said
+    assert "checkpoint-4 holds AdamW's moments in another format: set --optim_state bfloat16" in said

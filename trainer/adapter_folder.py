@@ -1,19 +1,19 @@
-"""The folder of an adapter in peft's format: read, written, and proved to load.
+"""Read and write the folder of an adapter in peft's format, and verify that peft loads it.
 
 Input and output: `adapter_config.json` and `adapter_model.safetensors`, which stock peft loads in a process
-that has never heard of this project. Names in the model and in the file:
+without this project. Names in the model and in the file:
 
     model.layers.0.attention.wqkv.lora_A.default.weight          [64, 4096]
     base_model.model.model.layers.0.attention.wqkv.lora_A.weight [64, 4096]
 
-Modules that train as they are (`--fix_vit False`, `--fix_sampler False`, `--train_modules`) stand in the same
-file under their own names, and in the configuration as `modules_to_save`. Training needs no wrapper of peft's
-around them, which would hold them twice. Parameters that are no module (`plora_glb_GN`) or lie in an adapted
-layer (PLoRA's A and B) can be no `modules_to_save`: they stand in the file alone, and peft loads them as it
-loads biases.
+Modules that train in full (`--fix_vit False`, `--fix_sampler False`, `--train_modules`) are in the same file
+under their own names, and in the configuration as `modules_to_save`. Training does not wrap them as peft
+does, which would keep two copies. Parameters that are not modules (`plora_glb_GN`) or that belong to an
+adapted layer (PLoRA's A and B) cannot be `modules_to_save`: they are only in the weights file, and peft loads
+them like biases.
 
     peft_config, shapes = read_adapter(Path("adapter"))    # r = 64; {"….lora_A.weight": [64, 4096], …}
-    prove_adapter(Path("adapter"), model_config)           # "peft loads 320 tensors, 150,994,944 numbers; …"
+    verify_adapter(Path("adapter"), model_config)          # "peft loads 320 tensors, 150,994,944 numbers; …"
 """
 
 import copy
@@ -45,22 +45,22 @@ PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class Adapters:
-    """The adapters of a model in training: what their folder will say and hold."""
+    """The adapters of a model in training, and what to write to their folder."""
 
     peft_config: LoraConfig
-    """As it will be saved."""
+    """The configuration that will be saved."""
     base_checksum: str
-    """Of the base's weights; computed once, and written with every save."""
+    """Checksum of the base's weights, computed once and written with every save."""
     base_class: type
     """The model's class before FSDP2 derived its own from it."""
     saved: frozenset[str]
-    """Names, in the model, of the parameters that the folder holds: adapters and modules trained whole."""
+    """Names in the model of the parameters to save: adapters, and modules trained in full."""
     source: Path | None
-    """The folder that training goes on from."""
+    """Folder of the adapter that training continues, if any."""
 
 
 def file_key(name: str) -> str:
-    """A parameter of the adapted model → its key in `adapter_model.safetensors`."""
+    """The key in `adapter_model.safetensors` of a parameter of the adapted model."""
     name = re.sub(r"(\.lora_\w+)\.default\b", r"\1", name)
     return PREFIX + name.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")
 
@@ -94,8 +94,8 @@ def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, list[int]]]:
 
 
 def adapter_preprocessing(folder: str | Path | None) -> dict[str, Any]:
-    """How the adapter in `folder` was trained to see images and conversations; empty if the folder does not
-    say, or if there is none.
+    """The image processing and conversation format that the adapter in `folder` was trained with; empty if
+    they are not recorded, or if `folder` is None.
 
     DataError as in `read_adapter`.
     """
@@ -105,7 +105,7 @@ def adapter_preprocessing(folder: str | Path | None) -> dict[str, Any]:
 
 
 def parameters_in(model: nn.Module, folder: Path, base: Path) -> set[str]:
-    """The parameters of `model`, an adapted `base`, that the file in `folder` holds.
+    """Names of the parameters of `model`, an adapted `base`, that the file in `folder` contains.
 
     DataError if the adapter is for another base: names or shapes that do not fit, or other weights.
     """
@@ -118,7 +118,7 @@ def parameters_in(model: nn.Module, folder: Path, base: Path) -> set[str]:
         if key in shapes and shapes[key] != shape:
             raise DataError(f"{complaint}: {key} is {shapes[key]}, {base} needs {shape}")
     if unknown := sorted(shapes.keys() - by_key.keys()):
-        raise DataError(f"{complaint}: {base} has no place for {unknown[0]}")
+        raise DataError(f"{complaint}: {base} has no parameter for {unknown[0]}")
     with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
         checksum = (file.metadata() or {}).get("base_checksum")  # stock peft writes none
     if checksum and checksum != base_checksum(base):
@@ -126,7 +126,7 @@ def parameters_in(model: nn.Module, folder: Path, base: Path) -> set[str]:
     return {by_key[key][0] for key in shapes}
 
 
-# --- write and prove ----------------------------------------------------------------------------------
+# --- write and verify ---------------------------------------------------------------------------------
 
 
 def save_adapter(
@@ -137,10 +137,10 @@ def save_adapter(
     folder: Path,
     jobs: Jobs,
 ) -> None:
-    """Write the adapter to the existing `folder`, load it with peft, and log a line; every rank must call it.
+    """Write the adapter to the existing `folder`, load it with peft, and log the result; every rank calls it.
 
-    Tensors are gathered one at a time, and rank 0 alone keeps them: 4 bytes for each trained parameter. The
-    bytes of the files do not depend on the number of ranks.
+    Tensors are gathered one at a time and kept only on rank 0: 4 bytes per trained parameter. The files'
+    bytes do not depend on the number of ranks.
     """
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
@@ -165,14 +165,14 @@ def save_adapter(
         }
         written.save_pretrained(str(folder), auto_mapping_dict=base_class)
         tokenizer.save_pretrained(folder)
-        log(f"adapter: {prove_adapter(folder, model_config)}")
+        log(f"adapter: {verify_adapter(folder, model_config)}")
 
     if is_main():
         jobs.now(write)
 
 
 def _sort_metadata(path: Path) -> None:
-    """Give a safetensors file's metadata an order: safetensors' own differs from run to run."""
+    """Sort the metadata of a safetensors file, because the order that safetensors writes differs by run."""
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -183,16 +183,16 @@ def _sort_metadata(path: Path) -> None:
         file.write(text)
 
 
-def prove_adapter(folder: Path, model_config: PreTrainedConfig) -> str:
-    """Load `folder` with stock peft, on a base without memory, and say what was found, in a line.
+def verify_adapter(folder: Path, model_config: PreTrainedConfig) -> str:
+    """Load `folder` with stock peft on a base on the meta device; returns a line about the tensors found.
 
-    Raises if a tensor of the file finds no place in the model, has another shape or is not finite, or if the
-    model has an adapter that the file lacks.
+    Raises if a tensor of the file has no parameter in the model, has another shape or is not finite, or if
+    the model has an adapter that the file lacks.
     """
     with torch.device("meta"):
         base = build_model(model_config)
-    loaded = _load_with_peft(base, folder, low_cpu_mem_usage=True)  # nothing is drawn, only to be replaced
-    with warnings.catch_warnings(action="ignore"):  # that values copied to the meta device are lost
+    loaded = _load_with_peft(base, folder, low_cpu_mem_usage=True)  # without initialising the adapter
+    with warnings.catch_warnings(action="ignore"):  # about values lost on the meta device
         result = loaded.load_adapter(str(folder), "default", torch_device="cpu", low_cpu_mem_usage=True)
     tensors = load_file(folder / WEIGHTS_FILE)
     norms = {name: tensor.norm() for name, tensor in tensors.items()}
@@ -216,5 +216,5 @@ def _load_with_peft(base: PreTrainedModel, folder: Path, low_cpu_mem_usage: bool
 
 
 def loads_by_itself(base: Path, parts: Parts) -> bool:
-    """Whether transformers loads `base` in a process without this project, by `trust_remote_code`."""
+    """Whether transformers can load `base` without this project, with `trust_remote_code`."""
     return all((base / path.name).is_file() for path in parts.code_files)

@@ -1,13 +1,13 @@
-"""Folders that appear whole or not at all, and folders that make room.
+"""Atomic folders, checkpoint rotation, and a check of what a run may replace in output_dir.
 
-Input: a target folder and something that fills it. Output: the folder, complete and on the disk, or none.
+Input: a target folder and code that fills it. Output: the folder, complete and on disk, or none.
 
-    temporary = begin(Path("output/checkpoint-100"))      # output/.saving-checkpoint-100
-    save_file(tensors, temporary / "model.safetensors")   # killed here: no checkpoint-100
+    temporary = create_temporary(Path("output/checkpoint-100"))  # output/.saving-checkpoint-100
+    save_file(tensors, temporary / "model.safetensors")          # killed here: no checkpoint-100
     put_in_place(temporary, Path("output/checkpoint-100"))
 
-A folder that is being written or removed has a name that starts with a dot; `sweep` deletes what a killed run
-left of those. One rank calls these functions; all ranks must see the same file system.
+The name of a folder that is being written or deleted starts with a dot; `sweep` deletes those that a killed
+run left. Only one rank calls these functions; all ranks must share the file system.
 """
 
 import json
@@ -21,14 +21,14 @@ from data.files import UNFINISHED, replace_file, sync_to_disk
 
 Job = Callable[[], object]
 MARKER = "complete.json"
-"""Written last, and moved last: a folder that has it has everything that it lists."""
+"""Marker of a complete folder, listing its files; written last, and moved last."""
 CONFIGS = ("config.json", "adapter_config.json")
-"""What makes a folder load as a model."""
+"""Files without which a folder does not load as a model or an adapter."""
 RESUME = "resume"
-"""The sub-folder that makes a model's folder a checkpoint."""
+"""Sub-folder with the state to resume from; only checkpoints have it."""
 FINAL = "complete"
-"""The folder of the final model, until its files are moved into output_dir."""
-OF_A_MODEL = (
+"""Folder of the final model until its files are moved into output_dir."""
+MODEL_FILES = (
     *CONFIGS,
     "generation_config.json",
     "*.safetensors",
@@ -40,32 +40,32 @@ OF_A_MODEL = (
     "merges.txt",
     "chat_template.*",
 )
-"""Files that the final model may bring, and so replace."""
+"""Patterns of the files that the final model may contain, and so replace."""
 
 
 class Jobs:
-    """What a rank writes: some at once, some perhaps later, in a thread; no other rank has a part in it.
+    """File writes of one rank, without collectives: immediate ones, and others that may be deferred.
 
-    Errors are kept, not raised, as the other ranks are on their way to the next collective; `finish` raises
-    the first.
+    Errors are stored, not raised, because the other ranks proceed to the next collective; `finish` raises the
+    first.
     """
 
-    def __init__(self, *, put_off: bool = False) -> None:
-        self._put_off, self._jobs, self._error = put_off, list[Job](), list[Exception]()
+    def __init__(self, *, deferred: bool = False) -> None:
+        self._deferred, self._jobs, self._error = deferred, list[Job](), list[Exception]()
 
     def now(self, job: Job) -> None:
-        """For what is small, or would change while it waits."""
+        """Run a job immediately: for small files, and for data that would change before a deferred run."""
         try:
             job()
         except Exception as error:
             self._error.append(error)
 
     def later(self, job: Job) -> None:
-        """For a job that holds copies of what it writes."""
-        self._jobs.append(job) if self._put_off else self.now(job)
+        """Run a job, or defer it if this object defers jobs; the job must own copies of its data."""
+        self._jobs.append(job) if self._deferred else self.now(job)
 
     def finish(self) -> None:
-        """Do what was put off; raise the first error of all."""
+        """Run the deferred jobs; raise the first error of any job."""
         while self._jobs and not self._error:
             self.now(self._jobs.pop(0))
         if self._error:
@@ -73,12 +73,12 @@ class Jobs:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Replace a JSON file in one step: whoever reads it, whenever, finds the old or the new content."""
+    """Replace a JSON file atomically: a reader finds either the old or the new content."""
     replace_file(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def begin(folder: Path) -> Path:
-    """An empty folder to fill in place of `folder`."""
+def create_temporary(folder: Path) -> Path:
+    """Create an empty temporary folder, which `put_in_place` will rename to `folder`."""
     temporary = folder.parent / f"{UNFINISHED}{folder.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -86,7 +86,7 @@ def begin(folder: Path) -> Path:
 
 
 def put_in_place(temporary: Path, folder: Path) -> None:
-    """Make `temporary` be `folder`; its files must have reached the disk. A folder of that name goes."""
+    """Rename `temporary`, whose files are already synced to disk, to `folder`, replacing an existing one."""
     for path in [temporary, *(path for path in temporary.rglob("*") if path.is_dir())]:
         sync_to_disk(path)
     if folder.exists():
@@ -96,7 +96,7 @@ def put_in_place(temporary: Path, folder: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Delete a folder; cut short, none of it is left under its own name."""
+    """Delete a folder, renaming it first: an interrupted call leaves nothing under its own name."""
     doomed = folder.with_name(f".removing-{folder.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
@@ -104,9 +104,10 @@ def remove(folder: Path) -> None:
 
 
 def move_into(source: Path, folder: Path) -> None:
-    """Move the files of the complete model folder `source` into `folder`; cut short, it can be called again.
+    """Move the files of the complete model folder `source` into `folder`; if interrupted, call it again.
 
-    What makes `folder` load as a model goes first and comes last, so half a move never passes for a model.
+    The configuration files of `folder` are deleted first and the new ones moved last, so that a partial move
+    never loads as a model.
     """
     listed = json.loads((source / MARKER).read_text(encoding="utf-8"))["files"]
     last = (*CONFIGS, MARKER)
@@ -121,9 +122,9 @@ def move_into(source: Path, folder: Path) -> None:
 
 
 def link_model(checkpoint: Path, folder: Path) -> None:
-    """Make the complete folder `folder` of the model in `checkpoint`, without writing its weights again.
+    """Create the complete model folder `folder` from `checkpoint`, without writing its weights again.
 
-    Weights are hard links, where the file system has them; small files, which users may edit, are copies.
+    Weights are hard links, if the file system supports them; small files, which users may edit, are copies.
     """
     marker = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
     files = {
@@ -131,7 +132,7 @@ def link_model(checkpoint: Path, folder: Path) -> None:
         for name, found in marker["files"].items()
         if name != "run.json" and not name.startswith(f"{RESUME}/")
     }
-    temporary = begin(folder)
+    temporary = create_temporary(folder)
     for name in files:
         (temporary / name).parent.mkdir(parents=True, exist_ok=True)
         _link_or_copy(checkpoint / name, temporary / name)
@@ -151,7 +152,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 
 def numbered(output_dir: Path) -> dict[int, Path]:
-    """Step → its `checkpoint-<step>` folder, the newest first."""
+    """The `checkpoint-<step>` folders by step, the newest first."""
     found = {
         int(path.name.removeprefix("checkpoint-")): path
         for path in output_dir.glob("checkpoint-*")
@@ -161,27 +162,27 @@ def numbered(output_dir: Path) -> dict[int, Path]:
 
 
 def remove_old_checkpoints(output_dir: Path, keep: int | None) -> None:
-    """Delete all `checkpoint-<step>` folders but the `keep` newest (None: all), and those before the newest
-    that were made to last until the next one only."""
+    """Delete all `checkpoint-<step>` folders except the `keep` newest (None: keep all), and those older than
+    the newest that are marked `until_next`."""
     older = list(numbered(output_dir).values())[1:]
-    lasting = [folder for folder in older if not _lasts_until_the_next(folder)]
-    stay = lasting if keep is None else lasting[: keep - 1]
+    permanent = [folder for folder in older if not _is_until_next(folder)]
+    kept = permanent if keep is None else permanent[: keep - 1]
     for folder in older:
-        if folder not in stay:
+        if folder not in kept:
             remove(folder)
 
 
-def _lasts_until_the_next(checkpoint: Path) -> bool:
+def _is_until_next(checkpoint: Path) -> bool:
     try:
         return json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))["until_next"] is True
-    except (OSError, ValueError, KeyError, TypeError):  # nothing is deleted that cannot be read
+    except (OSError, ValueError, KeyError, TypeError):  # a folder that cannot be read is kept
         return False
 
 
 def output_dir_problems(output_dir: Path, read: Mapping[str, str | None]) -> list[str]:
-    """Why a run must not write to `output_dir`: something would be replaced that no run of ours wrote.
+    """Reasons not to write to `output_dir`: files would be replaced that no run of this trainer wrote.
 
-    read: flag → the folder that the run reads a model or adapter from, if any.
+    read: by flag, the folder from which the run reads a model or adapter, if any.
     """
     if not output_dir.is_dir():
         return []
@@ -202,7 +203,7 @@ def output_dir_problems(output_dir: Path, read: Mapping[str, str | None]) -> lis
         return [f"--output_dir {output_dir} is itself a checkpoint; name another folder"]
     if _is_of_a_run(output_dir):
         return []
-    foreign = {path.name for pattern in OF_A_MODEL for path in output_dir.glob(pattern)}
+    foreign = {path.name for pattern in MODEL_FILES for path in output_dir.glob(pattern)}
     foreign |= {folder.name for folder in numbered(output_dir).values()}
     foreign |= {name for name in (MARKER, "run.json", FINAL) if (output_dir / name).exists()}
     if not foreign:
@@ -215,7 +216,7 @@ def output_dir_problems(output_dir: Path, read: Mapping[str, str | None]) -> lis
 
 
 def _is_of_a_run(folder: Path) -> bool:
-    """Whether the trainer wrote there before: a run.json, or a complete model or checkpoint, of its own."""
+    """Whether the folder contains a run.json, a complete model or a complete checkpoint of this trainer."""
     for path, keys in (
         (folder / "run.json", {"config", "data_plan"}),
         *((place / MARKER, {"step", "files"}) for place in (folder, *numbered(folder).values())),
@@ -230,6 +231,6 @@ def _is_of_a_run(folder: Path) -> bool:
 
 
 def sweep(output_dir: Path) -> None:
-    """Delete what a killed run left half written or half removed."""
+    """Delete the partly written and partly deleted files and folders of a killed run."""
     for path in [*output_dir.glob(f"{UNFINISHED}*"), *output_dir.glob(".removing-*")]:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)

@@ -1,25 +1,25 @@
-"""Resumable checkpoints: written in the background of training, and verified before they are loaded.
+"""Resumable checkpoints: written in the background, and verified before they are loaded.
 
-Input: the trained parameters, the optimizer's state, the loop's few numbers, and a function that writes the
-model's own folder. Output, every `save_steps`, from 2 ranks:
+Input: the trained parameters, the optimizer's state, the loop's counters and sums, and a function that writes
+the model's folder. Output, every `save_steps`, from 2 ranks:
 
     output/checkpoint-120/
         config.json, model.safetensors, tokenizer…    a Hugging Face folder: the model after step 120
         resume/shard-00001-model-….safetensors        rank 0's rows of the float32 parameters and of Adam's
         resume/shard-00002-model-….safetensors        moments; and rank 1's
-        run.json                                      the configuration and the data plan that made it
+        run.json                                      the configuration and the data plan of the run
         complete.json                                 step 120, and bytes and CRC-32 of every file above
 
-The order of data and the dropout masks are functions of (seed, step, rank), so no data position and no state
-of a random generator is saved. torch.distributed.checkpoint writes and reshards the tensors, in its Hugging
-Face format: safetensors and JSON, nothing to unpickle, and any number of ranks reads what any other wrote.
+Data order and dropout masks are functions of (seed, step, rank), so neither a data position nor the state of
+a random number generator is saved. torch.distributed.checkpoint writes and reshards the tensors in its
+Hugging Face format: safetensors and JSON, no pickle, and any number of ranks can load what any other wrote.
 
-The loop waits only until parameters and moments are copied to the host's memory; a thread writes them. Only
-when every rank has its files on the disk does rank 0 write `complete.json` and give the folder its name. A
-save that fails is logged and its folder deleted; the previous checkpoint stays, and the run continues.
+The loop waits only until parameters and moments are copied to host memory; a thread writes them. When every
+rank has its files on disk, rank 0 writes `complete.json` and renames the folder to its final name. A save
+that fails is logged and its folder deleted; the previous checkpoint stays, and the run continues.
 
-The last step's checkpoint stays too, so that a longer training can continue from it. The final model in
-output_dir is that checkpoint's, by hard links: nothing is gathered or written twice.
+The last step's checkpoint is kept too, so that a longer training can resume from it. The final model in
+output_dir consists of hard links to that checkpoint's weights: nothing is gathered or written twice.
 """
 
 import json
@@ -47,7 +47,7 @@ from trainer.atomic import (
     MARKER,
     RESUME,
     Jobs,
-    begin,
+    create_temporary,
     link_model,
     move_into,
     numbered,
@@ -61,7 +61,7 @@ from trainer.lock import Lock
 
 T = TypeVar("T")
 WriteModel = Callable[[Path, Jobs], None]
-"""Fills a folder: runs its collectives immediately, on every rank, and writes through the jobs."""
+"""Fills a folder: runs its collectives immediately, on every rank, and writes files by the jobs."""
 
 
 class SaveError(OSError):
@@ -74,17 +74,17 @@ class Checkpoints:
     def __init__(
         self, run: Mapping[str, Any], config: Config, lock: Lock, steps_per_epoch: int, last_step: int
     ) -> None:
-        """run: the content of run.json; lock: of output_dir, checked before anything in there changes."""
+        """run: the content of run.json; lock: the lock of output_dir, checked before each change there."""
         self.output_dir, self.run, self.lock, self.last_step = Path(config.output_dir), run, lock, last_step
         self.keep, self.asynchronous = config.save_total_limit, config.async_save
         self.minutes = config.minutes_between_saves
         self.every = {"no": math.inf, "steps": config.save_steps, "epoch": steps_per_epoch}[
             config.save_strategy
         ]
-        # A separate group, as the thread's messages must not mix with the loop's; a write may take long.
+        # A separate group, because the thread's messages must not mix with the loop's; writing may take long.
         self.group: Any = dist.new_group(backend="gloo", timeout=timedelta(days=1))
         self.failed = False
-        self.newest: Path | None = None  # the last checkpoint that this run has completed
+        self.newest: Path | None = None  # the last checkpoint that this run completed
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._begun = time.monotonic()
@@ -96,7 +96,7 @@ class Checkpoints:
     def first_save(self, done: int) -> str:
         """The log message about when the first checkpoint is written; `done`: steps of an earlier run."""
         if done == self.last_step:
-            return "every step is done; only the final model has to be written"
+            return "all steps are done; only the final model has to be written"
         triggers = []
         if self.every < math.inf:
             triggers.append(f"step {min((done // self.every + 1) * self.every, self.last_step)}")
@@ -123,7 +123,7 @@ class Checkpoints:
         folder = self.output_dir / f"checkpoint-{step}"
         content = {"step": step, "until_next": until_next, **notes}
         try:
-            jobs = Jobs(put_off=self.asynchronous)
+            jobs = Jobs(deferred=self.asynchronous)
             temporary = self._begin(folder, write_model, jobs)
             if is_main():
                 jobs.now(lambda: write_json(temporary / "run.json", self.run))
@@ -159,18 +159,18 @@ class Checkpoints:
         return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> None:
-        """Wait for a running save; `failed` then tells whether the last one failed."""
+        """Wait for a running save; afterwards `failed` is whether the last one failed."""
         if self._thread:
             self._thread.join()
             self._thread = None
         if self._error:
             raise self._error
 
-    def what_is_safe(self) -> str:
-        """The newest complete checkpoint and what the same command does next: the end of a message."""
+    def resume_hint(self) -> str:
+        """The end of a log message: the newest complete checkpoint, and what the same command does next."""
         for step, folder in numbered(self.output_dir).items():
             if (folder / MARKER).is_file():
-                return f"{folder} holds step {step}, and the same command goes on from it"
+                return f"{folder} holds step {step}, and the same command resumes from it"
         return f"{self.output_dir} holds no checkpoint, and the same command starts from scratch"
 
     def save_final_model(self, step: int, write_model: WriteModel) -> None:
@@ -189,24 +189,24 @@ class Checkpoints:
         except SaveError as error:
             raise SaveError(
                 f"the trained model is not in {self.output_dir}: {error}; free disk space there or fix this "
-                f"error: {self.what_is_safe()}"
+                f"error: {self.resume_hint()}"
             ) from None
 
     def _warn(self, folder: Path, error: SaveError) -> None:
         self.failed = True
         outcome = "training continues, and the next save tries again"
         if folder.name == f"checkpoint-{self.last_step}":
-            outcome = "the trained model is written next, but a longer training cannot continue from it"
+            outcome = "the trained model is written next, but a longer training cannot resume from it"
         log(
             f"\nwarning: {folder} is not saved: {error}; {outcome}: free disk space in {self.output_dir} or "
-            f"fix this error; {self.what_is_safe()}"
+            f"fix this error; {self.resume_hint()}"
         )
         if is_main():
             shutil.rmtree(folder.with_name(f".saving-{folder.name}"), ignore_errors=True)
 
     def _begin(self, folder: Path, write_model: WriteModel, jobs: Jobs) -> Path:
         """Create the temporary folder and write the model to it, except for deferred jobs."""
-        self._on_main(lambda: begin(folder))
+        self._on_main(lambda: create_temporary(folder))
         temporary = folder.with_name(f".saving-{folder.name}")
         if not all(self._together(temporary.is_dir)):
             raise SaveError(f"not every rank sees {temporary}: it must be on a file system that all share")
@@ -231,7 +231,7 @@ class Checkpoints:
         def complete() -> None:
             write_json(temporary / MARKER, content)
             put_in_place(temporary, folder)
-            remove_old_checkpoints(self.output_dir, self.keep)  # and those that a killed run left
+            remove_old_checkpoints(self.output_dir, self.keep)  # including those of a killed run
 
         self._on_main(complete)
 
@@ -259,8 +259,8 @@ class Checkpoints:
 
 
 def resumable(trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """All tensors that training changes: `<parameter>`, and the optimizer's `<parameter>.exp_avg` and so on.
-    None is copied."""
+    """All tensors that training changes, not copied: `<parameter>`, and the optimizer's `<parameter>.exp_avg`
+    and so on."""
     tensors = {}
     for name, parameter in trained.items():
         tensors[name] = parameter.detach()
@@ -270,7 +270,7 @@ def resumable(trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimi
 
 
 def load(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill `tensors` (of `resumable`) from a checkpoint of any number of ranks; every rank calls it."""
+    """Fill `tensors` (from `resumable`) from a checkpoint of any number of ranks; every rank calls it."""
     load_tensors(tensors, storage_reader=HuggingFaceStorageReader(str(folder / RESUME)))
 
 
@@ -295,9 +295,9 @@ def damage(folder: Path) -> str | None:
         files = read_marker(folder)["files"]
         if not any(name.startswith(f"{RESUME}/") for name in files):
             problem = f"{folder} contains a model without the state to resume from"
-        for path in (folder / RESUME).glob("*.safetensors"):  # the loader would read every one
+        for path in (folder / RESUME).glob("*.safetensors"):  # the loader would read all of them
             if f"{RESUME}/{path.name}" not in files:
-                problem = f"{path} does not belong to it"
+                problem = f"{path} does not belong to the checkpoint"
         for name in sorted(files)[rank::world]:
             size, checksum = files[name]
             path = folder / name
@@ -306,7 +306,7 @@ def damage(folder: Path) -> str | None:
             elif path.stat().st_size != size:
                 problem = f"{path} has {path.stat().st_size:,} bytes instead of {size:,}"
             elif crc32(path) != checksum:
-                problem = f"{path} is damaged: its checksum is not the one written with it"
+                problem = f"{path} is damaged: its checksum differs from the one in {MARKER}"
     except (ValueError, OSError) as error:
         problem = str(error)
     problems: list[Any] = [None] * world
@@ -315,7 +315,7 @@ def damage(folder: Path) -> str | None:
 
 
 def crc32(path: Path) -> int:
-    """CRC-32 of a file's content: the fastest checksum of the standard library, 2.4 GB/s on one core."""
+    """CRC-32 of a file's content: the standard library's fastest checksum, 2.4 GB/s on one core."""
     value = 0
     with path.open("rb", buffering=0) as file:
         while block := file.read(16 << 20):

@@ -1,13 +1,13 @@
-"""The whole configuration: one flat dataclass, a docstring under each field; `data.flags` reads it.
+"""The trainer's configuration: one flat dataclass, whose fields and docstrings `data.flags` makes into flags.
 
-Input: a command line, and the YAML file that its `--config` names, whose values are defaults below it.
-Output: a `Config`, or `ConfigError` with every problem at once.
+Input: a command line, and the YAML file that `--config` names, whose values the command line overrides.
+Output: a `Config`, or `ConfigError` with all problems.
 
     config = parse(["--model_name_or_path", "base", "--data_path", "data.txt", "--bf16", "False"])
     config.bf16                                       # False
     parse(["--max_lenght", "10"])                     # ConfigError: --max_lenght is unknown; did you mean …
 
-Names and defaults are those of the original scripts and of Hugging Face wherever they have one.
+Names and defaults follow the original scripts and Hugging Face, where these have them.
 """
 
 import math
@@ -25,19 +25,19 @@ from trainer.optim import SCHEDULES
 
 @dataclass
 class Config(DataConfig):
-    """Everything that a run can be told; `trainer.main` reads it and nothing else."""
+    """All settings of a training run."""
 
     # --- model ---------------------------------------------------------------------------------------
     attn_implementation: str = may_change("sdpa")
     """Attention kernel, by transformers' name: sdpa, eager, flash_attention_2, …"""
     plora_dropout: float = 0.05
-    """Dropout in the model's own partial LoRA at image positions, while training."""
+    """Dropout in the model's built-in partial LoRA (PLoRA) at image positions, while training."""
 
     # --- data ----------------------------------------------------------------------------------------
     on_bad_sample: str = "error"
-    """A sample that cannot be read in mid-training: `error` ends the run, `skip` counts it and goes on."""
+    """For samples that cannot be read during training: `error` ends the run, `skip` counts and skips them."""
     dataloader_num_workers: int = may_change(2)
-    """Processes a rank that decode images ahead of the step; 0 works in the training process."""
+    """Worker processes per rank that decode images ahead of the step; 0: decode in the training process."""
 
     # --- what trains ---------------------------------------------------------------------------------
     fix_vit: bool = True
@@ -49,28 +49,28 @@ class Config(DataConfig):
     sampler_learning_rate: float | None = None
     """Peak learning rate of the projector; learning_rate if absent."""
     train_modules: tuple[str, ...] = ()
-    """More modules or parameters to train as they are, by the end of their names: Plora_A,Plora_B"""
+    """Further modules or parameters to train in full, by the end of their names, as in Plora_A,Plora_B."""
 
     # --- adapters ------------------------------------------------------------------------------------
     use_lora: bool = False
     """Train adapters on a frozen base instead of the language model's own weights."""
     lora_r: int = 64
-    """Rank of an adapter."""
+    """Rank of the adapters."""
     lora_alpha: int = 64
-    """An adapter is added with the factor alpha / rank."""
+    """Scale of the adapters: their output is multiplied by alpha / rank."""
     lora_dropout: float = 0.05
-    """Dropout on an adapter's input, while training."""
+    """Dropout on the adapters' input, while training."""
     lora_target_modules: tuple[str, ...] = ()
     """Linear layers that get an adapter, by the end of their names (attention.wqkv) or a regular expression
-    of whole names; or all-linear. By default attention.wqkv, attention.wo and feed_forward.w1, w2, w3."""
+    for whole names; or all-linear. By default attention.wqkv, attention.wo and feed_forward.w1, w2, w3."""
     lora_bias: str = "none"
-    """Biases that train too: none, all, or lora_only (of the layers that get an adapter)."""
+    """Biases to train too: none, all, or lora_only (those of the layers with an adapter)."""
     lora_weight_path: str | None = None
-    """Folder of an adapter to go on from; it brings its own rank, alpha and layers."""
+    """Folder of an adapter to continue training; rank, alpha and layers are the adapter's own."""
     use_rslora: bool = False
-    """Rank-stabilised LoRA: the factor is alpha / √rank."""
+    """Rank-stabilised LoRA: the scale is alpha / √rank."""
     use_dora: bool = False
-    """Weight-decomposed LoRA: the length of each row of a weight trains apart from its direction."""
+    """Weight-decomposed LoRA (DoRA): train the norm of each row of a weight separately from its direction."""
     loraplus_lr_ratio: float = 1.0
     """LoRA+: peak learning rate of the B matrices = this × learning_rate."""
 
@@ -84,101 +84,101 @@ class Config(DataConfig):
     weight_decay: float = 0.1
     """AdamW's decoupled weight decay, on matrices only."""
     adam_beta1: float = 0.9
-    """AdamW's decay of the first moment."""
+    """AdamW's decay rate of the first moment."""
     adam_beta2: float = 0.95
-    """AdamW's decay of the second moment."""
+    """AdamW's decay rate of the second moment."""
     adam_epsilon: float = 1e-8
-    """AdamW's term against division by zero."""
+    """Term in AdamW's denominator that prevents division by zero."""
     optim_state: str = "float32"
-    """How AdamW keeps its moments: float32; bfloat16, half of that; 8bit, a quarter (needs torchao)."""
+    """Format of AdamW's moments: float32; bfloat16, half the memory; 8bit, a quarter (needs torchao)."""
     max_grad_norm: float = 1.0
-    """Largest norm of the whole gradient; 0 turns clipping off."""
+    """Maximum norm of the whole gradient; 0 turns clipping off."""
     warmup_ratio: float = may_change(0.01)
-    """Share of all steps over which the learning rate rises from 0."""
+    """Fraction of all steps in which the learning rate rises from 0."""
     lr_scheduler_type: str = "cosine"
-    """cosine, linear, constant or constant_with_warmup."""
+    """Learning rate schedule: cosine, linear, constant or constant_with_warmup."""
     loss_average: str = "token"
-    """`token`: one mean over the global batch's supervised tokens; `micro_batch`: the original's mean of
-    means, for comparison with old runs."""
+    """`token`: one mean over the global batch's supervised tokens; `micro_batch`: the mean of means of the
+    original scripts, for comparison with old runs."""
     original_weight_decay: bool = False
-    """Decay RMSNorm weights too, as the original did, for comparison with old runs."""
+    """Decay RMSNorm weights too, as the original scripts did, for comparison with old runs."""
 
     # --- memory and speed ----------------------------------------------------------------------------
     sharding: str = may_change("full")
-    """full: every parameter is sharded over the ranks; hybrid: over the ranks of a node, and nodes hold the
-    same shards, so that only gradients travel between them; none (with use_lora): the frozen base is whole on
-    every rank, which saves gathering it, and only what trains is sharded."""
+    """full: shard every parameter over all ranks; hybrid: shard within each node and replicate across nodes,
+    so that only gradients travel between nodes; none (with use_lora): keep the whole frozen base on every
+    rank, which avoids gathering it, and shard only what trains."""
     reshard_after_forward: bool = may_change(True)
-    """Drop a block's gathered parameters after its forward pass and gather them again in the backward pass.
-    False keeps them to the end of the step: half the gathers or fewer, the whole model in memory."""
+    """Free a block's gathered parameters after its forward pass and gather them again for the backward pass.
+    False keeps them until the end of the step: half the gathers or fewer, but the whole model in memory."""
     forward_prefetch: bool = may_change(False)
-    """Ask for the next block's parameters before a block runs, not after; it costs the memory of a block, and
-    pays where the processor does not run far ahead of the accelerator."""
+    """Start gathering the next block's parameters before a block runs instead of after it. This costs the
+    memory of one block, and helps where the CPU does not run far ahead of the accelerator."""
     reduce_every_micro_batch: bool = may_change(False)
-    """Sum gradients over the ranks in every micro-batch, not in a step's last one alone: then no rank holds
-    the whole gradient in float32 while micro-batches accumulate."""
+    """Reduce gradients over the ranks in every micro-batch, not only in a step's last one, so that no rank
+    holds the whole gradient in float32 while gradients accumulate."""
     compile: bool = may_change(False)
-    """Compile the blocks with torch.compile, once, for rows of any length; it takes a minute or more before
+    """Compile the blocks with torch.compile, once for rows of any length, which takes a minute or more before
     the first step."""
     cpu_offload: bool = may_change(False)
-    """Keep parameters, gradients and the optimizer in the host's memory, and step there; a block's parameters
-    travel to the accelerator when it runs."""
+    """Keep parameters, gradients and optimizer state in host memory, and run the optimizer step there; a
+    block's parameters are copied to the accelerator when it runs."""
     bf16: bool = True
-    """Compute in bfloat16; parameters that train, reductions and the optimizer stay in float32."""
+    """Compute in bfloat16; trained parameters, reductions and the optimizer stay in float32."""
     gradient_checkpointing: bool | str = may_change(True)
-    """Keep only each block's input for the backward pass and compute the block again there; `selective` keeps
-    the results of matrix products and attention too, and computes only the rest again."""
+    """Keep only each block's input for the backward pass and recompute the block there; `selective` also
+    keeps the results of matrix products and attention, and recomputes only the rest."""
     vision_checkpointing: bool | str | None = may_change(None)
-    """The same for the blocks of the vision tower, if it trains; as gradient_checkpointing by default."""
+    """The same for the blocks of the vision tower, if it trains; by default as gradient_checkpointing."""
     vision_micro_batch: int | None = may_change(16)
-    """Images or tiles that a block of the vision tower computes at a time; it bounds memory and changes no
-    number. none: all of a micro-batch at once."""
+    """Images or tiles that a block of the vision tower processes at a time; this limits memory and does not
+    change the results. none: all of a micro-batch at once."""
     loss_chunk_tokens: int = may_change(1024)
-    """Rows of logits that exist at a time."""
+    """Tokens whose logits are in memory at a time."""
 
     # --- output --------------------------------------------------------------------------------------
     output_dir: str = may_change("output")
-    """Where the model, checkpoints, metrics.jsonl and run.json go; on a file system that all ranks see."""
+    """Folder for the model, checkpoints, metrics.jsonl and run.json; on a file system that ranks share."""
     logging_steps: int = may_change(1)
     """Steps between lines of metrics.jsonl."""
     save_strategy: str = may_change("epoch")
-    """When to write a checkpoint: epoch or steps, and after the last step; no: the trained model alone."""
+    """When to write a checkpoint: epoch or steps, and after the last step; no: only the trained model."""
     save_steps: int = may_change(500)
     """Steps between saves when save_strategy is steps."""
     save_total_limit: int | None = may_change(None)
-    """Checkpoints kept; the oldest goes only when a new one is complete."""
+    """Checkpoints to keep; the oldest is deleted only when a new one is complete."""
     save_minutes: float | None = may_change(None)
-    """Save this many minutes after the last save too: 30 if absent, unless save_strategy is no. The next
-    checkpoint replaces one that is saved for this reason alone."""
+    """Also save this many minutes after the last save: 30 by default, unless save_strategy is no. The next
+    checkpoint replaces one that was saved only for this reason."""
     async_save: bool = may_change(True)
-    """Write checkpoints in a thread while training goes on, from a copy in the host's memory."""
+    """Write checkpoints in a thread while training continues, from a copy in host memory."""
     save_dtype: str = may_change("auto")
-    """Of the saved weights: auto (the base checkpoint's), float32 or bfloat16."""
+    """Dtype of the saved weights: auto (the base checkpoint's), float32 or bfloat16."""
     measure_mfu: bool = may_change(False)
-    """Count the model's floating-point operations, measure for a second at the start how fast matrix products
-    are here in the compute dtype, and report the share of that which the model reaches (mfu)."""
+    """Count the model's floating-point operations, measure the speed of matrix products in the compute dtype
+    for a second at the start, and report the fraction of that speed that training reaches (mfu)."""
     profile: str | None = may_change(None)
     """START:STOP, both included: trace these steps, with named ranges, into output_dir/profile/, and print a
-    table of the time in them."""
+    table of where their time went."""
     report_to: str = may_change("none")
     """none, or tensorboard: event files in output_dir/tensorboard (pip install -e '.[tensorboard]')."""
 
-    # --- stopping and going on -----------------------------------------------------------------------
+    # --- stopping and resuming -----------------------------------------------------------------------
     resume_from_checkpoint: str = may_change("auto")
     """auto: the newest complete checkpoint in output_dir, if any; none; or a checkpoint's folder."""
     resume_anyway: bool = may_change(False)
-    """Go on from the checkpoint even if data or configuration have changed what the training does."""
+    """Resume from the checkpoint even if changes to the data or configuration alter the training."""
     rehearse: bool = may_change(True)
-    """Run a long micro-batch once before the first step, so that too little memory shows at once."""
+    """Run a long micro-batch once before the first step, so that a lack of memory is found immediately."""
     max_bad_steps: int = may_change(3)
-    """Steps in a row that a loss or gradient that is not finite may cost before the run ends."""
+    """Number of consecutive steps with a loss or gradient that is not finite after which the run ends."""
     hang_minutes: float = may_change(30.0)
-    """A step (its save included) or a collective that takes longer prints every thread's stack and ends the
-    job."""
+    """Time limit for a step (including its save) and for a collective; beyond it, every thread's stack is
+    printed and the job ends."""
 
     @property
     def learning_rates(self) -> dict[str, float]:
-        """Part of the model → peak learning rate."""
+        """Peak learning rate by part of the model."""
         rates = dict.fromkeys(("vision", "projector", "language", "adapter"), self.learning_rate)
         if self.vit_learning_rate is not None:
             rates["vision"] = self.vit_learning_rate
@@ -188,19 +188,19 @@ class Config(DataConfig):
 
     @property
     def adam_betas(self) -> tuple[float, float]:
-        """AdamW's decays of the first and of the second moment."""
+        """AdamW's decay rates of the first and second moment."""
         return self.adam_beta1, self.adam_beta2
 
     @property
     def minutes_between_saves(self) -> float:
-        """`save_minutes`, or what it is by default; infinite: no saves by the clock."""
+        """`save_minutes` or its default; infinite if nothing is saved by the clock."""
         if self.save_minutes is None:
             return math.inf if self.save_strategy == "no" else 30.0
         return self.save_minutes
 
     @property
     def makes_checkpoints(self) -> bool:
-        """Whether there may be checkpoints beside the trained model."""
+        """Whether the run may write checkpoints in addition to the trained model."""
         return self.save_strategy != "no" or self.save_minutes is not None
 
     @property
@@ -210,7 +210,7 @@ class Config(DataConfig):
         return range(first, last + 1)
 
     def problems(self) -> list[str]:
-        """Everything that is wrong with the values alone, a sentence each; no file but paths' existence."""
+        """Problems with the values alone, a sentence each; of files, only their existence is checked."""
         found = super().problems()
         if Path(self.output_dir).is_file():
             found.append(f"--output_dir {self.output_dir}: this is a file; name a folder")
@@ -253,7 +253,7 @@ class Config(DataConfig):
             ("warmup_ratio", 0, 1.0001),
         ):
             if not low <= getattr(self, name) < high:
-                found.append(f"--{name} {getattr(self, name)}: must be from {low} to below {high:g}")
+                found.append(f"--{name} {getattr(self, name)}: must be at least {low} and below {high:g}")
         for name in ("adam_epsilon", "loraplus_lr_ratio", "hang_minutes", "save_minutes"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 found.append(f"--{name} {getattr(self, name)}: must be above 0")
@@ -270,7 +270,7 @@ class Config(DataConfig):
         found = []
         if self.compile and "selective" in (self.gradient_checkpointing, self.vision_checkpointing):
             found.append(
-                "--compile excludes selective checkpointing, which does not see into compiled code: use "
+                "--compile excludes selective checkpointing, which cannot see inside compiled code: use "
                 "--gradient_checkpointing True or False"
             )
         if self.fix_vit and self.vit_learning_rate is not None:
@@ -284,18 +284,18 @@ class Config(DataConfig):
                 if getattr(self, name) != getattr(Config, name):
                     found.append(f"--{name} has no effect without --use_lora True")
             if self.sharding == "none":
-                found.append("--sharding none keeps a frozen base whole: it needs --use_lora True")
+                found.append("--sharding none keeps a frozen base unsharded: it needs --use_lora True")
         elif self.save_dtype != "auto":
             found.append(
                 "--save_dtype has no effect with --use_lora: an adapter is saved as it trains, in float32"
             )
         if self.fix_vit and not self.train_modules and self.vision_checkpointing is not None:
-            found.append("--vision_checkpointing has no effect while --fix_vit is True: it keeps nothing")
+            found.append("--vision_checkpointing has no effect while --fix_vit is True: set --fix_vit False")
         if self.sharding == "none" and self.cpu_offload:
-            found.append("--cpu_offload moves shards only: it excludes --sharding none")
+            found.append("--cpu_offload moves only sharded parameters: it excludes --sharding none")
         if self.optim_state == "bfloat16" and self.adam_beta2 > 0.996:
             found.append(
-                f"--optim_state bfloat16 cannot express --adam_beta2 {self.adam_beta2}: take 0.996 or less"
+                f"--optim_state bfloat16 cannot express --adam_beta2 {self.adam_beta2}: use 0.996 or less"
             )
         if self.report_to == "tensorboard" and find_spec("tensorboard") is None:
             found.append("--report_to tensorboard needs tensorboard: pip install -e '.[tensorboard]'")
@@ -303,15 +303,15 @@ class Config(DataConfig):
             found.append("--optim_state 8bit needs torchao: pip install 'torchao==0.18.*'")
         if self.use_dora and self.lora_dropout > 0:
             found.append(
-                "--use_dora needs --lora_dropout 0: with dropout, peft's DoRA computes something else in "
-                "training than in use where a layer is more than its weight (PLoRA)"
+                "--use_dora needs --lora_dropout 0: with dropout, peft's DoRA trains another function than "
+                "it applies at inference, in layers that are more than a weight (PLoRA)"
             )
         if not self.makes_checkpoints and self.save_total_limit is not None:
             found.append("--save_total_limit has no effect while --save_strategy is no")
         return found
 
 
-# Flags of the original scripts and of HF Trainer that have no meaning here → what replaces them.
+# Replacements for the flags of the original scripts and of HF Trainer that have no meaning here.
 REPLACED = {
     "deepspeed": "FSDP2 shards the model by itself; remove the flag",
     "fsdp": "the model is always sharded with FSDP2; remove the flag",
@@ -330,6 +330,6 @@ REPLACED = {
 def parse(argv: Sequence[str] | None = None) -> Config:
     """Read the trainer's flags; raise `ConfigError` with all problems.
 
-    Values are checked by themselves only (`Config.problems`); the model and the data are looked at later.
+    Only the values themselves are checked (`Config.problems`); the model and the data are read later.
     """
     return parse_flags(Config, argv, "trainer.main", REPLACED)

@@ -1,7 +1,7 @@
-"""The process group, logging on rank 0, and the few reductions that the loop needs.
+"""The process group, logging on rank 0, and the reductions that the loop needs.
 
 Input: torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), or nothing: a plain
-`python -m trainer.main` becomes a group of one, so that one code path serves any number of ranks.
+`python -m trainer.main` becomes a group of one, so that the same code serves any number of ranks.
 Output: a `Ranks` and an initialised default process group on the machine's accelerator (NCCL on CUDA), or on
 the CPU with gloo.
 
@@ -30,10 +30,10 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 BAD_INPUT, STOPPED, FAILED = 2, 75, 1
-"""Exit statuses other than 0: nothing was trained; stopped on request, run again to go on; anything else."""
+"""Exit statuses other than 0: bad input, nothing trained; stopped on request, resumable; other failures."""
 
 _last_message = ""
-"""The last message that this rank logged; when it fails, the reason."""
+"""The last message that this rank logged; on failure, the reason."""
 _neighbours: list[int] = []
 """The process ids of this machine's other ranks."""
 
@@ -52,8 +52,8 @@ class Ranks:
 def start(timeout_seconds: float = 1800, host_collectives: bool = False) -> Ranks:
     """Join the process group that torchrun describes, or start one of a single process.
 
-    timeout_seconds: of every collective, so that a rank that never arrives ends the job instead of hanging
-    it. host_collectives: also initialise gloo for tensors in the host's memory.
+    timeout_seconds: timeout of every collective, so that a missing rank ends the job instead of hanging it.
+    host_collectives: also initialise gloo for tensors in host memory.
     """
     if "RANK" not in os.environ:
         with socket.socket() as probe:
@@ -69,7 +69,7 @@ def start(timeout_seconds: float = 1800, host_collectives: bool = False) -> Rank
         device = torch.device(accelerator.type, local_rank)
         torch.accelerator.set_device_index(local_rank)
     store, rank, world = next(rendezvous("env://"))
-    # torchrun may reuse its store when it restarts the ranks: they must not find addresses of dead ones.
+    # torchrun may reuse its store when it restarts ranks, which must not find addresses of dead processes.
     store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = dist.get_default_backend_for_device(device.type)
     if host_collectives and device.type != "cpu":
@@ -101,7 +101,7 @@ def a_neighbour_is_gone() -> bool:
 
 
 def device_mesh(ranks: Ranks, hybrid: bool = False) -> DeviceMesh:
-    """One dimension of all ranks; hybrid: (replicate, shard), where a row is one node's ranks.
+    """A one-dimensional mesh of all ranks; hybrid: a (replicate, shard) mesh, where each row is a node.
 
     4 nodes of 8 ranks: rank 13 is replica 1 of shard 5.
     """
@@ -121,10 +121,10 @@ def leave(status: int) -> NoReturn:
     """Exit with a status; on failure immediately, because cleaning up could wait for a lost peer.
 
     torchrun's own status is only 0 or 1, so the first rank of each machine writes ours to the file
-    XCOMPOSER_STATUS_FILE, if set. A failing rank's last message goes where torchrun looks for its error.
+    XCOMPOSER_STATUS_FILE, if set. A failing rank's last message is written to torchrun's error file.
     """
     if status == BAD_INPUT and not is_main():
-        time.sleep(10)  # torchrun ends all ranks with the first that ends; let that be the one that logs
+        time.sleep(10)  # torchrun ends all ranks after the first, which should be rank 0, as it logs
     if int(os.environ.get("LOCAL_RANK", "0")) == 0 and "XCOMPOSER_STATUS_FILE" in os.environ:
         Path(os.environ["XCOMPOSER_STATUS_FILE"]).write_text(str(status))
     if status and _last_message and "TORCHELASTIC_ERROR_FILE" in os.environ:
@@ -132,7 +132,7 @@ def leave(status: int) -> NoReturn:
         error = {"message": {"message": _last_message, "extraInfo": extra}}
         Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(error))
     if status == STOPPED and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
-        status = 0  # any other would make torchrun restart the ranks
+        status = 0  # any other status would make torchrun restart the ranks
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status) if status else sys.exit(0)
@@ -152,7 +152,7 @@ def log(message: str, every_rank: bool = False) -> None:
 
 
 def no_bar() -> bool:
-    """Whether to log progress in lines instead of a bar, whose redrawing would fill a log file."""
+    """Whether to log progress as lines, because redrawing a bar would fill a log file."""
     return not is_main() or not sys.stderr.isatty()
 
 
@@ -198,8 +198,8 @@ def all_max(value: float, device: torch.device) -> float:
 def agree_on_problems(problems: Sequence[str]) -> bool:
     """Log rank 0's problems, a line each; returns on every rank whether there are any.
 
-    All ranks read the same files, and they end together, so that one clear list does not drown in the errors
-    of ranks that lost their peer.
+    All ranks read the same files and end together, so that errors of ranks that lost a peer do not obscure
+    this list.
     """
     shared = [list(problems)]
     if dist.get_world_size() > 1:
@@ -210,7 +210,7 @@ def agree_on_problems(problems: Sequence[str]) -> bool:
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether a collective failed because another rank ended; the cause is then that rank's."""
+    """Whether a collective failed because another rank ended; that rank's error is then the cause."""
     if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and any(

@@ -17,8 +17,8 @@ unchanged, except under DoRA: peft scales the whole output of a row, so the row 
 factor.
 
 A published folder contains code that fails with today's transformers, and only a SentencePiece tokenizer.
-`--modernise` links its weights, some 17 GB; with `--adapter A`, OUT becomes the base of adapter A, so that
-this works in a process without this project:
+`--modernise` links to its weights, about 17 GB; with `--adapter A`, OUT becomes the base of adapter A, so
+that this works in a process without this project:
 
     AutoPeftModelForCausalLM.from_pretrained("A", device_map="auto", trust_remote_code=True)
 """
@@ -48,7 +48,7 @@ from trainer.adapter_folder import (
     file_key,
     read_adapter,
 )
-from trainer.atomic import MARKER, begin, put_in_place, write_json
+from trainer.atomic import MARKER, create_temporary, put_in_place, write_json
 from trainer.lora import adapted_model
 from trainer.models import load_config, load_tokenizer, parts_of
 from trainer.trainable import checkpoint_name, is_adapter
@@ -71,9 +71,9 @@ class _Merge:
     folder: Path
     base_files: dict[str, Path]
     layers: dict[str, tuple[str, float]]
-    """Layer → the key in the adapter's file up to `.lora_`, and its scale."""
+    """By layer, the key in the adapter's file up to `.lora_`, and the layer's scale."""
     whole: dict[str, str]
-    """Tensor of the base → the key in the adapter's file that replaces it."""
+    """By tensor of the base, the key in the adapter's file that replaces it."""
 
     def tensor(self, name: str) -> Tensor:
         """The merged tensor: in float32 if the adapter changes it, else the base's own."""
@@ -118,7 +118,7 @@ def _read(path: Path, name: str) -> Tensor:
 def merge(adapter: Path, out: Path, base: Path | None = None, dtype: torch.dtype | None = None) -> None:
     """Merge the adapter into its base and write the model to the new folder `out`.
 
-    base: by default the folder that the adapter names; dtype: of floating tensors, by default as in the base.
+    base: by default the folder that the adapter names; dtype: of floating tensors, by default the base's.
     DataError if the adapter is for another base, or its biases cannot be merged.
     """
     peft_config, _ = read_adapter(adapter)
@@ -148,7 +148,7 @@ def merge(adapter: Path, out: Path, base: Path | None = None, dtype: torch.dtype
             stored = SAFETENSORS_DTYPES.get(entry.get_dtype())  # None: not floating
             dtypes[name] = (dtype or stored) if stored else file.get_tensor(key).dtype
             sizes[name] = math.prod(entry.get_shape()) * dtypes[name].itemsize
-    temporary = begin(_new(out))
+    temporary = create_temporary(_new(out))
     files = split_into_files(sizes)
     with tqdm(total=len(sizes), unit="tensor", desc="merging", dynamic_ncols=True) as bar:
         for file_name, names in files.items():
@@ -169,7 +169,7 @@ def from_checkpoint(checkpoint: Path, out: Path) -> None:
     """Copy the model or adapter of a checkpoint to the new folder `out`; DataError if it is not complete."""
     if not (checkpoint / MARKER).is_file():
         raise DataError(f"{checkpoint}: no {MARKER}, so this is not a complete checkpoint")
-    temporary = begin(_new(out))
+    temporary = create_temporary(_new(out))
     for path in sorted(checkpoint.iterdir()):
         if path.is_file() and path.name not in (MARKER, "run.json"):
             shutil.copyfile(path, temporary / path.name)
@@ -177,7 +177,7 @@ def from_checkpoint(checkpoint: Path, out: Path) -> None:
 
 
 def modernise(base: Path, out: Path, adapter: Path | None = None) -> None:
-    """Make the new folder `out`: links to the weights of `base`, our code, a complete configuration and a
+    """Create the new folder `out`: links to the weights of `base`, our code, a complete configuration and a
     fast tokenizer. It loads as long as `base` is not moved.
 
     adapter: changed to have `out` as its base; DataError if it is for another base.
@@ -185,7 +185,7 @@ def modernise(base: Path, out: Path, adapter: Path | None = None) -> None:
     config, tokenizer, files = load_config(base), load_tokenizer(base), tensor_files(base)
     if adapter:
         adapted_model(adapter, base)
-    temporary = begin(_new(out))
+    temporary = create_temporary(_new(out))
     paths = sorted(set(files.values()))
     names = {path: path.name if len(paths) > 1 else "model.safetensors" for path in paths}
     for path, name in names.items():
@@ -224,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     what.add_argument(
         "--modernise", type=Path, metavar="BASE", help="link its weights, with code that runs today"
     )
-    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to make")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to create")
     parser.add_argument("--base", type=Path, help="with --merge: by default the one that the adapter names")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="with --merge: by default the base's own"
@@ -232,9 +232,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--adapter", type=Path, help="with --modernise: make OUT the base of this adapter")
     arguments = parser.parse_args(argv)
     if not arguments.merge and (arguments.base or arguments.dtype):
-        parser.error("--base and --dtype go with --merge")
+        parser.error("--base and --dtype need --merge")
     if not arguments.modernise and arguments.adapter:
-        parser.error("--adapter goes with --modernise")
+        parser.error("--adapter needs --modernise")
     try:
         if arguments.merge:
             dtype = getattr(torch, arguments.dtype) if arguments.dtype else None

@@ -2,7 +2,7 @@
 
     python -m trainer.generate --model_name_or_path output/pets --data_path test.json
     python -m trainer.generate --model_name_or_path output/adapter --image cat.jpg --question "Which breed?"
-    torchrun --nproc_per_node 8 -m trainer.generate --model_name_or_path … --data_path … # each takes a share
+    torchrun --nproc_per_node 8 -m trainer.generate --model_name_or_path … --data_path … # split by rank
 
 Input: a model's folder, or an adapter's, which names its base; samples as for training, with or without the
 last answer. Output: the file `--output`, one JSON object a line in the order of the samples,
@@ -101,7 +101,7 @@ class Questions:
     fit_images: bool = False
     """High-resolution models: for a question over max_length, use the largest smaller hd_num that fits."""
     vision_micro_batch: int | None = 16
-    """Images or tiles that a block of the vision tower computes at a time; none: all at once."""
+    """Images or tiles that a block of the vision tower processes at a time; none: all at once."""
     images_as_viewed: bool | None = None
     """Rotate images by their EXIF data and put transparent ones on white; by default as in training."""
     bf16: bool = True
@@ -119,7 +119,7 @@ class Questions:
         if self.data_path is not None and Path(self.data_path).suffix not in (".json", ".jsonl"):
             problems.append(f"--data_path {self.data_path}: must be a .json or .jsonl file of samples")
         if self.image and self.question is None:
-            problems.append("--image goes with --question; samples of --data_path name their own")
+            problems.append("--image needs --question; samples of --data_path name their own images")
         if self.on_bad_sample not in ("error", "skip"):
             problems.append(f"--on_bad_sample {self.on_bad_sample}: choose one of error, skip")
         for name in ("batch_size", "max_new_tokens", "max_length", "vision_micro_batch"):
@@ -142,7 +142,7 @@ def load_model(
 ) -> tuple[PreTrainedModel, Path]:
     """Load the model in `folder`, or the adapter there on its base; also returns the folder of the model.
 
-    vision_micro_batch: images or tiles that a block of the vision tower computes at a time; None: all.
+    vision_micro_batch: images or tiles that a block of the vision tower processes at a time; None: all.
     hd_num, images_as_viewed: override the model's configuration.
     ValueError if a folder or value cannot be used.
     """
@@ -186,16 +186,16 @@ def answer(
     pixels: Sequence[torch.Tensor],
     **options: Any,
 ) -> list[str]:
-    """Answer a batch of prompts, padded on the left; pixels: of all their images, in order."""
+    """Answer a batch of prompts, padded on the left; pixels: those of all their images, in order."""
     width = max(len(prompt.input_ids) for prompt in prompts)
     shape, device = (len(prompts), width), model.device
     input_ids = torch.full(shape, encoder.pad_id, device=device)
     attention_mask, im_mask = torch.zeros_like(input_ids), torch.zeros(shape, dtype=torch.bool, device=device)
     for row, prompt in enumerate(prompts):
-        begin = width - len(prompt.input_ids)
-        input_ids[row, begin:] = torch.from_numpy(prompt.input_ids)
-        im_mask[row, begin:] = torch.from_numpy(prompt.im_mask)
-        attention_mask[row, begin:] = 1
+        offset = width - len(prompt.input_ids)
+        input_ids[row, offset:] = torch.from_numpy(prompt.input_ids)
+        im_mask[row, offset:] = torch.from_numpy(prompt.im_mask)
+        attention_mask[row, offset:] = 1
     images = {"pixel_values": [image.to(device) for image in pixels], "im_mask": im_mask} if pixels else {}
     generated = cast(Any, model).generate(
         input_ids=input_ids, attention_mask=attention_mask, **images, **options
@@ -311,9 +311,9 @@ def answer_all(
     total, batch = len(reader.sources[0].records), questions.batch_size * ranks.world
     bar = tqdm(total=total, initial=first, unit="question", leave=False, disable=no_bar() or total < 2)
     last_line = time.monotonic()
-    for begin in range(first, total, batch):
-        indices = range(begin, min(begin + batch, total))
-        torch.manual_seed(step_seed(questions.seed, begin, ranks.rank))
+    for offset in range(first, total, batch):
+        indices = range(offset, min(offset + batch, total))
+        torch.manual_seed(step_seed(questions.seed, offset, ranks.rank))
         shares = [answer_some(questions, reader, model, indices[ranks.rank :: ranks.world])] * ranks.world
         if ranks.world > 1:
             dist.all_gather_object(shares, shares[ranks.rank])
@@ -407,7 +407,7 @@ def ask(questions: Questions, ranks: Ranks) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the flags, start the process group and answer; a failure is one clear message and a status."""
+    """Parse the flags, start the process group and answer; a failure is one message and a status."""
     try:
         questions = parse_flags(Questions, argv, "trainer.generate")
     except ConfigError as error:

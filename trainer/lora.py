@@ -1,7 +1,7 @@
-"""Adapters (LoRA) on a frozen base: where they go, what they start from.
+"""Adapters (LoRA) on a frozen base: target layers and initial values.
 
 peft's own layers do the arithmetic: `y = W x + alpha / r · B A dropout(x)`. Input: a model on the meta device
-and the configuration. Output: the same model with adapters, which main.py shards as it shards any parameter;
+and the configuration. Output: the same model with adapters, which main.py shards like any other parameters;
 `trainer/adapter_folder.py` reads and writes them.
 
     with torch.device("meta"):
@@ -36,10 +36,10 @@ from trainer.weights import base_checksum, local_rows
 
 
 def add_adapters(model: PreTrainedModel, parts: Parts, config: Config) -> Adapters:
-    """Put adapters into `model`, on the meta device; they alone, and biases if asked for, require gradients.
+    """Add adapters to `model`, on the meta device; only they, and biases if configured, require gradients.
 
-    DataError for targets that are no linear layers, and for a `lora_weight_path` that holds no adapter, one
-    for another base, or one that the flags contradict.
+    DataError for targets that are not linear layers, and for a `lora_weight_path` without an adapter, with an
+    adapter for another base, or with one that the flags contradict.
     """
     base, base_class = Path(config.model_name_or_path), type(model)
     source = Path(config.lora_weight_path) if config.lora_weight_path else None
@@ -76,16 +76,16 @@ def add_adapters(model: PreTrainedModel, parts: Parts, config: Config) -> Adapte
 
 
 def inject(model: nn.Module, peft_config: LoraConfig) -> None:
-    """Let peft put its layers around the targets; modules that train whole stay as they are."""
+    """Wrap the targets in peft's LoRA layers; modules that train in full are not wrapped."""
     injected = copy.copy(peft_config)
     injected.modules_to_save, injected.inference_mode, injected.init_lora_weights = None, False, True
     inject_adapter_in_model(injected, model)
-    peft_config.target_modules = injected.target_modules  # shortened, where there are many
+    peft_config.target_modules = injected.target_modules  # peft shortens a long list
     peft_config.inference_mode, peft_config.init_lora_weights = True, True
 
 
 def adapted_model(adapter: Path, base: Path) -> tuple[PreTrainedModel, set[str]]:
-    """(`base` with the layers of `adapter`, without memory; the parameters that the adapter's folder holds).
+    """(`base` with the layers of `adapter`, on the meta device; the parameters in the adapter's folder).
 
     DataError if the adapter is for another base.
     """
@@ -97,12 +97,12 @@ def adapted_model(adapter: Path, base: Path) -> tuple[PreTrainedModel, set[str]]
 
 
 def resolve_targets(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
-    """Names or patterns of linear layers → peft's `target_modules`.
+    """Resolve names or patterns of linear layers to peft's `target_modules`.
 
-    A name means every linear layer whose dotted name ends with it, as in peft, and stays as it is. A pattern
-    (a regular expression that is no plain name) must match the whole dotted name; it becomes the names that
-    it matches, without linear layers inside another one (PLoRA's A and B). `all-linear` is all of those but
-    the output layer.
+    A name selects every linear layer whose dotted name ends with it, as in peft, and is kept. A pattern (a
+    regular expression that is not a plain name) must match the whole dotted name; it is replaced by the names
+    that it matches, except linear layers inside another one (PLoRA's A and B). `all-linear` selects all of
+    those except the output layer.
     """
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     output = model.get_output_embeddings()
@@ -127,7 +127,7 @@ def resolve_targets(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
         if not matches:
             endings = sorted({".".join(name.split(".")[-2:]) for name in linear if not outer(name)})
             raise DataError(
-                f"--lora_target_modules {entry}: no linear layer is named so; there are {', '.join(endings)}"
+                f"--lora_target_modules {entry}: no linear layer has this name; found {', '.join(endings)}"
             )
         targets += [entry] if plain else sorted(matches)
         chosen |= matches
@@ -135,13 +135,13 @@ def resolve_targets(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
         if (parent := outer(name)) in chosen:
             raise DataError(
                 f"--lora_target_modules: {name} is a part of {parent}, which gets an adapter itself; "
-                f"to train it as it is: --train_modules {name.rpartition('.')[2]}"
+                f"to train it in full: --train_modules {name.rpartition('.')[2]}"
             )
     return targets
 
 
 def _check_flags(config: Config, peft_config: LoraConfig, source: Path) -> None:
-    """DataError with every flag that was set to something else than the adapter's own value."""
+    """DataError listing every flag that is set to another value than the adapter's own."""
     theirs = {
         "lora_r": peft_config.r,
         "lora_alpha": peft_config.lora_alpha,
@@ -164,10 +164,10 @@ def _check_flags(config: Config, peft_config: LoraConfig, source: Path) -> None:
 
 @torch.no_grad()
 def load_adapters(model: nn.Module, adapters: Adapters, seed: int) -> None:
-    """Set the adapters of the sharded model, whose base is loaded: new ones, or those of `adapters.source`.
+    """Initialise the adapters of the sharded and loaded model, or load them from `adapters.source`.
 
-    New: A uniform in ±1/√(inputs) as in peft, B zero, DoRA's magnitudes the norms of the base's rows. A is
-    drawn for each tensor from (seed, its name), so it does not depend on the number of ranks.
+    New adapters: A uniform in ±1/√(inputs) as in peft, B zero, DoRA's magnitudes the norms of the base's
+    rows. A is drawn per tensor from (seed, its name), so it does not depend on the number of ranks.
     """
     parameters = dict(model.named_parameters())
     if adapters.source:

@@ -1,14 +1,14 @@
-"""The whole run, top to bottom: read it, edit it.
+"""The whole training run, from top to bottom: meant to be read and edited.
 
     torchrun --nproc_per_node 8 -m trainer.main --model_name_or_path MODEL --data_path data.txt
 
 Input: a Hugging Face folder and a data.txt (trainer/config.py lists the flags). Output in `output_dir`: the
-trained model as a Hugging Face folder, `checkpoint-<step>/`, `metrics.jsonl` (a line a logged step) and
-`run.json`. One step on 2 ranks, with 2 micro-batches of 4 samples each: of the step's 16 samples every rank
-computes 8; the summed losses are divided once, by the supervised tokens of all 16; gradients are summed over
-ranks in the last micro-batch.
+trained model as a Hugging Face folder, `checkpoint-<step>/`, `metrics.jsonl` (one line per logged step) and
+`run.json`. In a step on 2 ranks with 2 micro-batches of 4 samples each, every rank computes 8 of the step's
+16 samples; the summed losses are divided once, by the number of supervised tokens in all 16; gradients are
+summed over the ranks in the last micro-batch.
 
-Exit status: 0 finished; 2 bad input, nothing trained; 75 stopped on request: run again; 1 anything else.
+Exit status: 0 finished; 2 bad input, nothing trained; 75 stopped on request, resumable; 1 any other failure.
 """
 
 import faulthandler
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
-    print("loading PyTorch and transformers", file=sys.stderr, flush=True)  # it takes some seconds
+    print("loading PyTorch and transformers", file=sys.stderr, flush=True)  # the imports take some seconds
 
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -61,10 +61,10 @@ from trainer.trainable import part_of, refuse_idle
 
 
 def train(config: Config, ranks: Ranks, lock: Lock) -> int:
-    """One run of a checked configuration, with the lock of its output_dir; returns the exit status."""
+    """Run a checked configuration, with the lock of its output_dir; returns the exit status."""
     device, output_dir = ranks.device, Path(config.output_dir)
 
-    # --- the plan: whatever is wrong with the files shows here, before any weight is read ----------------
+    # --- the plan: problems with the files are reported here, before any weight is read ------------------
     plan = make_plan(config, ranks)
     if plan is None:
         return BAD_INPUT
@@ -73,14 +73,14 @@ def train(config: Config, ranks: Ranks, lock: Lock) -> int:
     if agree_on_problems(lock.take() if ranks.rank == 0 else []):
         return BAD_INPUT
     try:
-        begin = choose_start(config, run)
+        start_point = choose_start(config, run)
     except ValueError as error:
         agree_on_problems(str(error).splitlines())
         return BAD_INPUT
-    if begin.finished:
+    if start_point.finished:
         return 0
 
-    # --- the model: sharded while it has no memory, then every rank reads its own part -------------------
+    # --- the model: sharded on the meta device, then every rank reads its own shards ---------------------
     mesh = device_mesh(ranks, hybrid=config.sharding == "hybrid")
     model: Any = parallelize(plan.model, mesh, plan.parts, config)
     allocate(model, device, config.cpu_offload)
@@ -94,20 +94,20 @@ def train(config: Config, ranks: Ranks, lock: Lock) -> int:
     )
     optimizer = adamw(groups, config.adam_betas, config.adam_epsilon, device, config.optim_state)
 
-    # --- say what will happen -----------------------------------------------------------------------------
+    # --- log the plan, restore the state, prepare output_dir ---------------------------------------------
     log_plan(plan, config, ranks, loaded)
-    if begin.folder:
-        load(begin.folder, resumable(trained, optimizer))
+    if start_point.folder:
+        load(start_point.folder, resumable(trained, optimizer))
     space = bytes_of_a_save(model, trained, resumable(trained, optimizer), plan.save_dtype, config)
-    if agree_on_problems(prepare_output_dir(output_dir, run, begin, space) if ranks.rank == 0 else []):
+    if agree_on_problems(prepare_output_dir(output_dir, run, start_point, space) if ranks.rank == 0 else []):
         return BAD_INPUT
     metrics = MetricsFile(output_dir if ranks.rank == 0 else None, config.report_to == "tensorboard")
     write_model = functools.partial(save_model, model, plan, loaded)
 
     # --- the loop ----------------------------------------------------------------------------------------
-    loader = open_loader(plan, config, ranks, begin.step)
+    loader = open_loader(plan, config, ranks, start_point.step)
     checkpoints = Checkpoints(run, config, lock, plan.sampler.steps_per_epoch, total_steps)
-    log(checkpoints.first_save(begin.step))
+    log(checkpoints.first_save(start_point.step))
     stop = StopRequest(output_dir, lock.release)
     flops = peak = tracer = None
     if config.measure_mfu:
@@ -122,18 +122,18 @@ def train(config: Config, ranks: Ranks, lock: Lock) -> int:
         longest = longest_micro_batch(plan.reader, config.per_device_train_batch_size, plan.packing)
         rehearse(model, longest, device, config)
     batches = iter(loader)
-    # leave=False: what a run that ends early prints last is why, not the bar.
+    # leave=False: the last output of a run that ends early is the reason, not the bar.
     options = {"unit": "step", "dynamic_ncols": True, "leave": False}
-    bar = tqdm(total=total_steps, initial=begin.step, disable=no_bar(), **options)
-    window = Window(sources, device, begin.notes)
-    for step in range(begin.step + 1, total_steps + 1):
+    bar = tqdm(total=total_steps, initial=start_point.step, disable=no_bar(), **options)
+    window = Window(sources, device, start_point.notes)
+    for step in range(start_point.step + 1, total_steps + 1):
         faulthandler.dump_traceback_later(60 * config.hang_minutes, exit=True)
         if tracer:
             tracer.begin(step)
         with window.timed("data_wait"):
             micro_batches = next(batches)
         torch.manual_seed(step_seed(config.seed, step, ranks.rank))  # dropout
-        # The supervised tokens of the global batch, and requests that all ranks must hear in the same step.
+        # The global batch's supervised tokens, and requests to stop or save, which all ranks need at once.
         totals = sum_over_ranks(micro_batches, flops, stop.asked(), checkpoints.minutes_are_over(), device)
 
         for i, micro_batch in enumerate(micro_batches):
@@ -142,7 +142,7 @@ def train(config: Config, ranks: Ranks, lock: Lock) -> int:
                 batch = micro_batch.to(device)
             with record_function("forward"):
                 outputs = model(**batch.inputs)  # outputs.loss: a sum, float32
-            # One mean over the supervised tokens of the global batch, whatever rank or micro-batch has them.
+            # One mean over the global batch's supervised tokens, whichever rank or micro-batch they are in.
             divisor = totals[0].clamp(min=1.0)
             if config.loss_average == "micro_batch":
                 divisor = max(1, batch.num_supervised) * len(micro_batches) * ranks.world
@@ -152,11 +152,11 @@ def train(config: Config, ranks: Ranks, lock: Lock) -> int:
 
         if step == 1:
             refuse_idle(trained)
-        # --- step, unless a number is not finite; all ranks read the same --------------------------------
+        # --- optimizer step, skipped if loss or gradient is not finite; all ranks decide alike -----------
         with record_function("optimizer"):
             norm = get_total_norm([p.grad for p in trained.values() if p.grad is not None])
             loss_sum = window.loss_sum
-            result = window.close_step(totals, norm)  # the one wait for the device
+            result = window.close_step(totals, norm)  # the step's only device sync
             rate = learning_rate_factor(config.lr_scheduler_type, step - 1, total_steps, plan.warmup_steps)
             if result.is_finite:
                 clip_grads_with_norm_(trained.values(), config.max_grad_norm or math.inf, norm)
@@ -205,12 +205,12 @@ def train(config: Config, ranks: Ranks, lock: Lock) -> int:
         if stopping:
             checkpoints.wait()
             stop.honoured()
-            log(f"\nstopped after step {step} of {total_steps}, as asked; {checkpoints.what_is_safe()}")
+            log(f"\nstopped after step {step} of {total_steps}, as asked; {checkpoints.resume_hint()}")
             return FAILED if checkpoints.failed else STOPPED
     bar.leave = True
     bar.close()
 
-    # --- the end: the model itself in output_dir --------------------------------------------------------
+    # --- the final model, in output_dir itself -----------------------------------------------------------
     faulthandler.cancel_dump_traceback_later()
     checkpoints.save_final_model(total_steps, write_model)
     stop.honoured()
@@ -219,7 +219,7 @@ def train(config: Config, ranks: Ranks, lock: Lock) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, join the other ranks, train; every failure ends as a sentence or one traceback, and a status."""
+    """Parse flags, join the process group and train; a failure is one message or traceback, and a status."""
     try:
         config = parse(argv)
     except ConfigError as error:
@@ -233,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         log(f"\nerror: {error}")
         return FAILED
     except DataError as error:
-        log(f"\nerror: rank {ranks.rank}: {error}", every_rank=True)  # below the bar
+        log(f"\nerror: rank {ranks.rank}: {error}", every_rank=True)  # the newline ends the bar's line
         return FAILED
     except Exception as error:
         if is_lost_peer(error):
@@ -241,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         log(f"\nerror: rank {ranks.rank} raised:\n{traceback.format_exc()}", every_rank=True)
         if is_lost_peer(error):
             log(
-                "error: it has lost another rank, perhaps of another machine; that one says why",
+                "error: lost the connection to another rank, perhaps on another machine; see its error",
                 every_rank=True,
             )
         return FAILED

@@ -1,10 +1,10 @@
-"""The numbers of a run: sums over a window of steps, metrics.jsonl, memory, and the file of a bad step.
+"""The metrics of a run: sums over a window of steps, metrics.jsonl, memory, and the record of a bad step.
 
-Input: numbers that the loop already has. Output: files in `output_dir` and text for the terminal:
+Input: values that the loop already has. Output: files in `output_dir` and text for the terminal:
 
-    window.add(batch, token_losses)                       # a micro-batch, on the device, without waiting
-    result = window.close_step(totals, norm)              # a step: the one wait
-    metrics.write("train", step, **window.flush(peak))    # a line of metrics.jsonl
+    window.add(batch, token_losses)                       # per micro-batch: no device sync
+    result = window.close_step(totals, norm)              # per step: the only device sync
+    metrics.write("train", step, **window.flush(peak))    # per line of metrics.jsonl
 """
 
 import json
@@ -33,10 +33,10 @@ from trainer.distributed import all_max, all_sum, is_main, log, step_seed
 
 
 class MetricsFile:
-    """`metrics.jsonl` in a folder: one JSON object a line, flushed, so that a killed run keeps every line.
+    """`metrics.jsonl` in a folder: one JSON object per line, flushed, so that a killed run keeps every line.
 
-    folder None writes nothing, so that the ranks which do not speak run the same code. tensorboard: the
-    numbers go to event files in `folder`/tensorboard too (needs the package of that name).
+    folder: None writes nothing, so that all ranks run the same code; tensorboard: also write the metrics to
+    event files in `folder`/tensorboard (needs the package of that name).
     """
 
     def __init__(self, folder: Path | None, tensorboard: bool = False) -> None:
@@ -48,14 +48,14 @@ class MetricsFile:
             self.board = SummaryWriter(folder / "tensorboard")
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """One line; floats keep full precision, for comparing runs exactly, and NaN becomes null."""
+        """Write one line; floats keep full precision, for exact comparisons of runs, and NaN becomes null."""
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         if self.file:
             try:
                 self.file.write(json.dumps({"kind": kind, "step": step, **values}, ensure_ascii=False) + "\n")
                 self.file.flush()
-            except OSError as error:  # a full disk; the file's buffer keeps the line for the next flush
-                log(f"\nwarning: metrics.jsonl waits for room: {error}")
+            except OSError as error:  # a full disk; the buffer keeps the line for the next flush
+                log(f"\nwarning: metrics.jsonl cannot be written now; its lines are kept in memory: {error}")
         if self.board:
             for name, value in values.items():
                 for key, number in (value if isinstance(value, dict) else {"": value}).items():
@@ -64,7 +64,7 @@ class MetricsFile:
             self.board.flush()
 
     def write_epoch(self, step: int, epoch: int, sources: Sequence[Source], sums: Tensor) -> str:
-        """The line of an epoch (from 0) that ends with `step`, and its table; sums as in `ledger_rows`."""
+        """Write the line of an epoch (from 0), given the sums for `ledger_rows`; returns its table."""
         rows = ledger_rows(sources, sums, epoch)
         self.write("epoch", step, epoch=epoch, sources=rows)
         return f"\nepoch {epoch}\n{ledger_table(rows)}"
@@ -73,11 +73,11 @@ class MetricsFile:
 def sum_over_ranks(
     micro_batches: Sequence[MicroBatch], flops: Any, stop: bool, save: bool, device: torch.device
 ) -> Tensor:
-    """What all ranks must know of a step before its forward pass, in one reduction: float64 [6] on the
+    """Totals of a step that all ranks need before its forward pass, in one reduction: float64 [6] on the
     device.
 
     Supervised tokens; tokens; operations of vision and of language (0 without `flops`, a
-    `trainer.extras.flops.ModelFlops`); and how many ranks were asked to stop, or to save by the clock.
+    `trainer.extras.flops.ModelFlops`); and the numbers of ranks that ask to stop, or to save by the clock.
     """
     mine = [0.0, 0.0, 0.0, 0.0, float(stop), float(save)]
     for batch in micro_batches:
@@ -89,62 +89,62 @@ def sum_over_ranks(
 
 @dataclass(frozen=True)
 class StepResult:
-    """What every rank knows of a step when it is closed; the same on all of them."""
+    """The result of a step, the same on every rank."""
 
     grad_norm: float
-    """Before clipping."""
+    """Norm of the whole gradient before clipping."""
     is_finite: bool
-    """The gradient's norm and all losses are."""
+    """Whether the gradient's norm and all losses are finite."""
     stop: bool
     save: bool
 
 
 class Window:
-    """Sums of the steps since the last line of metrics.jsonl, and of the epoch. It decides nothing.
+    """Sums over the steps since the last line of metrics.jsonl, and over the epoch.
 
-    window.add(batch, outputs.token_losses)       # a micro-batch: on the device, without a wait
-    result = window.close_step(totals, norm)      # the one wait for the device in a step
+    window.add(batch, outputs.token_losses)       # per micro-batch: no device sync
+    result = window.close_step(totals, norm)      # per step: the only device sync
     metrics.write("train", step, **window.flush())
     """
 
     def __init__(self, sources: Sequence[Source], device: torch.device, state: Mapping[str, Any]) -> None:
-        """state: `state()` of the run that this one goes on from; empty for none."""
+        """state: the `state()` saved by the run that this one resumes, or empty."""
         self.sources, self.device = sources, device
         self.sums, self.epoch = torch.zeros(2, 4, len(sources), dtype=torch.float64)
-        """`data.ledger.tally`: samples, samples left out, supervised tokens and losses, by source."""
+        """As in `data.ledger.tally`: samples, samples left out, supervised tokens and losses, by source."""
         self.sums += torch.tensor(state.get("window", 0.0), dtype=torch.float64)
         self.epoch += torch.tensor(state.get("epoch", 0.0), dtype=torch.float64)
         self.tokens, *self.flops = state.get("work", [0.0, 0.0, 0.0])
         self.skipped_steps, self.bad_steps = state.get("counts", [0, 0])
-        """Steps that were not finite: in this window, and in a row."""
+        """Steps that were not finite: in this window, and consecutive ones."""
         seconds, self.steps = state.get("clock", [0.0, 0])
         self.started = time.perf_counter() - seconds
         self.seconds: defaultdict[str, float] = defaultdict(float)
-        """Of this rank, by `timed`."""
+        """Seconds of this rank, added up by `timed`."""
         self.grad_norm = math.nan
         self._step = torch.zeros(4, len(sources), dtype=torch.float64, device=device)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Add up the seconds that the block takes; in a trace it is a range of this name."""
+        """Add up the seconds that a code block takes; in a trace the block is a range of this name."""
         begun = time.perf_counter()
         with record_function(name):
             yield
         self.seconds[name] += time.perf_counter() - begun
 
     def add(self, batch: MicroBatch, token_losses: Tensor) -> None:
-        """A micro-batch of the step; token_losses: [num_supervised], on the device."""
+        """Add a micro-batch of the step; token_losses: [num_supervised], on the device."""
         self._step += tally(batch, token_losses, len(self.sources))
 
     @property
     def loss_sum(self) -> Tensor:
-        """Of this rank's tokens in the step that is not closed yet."""
+        """Loss sum of this rank's tokens in the current step."""
         return self._step[3].sum()
 
     def close_step(self, totals: Tensor, norm: Tensor) -> StepResult:
-        """The sums of all ranks, and what they know together; every rank calls it.
+        """Sum the step over all ranks and add it to the window, unless it is not finite; every rank calls it.
 
-        totals: of `sum_over_ranks`; norm: of the whole gradient. A step that is not finite adds to no sum.
+        totals: from `sum_over_ranks`; norm: the norm of the whole gradient.
         """
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         sums = all_sum(self._step)
@@ -166,9 +166,9 @@ class Window:
         return StepResult(self.grad_norm, is_finite, stop > 0, save > 0)
 
     def flush(self, peak_flops: float | None = None) -> dict[str, Any]:
-        """The numbers of a line of metrics.jsonl, and a new window; every rank calls it.
+        """Return the values for a line of metrics.jsonl and start a new window; every rank calls it.
 
-        peak_flops: operations a second that these ranks could do; None where that was not measured.
+        peak_flops: peak operations per second of all ranks; None if not measured.
         """
         samples, left_out, supervised, loss = self.sums.sum(1).tolist()
         seconds = time.perf_counter() - self.started
@@ -200,12 +200,12 @@ class Window:
         return line
 
     def flush_epoch(self) -> Tensor:
-        """The sums of the epoch that ends, [4, sources], for `data.ledger.ledger_rows`; a new one begins."""
+        """Return the sums of the epoch, [4, sources], for `data.ledger.ledger_rows`, and start a new one."""
         sums, self.epoch = self.epoch, torch.zeros_like(self.epoch)
         return sums
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it, as JSON values."""
+        """The state to save in a checkpoint, as JSON values."""
         return {
             "window": self.sums.tolist(),
             "epoch": self.epoch.tolist(),
@@ -216,7 +216,7 @@ class Window:
 
 
 def summary(line: Mapping[str, Any], learning_rate: float) -> str:
-    """A line of metrics.jsonl for the terminal."""
+    """A line of metrics.jsonl as text for the terminal."""
     mfu = f"MFU {line['mfu']:.1%}, " if "mfu" in line else ""
     return (
         f"loss {line['loss']:.4f}, lr {learning_rate:.2e}, {line['tokens_per_second']:,.0f} tokens/s "
@@ -228,8 +228,8 @@ def summary(line: Mapping[str, Any], learning_rate: float) -> str:
 
 
 def memory_peak(device: torch.device) -> int:
-    """The most bytes that this rank used: since the last call, of an accelerator's allocator; on a CPU, of
-    the resident set and of the whole run."""
+    """Peak memory of this rank in bytes: of the accelerator's allocator since the last call; on a CPU, of the
+    resident set during the whole run."""
     if device.type != "cpu":
         peak = torch.accelerator.max_memory_allocated(device)
         torch.accelerator.reset_peak_memory_stats(device)
@@ -239,7 +239,7 @@ def memory_peak(device: torch.device) -> int:
 
 
 MAX_NAMED = 20
-"""Parameters with a bad gradient that a capsule names."""
+"""Maximum number of parameters with a bad gradient that are listed."""
 
 
 def write_capsule(
@@ -251,9 +251,9 @@ def write_capsule(
     trained: Mapping[str, nn.Parameter],
     grad_norm: float,
 ) -> Path:
-    """Write what a step that was not finite was made of, for trainer/extras/replay.py; all ranks call it.
+    """Record the samples of a step that was not finite, for trainer/extras/replay.py; all ranks call it.
 
-    loss_sum: this rank's; the gradients must not be clipped yet. Returns the file, which rank 0 writes.
+    loss_sum: of this rank; gradients must not be clipped yet. Returns the file, which rank 0 writes.
     """
     rank = dist.get_rank()
     bad = [

@@ -1,13 +1,13 @@
-"""What a run will do, read from files before any weight is: the data, the model's description, the steps.
+"""The plan of a run, made before any weight is read: the data, the description of the model, the steps.
 
-Input: a configuration whose values are right by themselves. Output: a `Plan`, or every problem of every file
-said at once and None.
+Input: a configuration whose values are valid. Output: a `Plan`, or None after all problems of all files have
+been logged together.
 
     plan = make_plan(config, ranks)
-    plan.model                    # on the meta device: all parameters described, none in memory
-    plan.total_steps              # 750: 3 epochs of 4,000 samples, 16 a step
+    plan.model                    # on the meta device: shapes and dtypes, no memory
+    plan.total_steps              # 750: 3 epochs of 4,000 samples, 16 per step
 
-With packing every sample's length is measured here, by all cores, once: the next start reads the cache.
+With packing, the length of every sample is measured here on all cores; the next start reads a cache.
 """
 
 import math
@@ -42,18 +42,18 @@ class Plan:
     tokenizer: PreTrainedTokenizerBase
     model_config: PreTrainedConfig
     model: PreTrainedModel
-    """On the meta device; its parameters know whether they train, and their dtypes."""
+    """On the meta device, with dtypes and requires_grad set."""
     parts: Parts
     adapters: Adapters | None
     training: set[str]
     """Names of the parameters that train."""
     save_dtype: torch.dtype
-    """Of the saved weights."""
+    """Dtype of the saved weights."""
     reader: SampleReader
     sampler: StepSampler
     packing: Packing | None
     global_batch: int
-    """Samples an optimizer step."""
+    """Samples per optimizer step."""
     total_steps: int
     warmup_steps: int
 
@@ -63,7 +63,7 @@ class Plan:
 
 
 def make_plan(config: Config, ranks: Ranks) -> Plan | None:
-    """Read all files but weights; every rank calls it. None: problems were found, and rank 0 said them."""
+    """Read all files except weights; every rank calls it. None if rank 0 has logged problems."""
     problems = _machine_problems(config, ranks)
     sources: list[Source] = []
     plan = None
@@ -80,7 +80,7 @@ def make_plan(config: Config, ranks: Ranks) -> Plan | None:
         problems += str(error).splitlines()
     try:
         plan = _describe_model(config, ranks, sources)
-        problems += _problems_of_text_alone(plan, config)
+        problems += _text_only_problems(plan, config)
     except (ValueError, OSError) as error:
         problems += str(error).splitlines()
     if agree_on_problems(problems):
@@ -95,7 +95,7 @@ def make_plan(config: Config, ranks: Ranks) -> Plan | None:
             lengths = measure_lengths(plan.reader, needed, show_progress=ranks.rank == 0)
         if config.on_bad_sample == "error":
             problems = bad_samples(plan.reader, lengths)
-    except DataError as error:  # a file has changed meanwhile
+    except DataError as error:  # a file changed while it was read
         problems = str(error).splitlines()
     if agree_on_problems(problems):
         return None
@@ -104,12 +104,12 @@ def make_plan(config: Config, ranks: Ranks) -> Plan | None:
 
 
 def _machine_problems(config: Config, ranks: Ranks) -> list[str]:
-    """What the flags ask of the machine and of its folders and cannot have, a sentence each."""
+    """Problems with output_dir, and flags that this machine cannot satisfy, a sentence each."""
     read = {name: getattr(config, name) for name in ("model_name_or_path", "lora_weight_path")}
     problems = output_dir_problems(Path(config.output_dir), read)
     if config.cpu_offload and ranks.device.type == "cpu":
         problems.append(
-            "--cpu_offload: there is no accelerator here, so everything is in the host's memory already; "
+            "--cpu_offload: there is no accelerator here, so everything is in host memory already; "
             "remove the flag"
         )
     if config.attn_implementation == "flex_attention" and ranks.device.type == "cpu":
@@ -122,13 +122,13 @@ def _machine_problems(config: Config, ranks: Ranks) -> list[str]:
     return problems
 
 
-def _problems_of_text_alone(plan: Plan, config: Config) -> list[str]:
-    """Parts that should train and that data without an image never reaches, a sentence each."""
+def _text_only_problems(plan: Plan, config: Config) -> list[str]:
+    """A sentence for each part that should train but gets no gradient, because the data has no images."""
     if not plan.sources or any(source.records.num_images for source in plan.sources):
         return []
     by_name = "take its layers out of --lora_target_modules and --train_modules"
     return [
-        f"the data names no image, so the {what} would get no gradient: {remedy}"
+        f"the data has no images, so the {what} would get no gradient: {remedy}"
         for what, remedy, prefixes in (
             (
                 "vision tower",
@@ -148,22 +148,22 @@ def _problems_of_text_alone(plan: Plan, config: Config) -> list[str]:
 def _describe_model(config: Config, ranks: Ranks, sources: list[Source]) -> Plan:
     base = Path(config.model_name_or_path)
     base_dtype = weights_dtype(base)
-    kept = adapter_preprocessing(config.lora_weight_path)
-    reader, model_config = open_reader(config, sources, trainer.models, kept)
+    preprocessing = adapter_preprocessing(config.lora_weight_path)
+    reader, model_config = open_reader(config, sources, trainer.models, preprocessing)
     model_config.plora_dropout = config.plora_dropout
     model_config._attn_implementation = config.attn_implementation
     parts = parts_of(model_config)
     with torch.device("meta"):
         try:
             model = build_model(model_config)
-        except ImportError as error:  # of an attention kernel's package
+        except ImportError as error:  # the package of an attention kernel is missing
             raise ValueError(
                 f"--attn_implementation {config.attn_implementation}: {' '.join(str(error).split())} "
                 "Install it, or use --attn_implementation sdpa"
             ) from error
         adapters = add_adapters(model, parts, config) if config.use_lora else None
     training = trained_names(model, parts, config)
-    # A full model is saved with its frozen parts as they were; a base under adapters is not saved.
+    # A full model is saved with its frozen parts unchanged; the base of adapters is not saved.
     frozen_dtype = torch.float32 if not config.bf16 else torch.bfloat16 if adapters else base_dtype
     set_trainable(model, training, training | (adapters.saved if adapters else set()), frozen_dtype)
     global_batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * ranks.world
@@ -189,7 +189,7 @@ def _describe_model(config: Config, ranks: Ranks, sources: list[Source]) -> Plan
 
 
 def open_loader(plan: Plan, config: Config, ranks: Ranks, first_step: int) -> StepLoader:
-    """The micro-batches of this rank, a list a step, from `first_step` (counted from 0) on."""
+    """The micro-batches of this rank, one list per step, starting at `first_step` (counted from 0)."""
     return StepLoader(
         plan.reader,
         plan.sampler,
@@ -205,12 +205,12 @@ def open_loader(plan: Plan, config: Config, ranks: Ranks, first_step: int) -> St
 
 
 def log_plan(plan: Plan, config: Config, ranks: Ranks, loaded: LoadReport) -> None:
-    """Log what trains, the sources and the arithmetic of a batch; `loaded` is what the base brought."""
+    """Log which parameters train, the sources and the batch arithmetic; `loaded`: the report on the base."""
     adapters, base = plan.adapters, Path(config.model_name_or_path)
     log(model_table(plan.model, plan.parts, config.learning_rates, adapters.saved if adapters else None))
     if adapters and not loads_by_itself(base, plan.parts):
         log(
-            f"{base} brings no code that today's transformers can run: to use the adapter without this "
+            f"{base} has no code that today's transformers can run: to use the adapter without this "
             f"project, `python -m trainer.export --modernise {base} NEW_BASE --adapter {config.output_dir}`"
         )
     if loaded.carried and not adapters:
@@ -219,24 +219,24 @@ def log_plan(plan: Plan, config: Config, ranks: Ranks, loaded: LoadReport) -> No
             f"first {next(iter(loaded.carried))}"
         )
     for number, source in enumerate(plan.sources):
-        log(f"{source.name}: {len(source.records):,} records, {source.num_samples:,} samples an epoch")
+        log(f"{source.name}: {len(source.records):,} records, {source.num_samples:,} samples per epoch")
         if source.repetition:
             log(f"warning: {source.repetition}")
         if plan.packing and (cut := num_cut(lengths := plan.packing.lengths[number])):
             measured = int((lengths[:, 0] >= 0).sum())
-            fate = "are left out" if config.on_long_sample == "skip" else "lose their tail"
+            outcome = "are left out" if config.on_long_sample == "skip" else "are truncated"
             log(
                 f"warning: {source.name}: {cut:,} of {measured:,} measured samples are over "
-                f"max_length={config.max_length} and {fate}"
+                f"max_length={config.max_length} and {outcome}"
             )
     rows = (
         f"packed into rows of at most {config.max_length:,} tokens"
         if plan.packing
-        else f"{config.per_device_train_batch_size} a padded micro-batch"
+        else f"{config.per_device_train_batch_size} per padded micro-batch"
     )
     log(
-        f"global batch {plan.global_batch} samples = {config.per_device_train_batch_size} a device "
+        f"global batch {plan.global_batch} samples = {config.per_device_train_batch_size} per device "
         f"× {config.gradient_accumulation_steps} accumulated × {ranks.world} ranks, {rows}; "
-        f"{plan.sampler.steps_per_epoch} steps an epoch, {plan.total_steps} in all, "
+        f"{plan.sampler.steps_per_epoch} steps per epoch, {plan.total_steps} in all, "
         f"{plan.warmup_steps} of them warm-up"
     )

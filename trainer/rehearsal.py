@@ -1,11 +1,11 @@
-"""Checks before the first step of what would end a run later: disk space, and memory for the longest batch.
+"""Checks before the first step: disk space for a save, and memory for the longest micro-batch.
 
 Input: the model, the data and the folder. Output: a list of problems, or an exception:
 
-    prepare_output_dir(Path("output"), run, begin, needed_bytes=120_000_000_000)
+    prepare_output_dir(Path("output"), run, start, needed_bytes=120_000_000_000)
     # ["--output_dir output: a save needs 120.0 GB, but 80.3 GB are free; free disk space, or …"]
     rehearse(model, longest_micro_batch(reader, 4, packing), device, config)
-    # torch.OutOfMemoryError now and not in step 3,217
+    # torch.OutOfMemoryError now instead of in step 3,217
 """
 
 import math
@@ -28,7 +28,7 @@ from trainer.parallelize import set_communication
 from trainer.resume import Start, drop_later_lines, set_aside
 
 PROBED = 64
-"""Records of each source that are measured: a record's length is not known before it is tokenised."""
+"""Records of each source that are measured; a record must be tokenised to know its length."""
 
 
 def bytes_of_a_save(
@@ -38,9 +38,9 @@ def bytes_of_a_save(
     save_dtype: torch.dtype,
     config: Config,
 ) -> int:
-    """Bytes of a checkpoint: the saved model, and the state that a run resumes from (`resumable`).
+    """Bytes of a checkpoint: the saved model, and the state to resume from (`resumable`).
 
-    The final model takes no more: its weights are those of the last checkpoint.
+    The final model takes no more space: it shares the weights of the last checkpoint.
     """
     saved = trained.values() if config.use_lora else model.parameters()
     model_bytes = save_dtype.itemsize * sum(parameter.numel() for parameter in saved)
@@ -49,9 +49,9 @@ def bytes_of_a_save(
 
 
 def prepare_output_dir(
-    output_dir: Path, run: Mapping[str, Any], begin: Start, needed_bytes: int
+    output_dir: Path, run: Mapping[str, Any], start: Start, needed_bytes: int
 ) -> list[str]:
-    """Prepare the folder for a run from `begin`: delete what a killed run left, and write run.json.
+    """Prepare the folder for a run from `start`: delete what a killed run left, and write run.json.
 
     Returns the problems that prevent its use. For rank 0 only.
     """
@@ -65,8 +65,8 @@ def prepare_output_dir(
                 f"{free / 1e9:.1f} GB are free; free disk space, or name a folder on another disk"
             ]
         (output_dir / MARKER).unlink(missing_ok=True)  # of an earlier run that finished here
-        if begin.folder and begin.folder.resolve().parent == output_dir.resolve():
-            drop_later_lines(output_dir / "metrics.jsonl", begin.step)
+        if start.folder and start.folder.resolve().parent == output_dir.resolve():
+            drop_later_lines(output_dir / "metrics.jsonl", start.step)
         else:
             set_aside(output_dir / "metrics.jsonl")
         write_json(output_dir / "run.json", run)
@@ -80,7 +80,7 @@ def prepare_output_dir(
 def longest_micro_batch(reader: SampleReader, num_samples: int, packing: Packing | None) -> MicroBatch:
     """The longest micro-batch that training may meet.
 
-    With packing, whose lengths are known, the fullest row of the longest samples. Otherwise the longest
+    With packing, all lengths are known: a full row of the longest samples. Otherwise the longest
     `num_samples` samples among PROBED evenly spaced records of each source.
     """
     if packing:

@@ -1,15 +1,15 @@
-"""Where a run goes on from: the newest complete checkpoint, if it belongs to the same training.
+"""Choose where a run resumes: at the newest complete checkpoint, if it belongs to the same training.
 
-Input: the configuration, what it comes to (`describe_run`), and what output_dir holds. Output: a `Start`, the
-same on every rank, or ValueError with a line a reason why the run must not go on:
+Input: the configuration, the description of the run (`describe_run`), and the content of output_dir. Output:
+a `Start`, the same on every rank, or ValueError with one line for each reason why the run must not resume:
 
-    output/checkpoint-30/    optimizer shard with a flipped byte     named and passed over
+    output/checkpoint-30/    optimizer shard with a flipped byte     reported and skipped
     output/checkpoint-20/    complete                                Start(step=20, folder=…)
-    output/                  no checkpoint                           Start(step=0), and the log says so
+    output/                  no checkpoint                           Start(step=0), which is logged
 
 A changed configuration is compared field by field with the checkpoint's `run.json`. What cannot change the
-training (folders, workers, how often to save) is logged; what does is refused, unless `--resume_anyway` is
-given. The fields that may change are declared so in the configuration (`may_change`); all others may not.
+training (folders, workers, how often to save) is logged; other changes are refused, unless `--resume_anyway`
+is given. The configuration declares which fields may change (`may_change`).
 """
 
 import dataclasses
@@ -37,20 +37,20 @@ from trainer.weights import base_checksum
 
 @dataclass(frozen=True)
 class Start:
-    """The state before the first step: `step` steps are done already, and `folder` holds what they made."""
+    """The start of a run: `step` steps are already done, and `folder` is their checkpoint."""
 
     step: int = 0
     folder: Path | None = None
     finished: bool = False
     notes: dict[str, Any] = field(default_factory=dict)
-    """What the loop gave to `Checkpoints.save`."""
+    """The checkpoint's marker, with the `notes` that the loop gave to `Checkpoints.save`."""
 
 
 def describe_run(config: Config, plan: Plan, ranks: Ranks) -> dict[str, Any]:
-    """The content of run.json: the resolved configuration, versions, and what data and model were used."""
+    """The content of run.json: the resolved configuration, the versions, and the data and model used."""
     samples = sum(source.num_samples for source in plan.sources)
     return {
-        "config": json.loads(json.dumps(dataclasses.asdict(config))),  # as it will be read again
+        "config": json.loads(json.dumps(dataclasses.asdict(config))),  # as json.loads will return it
         "global_batch": plan.global_batch,
         "total_steps": plan.total_steps,
         "warmup_steps": plan.warmup_steps,
@@ -79,17 +79,17 @@ def describe_run(config: Config, plan: Plan, ranks: Ranks) -> dict[str, Any]:
 
 
 def choose_start(config: Config, run: Mapping[str, Any]) -> Start:
-    """Find where to go on from; every rank calls it. ValueError holds the reasons not to, a line each."""
+    """Find where to resume; every rank calls it. ValueError lists the reasons not to, one per line."""
     output_dir = Path(config.output_dir)
     if is_main() and (output_dir / FINAL).is_dir():
-        _finish_the_move(output_dir)
+        _finish_move(output_dir)
     barrier()
     found = numbered(output_dir)
     has = f"{output_dir} has {', '.join(path.name for path in found.values()) or 'no checkpoints'}"
-    # Ranks that torchrun has started again go on, whatever the command line once began from.
+    # Ranks that torchrun has restarted resume, regardless of --resume_from_checkpoint.
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    wish = "auto" if restarted and found else config.resume_from_checkpoint
-    if wish == "auto" and (output_dir / MARKER).is_file():
+    wanted = "auto" if restarted and found else config.resume_from_checkpoint
+    if wanted == "auto" and (output_dir / MARKER).is_file():
         start = Start(read_marker(output_dir)["step"], output_dir, finished=True)
         if start.step >= run["total_steps"]:
             _compare(output_dir, run, config.resume_anyway)
@@ -98,25 +98,25 @@ def choose_start(config: Config, run: Mapping[str, Any]) -> Start:
         if not found:
             raise ValueError(
                 f"{output_dir} holds the finished model of step {start.step} of {run['total_steps']} and no "
-                "checkpoint to go on from; name another --output_dir, or set --resume_from_checkpoint none "
+                "checkpoint to resume from; name another --output_dir, or set --resume_from_checkpoint none "
                 "to train from scratch and replace that model"
             )
-    passed_over: list[Path] = []
+    skipped: list[Path] = []
     folder = None
-    if wish == "auto":
+    if wanted == "auto":
         for candidate in found.values():
             if (problem := damage(candidate)) is None:
                 folder = candidate
                 break
-            log(f"warning: {candidate} is passed over: {problem}")
-            passed_over.append(candidate)
+            log(f"warning: {candidate} is skipped: {problem}")
+            skipped.append(candidate)
         if found and folder is None:
             raise ValueError(
-                f"none of the checkpoints in {output_dir} can be used; remove them, or name another "
+                f"none of the checkpoints in {output_dir} can be used; delete them, or name another "
                 "--output_dir, to start from the beginning"
             )
-    elif wish != "none":
-        folder = Path(wish)
+    elif wanted != "none":
+        folder = Path(wanted)
         if not folder.is_dir():
             raise ValueError(f"--resume_from_checkpoint {folder}: there is no such folder; {has}")
         if (problem := damage(folder)) is not None:
@@ -124,22 +124,22 @@ def choose_start(config: Config, run: Mapping[str, Any]) -> Start:
     marker = read_marker(folder) if folder else {"step": 0}
     start = Start(marker["step"], folder, notes=marker)
     for step, other in found.items():
-        if step > start.step and other not in passed_over:
+        if step > start.step and other not in skipped:
             raise ValueError(
-                f"{other} is of a later step than this run would start from ({start.step}): a later restart "
-                "would take it for this run's; go on from it with --resume_from_checkpoint auto, remove it, "
-                "or name another --output_dir"
+                f"{other} is from a later step than this run would start from ({start.step}), so a restart "
+                "would resume from it; resume from it now with --resume_from_checkpoint auto, delete it, or "
+                "name another --output_dir"
             )
     if folder:
         _compare(folder, run, config.resume_anyway)
-        log(f"going on from {folder}, after step {start.step} of {run['total_steps']}")
+        log(f"resuming from {folder}, after step {start.step} of {run['total_steps']}")
     else:
         log(f"starting from scratch: {has}")
     return start
 
 
-def _finish_the_move(output_dir: Path) -> None:
-    """What a run was doing that was killed while its final model moved into output_dir, the marker last."""
+def _finish_move(output_dir: Path) -> None:
+    """Finish a move of the final model into output_dir that a killed run left half done."""
     if (output_dir / FINAL / MARKER).is_file():
         move_into(output_dir / FINAL, output_dir)
     else:
@@ -147,7 +147,7 @@ def _finish_the_move(output_dir: Path) -> None:
 
 
 def drop_later_lines(path: Path, step: int) -> None:
-    """Take the lines of steps after `step` out of metrics.jsonl: they will be written again."""
+    """Delete the lines of steps after `step` from metrics.jsonl; they will be written again."""
     if not path.is_file():
         return
     kept = []
@@ -166,7 +166,7 @@ def set_aside(path: Path) -> None:
         names = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(1))
         free = next(name for name in names if not name.exists())
         path.rename(free)
-        log(f"the metrics of an earlier attempt are in {free} now")
+        log(f"earlier metrics were moved to {free}")
 
 
 def _compare(folder: Path, run: Mapping[str, Any], anyway: bool) -> None:
@@ -181,23 +181,23 @@ def _compare(folder: Path, run: Mapping[str, Any], anyway: bool) -> None:
     for change in harmless:
         log(f"since {folder}: {change}")
     if kept != wanted:
-        raise ValueError(f"{folder} holds AdamW's moments in another form: go on with --optim_state {kept}")
+        raise ValueError(f"{folder} holds AdamW's moments in another format: set --optim_state {kept}")
     if harmful and not anyway:
         raise ValueError(
             "\n".join(
                 [
-                    f"this is not the training that {folder} is of:",
+                    f"{folder} belongs to a different training:",
                     *(f"  {change}" for change in harmful),
-                    "change it back, or name another --output_dir; --resume_anyway True goes on all the same",
+                    "change it back, or name another --output_dir; --resume_anyway True resumes all the same",
                 ]
             )
         )
     for change in harmful:
-        log(f"warning: going on in spite of a change: {change}")
+        log(f"warning: resuming in spite of a change: {change}")
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """(harmless, harmful) differences between two run.json, a sentence each."""
+    """(harmless, harmful) differences between two run.json files, a sentence each."""
     harmless, harmful = [], []
     may_change = {field.name for field in dataclasses.fields(Config) if field.metadata.get("may_change")}
     for name in sorted(old["config"].keys() & new["config"].keys()):
@@ -212,7 +212,7 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], 
     if old["global_batch"] != new["global_batch"]:
         harmful.append(_batch_sentence(old["global_batch"], new))
     if "base_checksum" in old and old["base_checksum"] != new["base_checksum"]:
-        harmful.append("the base model has other weights: frozen parameters would be those of another model")
+        harmful.append("the base model has other weights, so the frozen parameters would be different")
     for name, what in (
         ("conversation_format", "the conversation format"),
         ("image_processor", "how images become tensors"),
@@ -232,7 +232,7 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], 
 
 
 def _batch_sentence(batch: int, new: Mapping[str, Any]) -> str:
-    """How to keep a global batch of `batch` samples on the ranks there are."""
+    """A sentence on how to keep a global batch of `batch` samples on the current ranks."""
     ranks, per_device = new["ranks"], new["config"]["per_device_train_batch_size"]
     share, rest = divmod(batch, ranks)
     if rest:
@@ -262,6 +262,6 @@ def _data_changes(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, A
 
 
 def _fingerprint(source: Source) -> str:
-    """That of the file without its modification time: a copy holds the same data."""
+    """The fingerprint of the file without its modification time, so that a copy counts as the same data."""
     size, _, content = source.records.fingerprint.split("-")
     return f"{size}-{content}"

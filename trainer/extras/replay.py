@@ -1,6 +1,6 @@
-"""A step whose loss or gradient was not finite: kept in a capsule, and run again alone.
+"""Replay a step whose loss or gradient was not finite, from the file that the run wrote about it.
 
-Input: the step's micro-batches on all ranks. Output: `bad-step-12.json` in output_dir, and from it
+Input: `bad-step-12.json` in output_dir, which lists the step's micro-batches on all ranks. Output:
 
     python -m trainer.extras.replay output/bad-step-12.json [--weights output/checkpoint-10]
 
@@ -11,9 +11,9 @@ Input: the step's micro-batches on all ranks. Output: `bad-step-12.json` in outp
       pets/train.json: record 7: loss nan, gradient norm nan
       pets/train.json: record 9: loss 2.02, gradient norm 3.1
 
-on one process, with the dropout masks of the step. The weights are those of the newest checkpoint before the
-step, or the base model's: the data is replayed exactly, the weights as closely as they were kept. If all is
-finite, the weights had gone wrong by themselves: look at the gradient norms of the steps before.
+This runs in one process, with the dropout masks of the step. The weights are those of the newest checkpoint
+before the step, or the base model's: the data is exactly that of the step, but the weights may be older. If
+everything is finite, the weights were the cause: look at the gradient norms of the steps before.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from trainer.rehearsal import read_batch
 
 
 def load_model(base: Path, weights: Path, config: Config) -> nn.Module:
-    """The model of a run in training mode, on one device: of a model's folder or of an adapter on `base`."""
+    """Load the model of a run in training mode on one device; `weights`: a model's folder or an adapter's."""
     is_adapter = (weights / "adapter_config.json").is_file()
     model_config = load_config(base if is_adapter else weights, config.img_size)
     model_config.plora_dropout = config.plora_dropout
@@ -61,7 +61,7 @@ def load_model(base: Path, weights: Path, config: Config) -> nn.Module:
 
 
 def run_batch(model: nn.Module, batch: MicroBatch) -> tuple[float, float, str | None]:
-    """(mean loss, gradient norm, the first module whose output is not finite) of a micro-batch."""
+    """Run a micro-batch; returns (mean loss, gradient norm, first module whose output is not finite)."""
     first: list[str] = []
 
     def watch(name: str) -> Callable[..., None]:
@@ -89,12 +89,12 @@ def run_batch(model: nn.Module, batch: MicroBatch) -> tuple[float, float, str | 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a capsule's step and say where it is not finite; 1 if it is not, as in the run."""
+    """Replay the step and print where it is not finite; returns 1 if a micro-batch is not finite, else 0."""
     parser = argparse.ArgumentParser(
         prog="trainer.extras.replay", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("capsule", type=Path, help="a bad-step-<step>.json")
-    parser.add_argument("--weights", type=Path, help="folder of the weights; the newest checkpoint before")
+    parser.add_argument("--weights", type=Path, help="model or adapter; by default the newest checkpoint")
     arguments = parser.parse_args(argv)
     capsule = json.loads(arguments.capsule.read_text(encoding="utf-8"))
     values = capsule["run"]["config"]
@@ -107,8 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     sources = read_mixture(
         config.data_path, config.given_num, config.image_root, skip_bad=config.on_bad_sample == "skip"
     )
-    kept = adapter_preprocessing(config.lora_weight_path)
-    reader, _ = open_reader(config, sources, trainer.models, kept)
+    preprocessing = adapter_preprocessing(config.lora_weight_path)
+    reader, _ = open_reader(config, sources, trainer.models, preprocessing)
     numbers = {source.name: number for number, source in enumerate(sources)}
     num_bad = 0
     for rank in capsule["ranks"]:
