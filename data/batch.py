@@ -4,8 +4,19 @@
     input_ids       [[a a a a a], [b b b 0 0]]        [[a a a a a b b b]]
     attention_mask  [[1 1 1 1 1], [1 1 1 0 0]]        None
     position_ids    None                              [[0 1 2 3 4 0 1 2]]
+    sample_lengths  None                              [5, 3]
+    cu_seq_lens     None                              [0, 5, 8]
 
-In a packed row a sample starts wherever the positions restart at 0. Without padding there is no mask.
+Without padding there is no mask. With an image of two slots at the second place of sample a, whose last two
+tokens are trained, and sample b's last:
+
+    labels      a: -100 -100 -100  a  a      b: -100 -100  b
+    image_runs  [(1, 3)]                     of the flattened rows
+    supervised  [2, 3, 6]                    packed; the position before each trained token
+    targets     [a, a, b]                    the token after each supervised position
+
+A model could find these out from labels, im_mask and position_ids, but an accelerator would have to be waited
+for each time; here they are known.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +39,8 @@ class MicroBatch:
     inputs: dict[str, Any]
     """The model's keyword arguments: input_ids and labels, [B, T] int64; im_mask, [B, T] bool; attention_mask
     and position_ids, [B, T] int64 or None; pixel_values, [N, 3, H, W], or a list of [3, H, W] where the sizes
-    differ, or None."""
+    differ, or None; image_runs, a list of (begin, end); of a packed row sample_lengths, a list of S, and
+    cu_seq_lens, [S + 1] int32; supervised and targets, [num_supervised] int64."""
     source_of_target: torch.Tensor
     """[num_supervised] int64: the source of each supervised token, row by row where `labels != -100`."""
     lengths: list[int]
@@ -77,6 +89,11 @@ class MicroBatch:
         return replace(self, inputs=inputs, source_of_target=changed(self.source_of_target))
 
 
+def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy of the host's `values` on the device, which the host does not wait for."""
+    return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
+
+
 def collate(
     samples: Sequence[Encoded],
     pixels: Sequence[torch.Tensor],
@@ -112,6 +129,11 @@ def collate(
         np.full(sample.num_supervised, source)
         for sample, (source, _) in zip(samples, sample_ids, strict=True)
     ]
+    following = np.full_like(labels, IGNORED)
+    following[:, :-1] = labels[:, 1:]
+    supervised = np.flatnonzero(following != IGNORED)
+    sample_lengths = (lengths or [width]) if packed else None
+    bounds = np.cumsum([0, *sample_lengths], dtype=np.int32) if sample_lengths else None
     inputs = {
         "input_ids": torch.from_numpy(input_ids),
         "attention_mask": torch.from_numpy(attention_mask) if is_padded else None,
@@ -119,6 +141,11 @@ def collate(
         "im_mask": torch.from_numpy(im_mask),
         "pixel_values": _stack(pixels) if pixels else None,
         "labels": torch.from_numpy(labels),
+        "image_runs": _runs(im_mask.reshape(-1)),
+        "sample_lengths": sample_lengths,
+        "cu_seq_lens": None if bounds is None else torch.from_numpy(bounds),
+        "supervised": torch.from_numpy(supervised),
+        "targets": torch.from_numpy(following.reshape(-1)[supervised]),
     }
     return MicroBatch(
         inputs=inputs,
@@ -127,6 +154,12 @@ def collate(
         num_supervised=sum(sample.num_supervised for sample in samples),
         sample_ids=list(sample_ids),
     )
+
+
+def _runs(mask: np.ndarray) -> list[tuple[int, int]]:
+    """(begin, end) of the runs of True."""
+    edges = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=0, append=0)).tolist()
+    return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def _stack(pixels: Sequence[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from data.batch import MicroBatch
+from data.batch import MicroBatch, to_device
 from data.mixture import Source
 
 
@@ -30,7 +30,7 @@ def tally(batch: MicroBatch, losses: torch.Tensor, num_sources: int) -> torch.Te
         for samples in (batch.sample_ids, left_out)
     ]
     sums = torch.zeros(4, num_sources, dtype=torch.float64, device=losses.device)
-    sums[:2] = torch.stack(counts)
+    sums[:2] = to_device(torch.stack(counts), losses.device)
     sums[2].index_add_(0, batch.source_of_target, torch.ones_like(losses, dtype=torch.float64))
     sums[3].index_add_(0, batch.source_of_target, losses.double())
     return sums

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from tests.model_cases import FAMILIES, golden
 from trainer.models.xcomposer2.configuration_xcomposer2 import InternLMXcomposer2Config
 from trainer.models.xcomposer2.modeling_xcomposer2 import RotaryEmbedding
+from trainer.models.xcomposer2.plora_xcomposer2 import runs_of
 from trainer.models.xcomposer2.vision_xcomposer2 import resize_positions
 
 CASES = [(family, case) for family in FAMILIES for case in golden(family).cases]
@@ -81,9 +82,9 @@ def test_vision_alone(models, family):
 def test_partial_lora_alone(models):
     tensors = golden("xcomposer2").tensors
     wqkv, x = models["xcomposer2"].model.layers[0].attention.wqkv, tensors["plora_alone/x"]
-    slots = tensors["plora_alone/im_mask"].flatten().nonzero()[:, 0]
-    torch.testing.assert_close(wqkv(x, slots), tensors["plora_alone/y"], rtol=0, atol=1e-5)
-    torch.testing.assert_close(wqkv(x, slots[:0]), tensors["plora_alone/y_no_image"], rtol=0, atol=1e-5)
+    runs = runs_of(tensors["plora_alone/im_mask"].bool())
+    torch.testing.assert_close(wqkv(x, runs), tensors["plora_alone/y"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(wqkv(x, []), tensors["plora_alone/y_no_image"], rtol=0, atol=1e-5)
     torch.testing.assert_close(wqkv(x, None), tensors["plora_alone/y_none"], rtol=0, atol=1e-5)
 
 

@@ -195,23 +195,27 @@ def test_frozen_vision_keeps_no_activations(world, frozen, expected):
 
 def test_partial_lora_is_computed_at_image_slots_alone(world):
     model = InternLMXComposer2ForCausalLM.from_pretrained(world / "model")
-    rows = []
-    for name, module in model.named_modules():
-        if name.endswith(("Plora_A", "Plora_B")):
-            module.register_forward_hook(lambda _, args, out: rows.append(len(args[0])))
-    model(**inputs(samples=3))
-    assert rows == [75] * (2 * 5 * 2)  # A and B of five layers of two blocks, 3 × 25 slots
+    with Products() as products:
+        model(**inputs(samples=3))
+    rank = model.config.plora("wqkv")[0]
+    of_a = [rows for rows, inner, columns in products.shapes if columns == rank]
+    of_b = [rows for rows, inner, columns in products.shapes if inner == rank]
+    assert of_a == [75] * 10, "five layers of two blocks, the 25 slots of three images"
+    assert of_b == [25] * 30, "an image at a time"
 
 
 class Products(TorchDispatchMode):
-    """Counts matrix products, attention's included."""
+    """Counts matrix products, attention's included; shapes: (rows, inner, columns) of the others."""
 
     def __init__(self):
         super().__init__()
-        self.count = 0
+        self.count, self.shapes = 0, []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.count += function in MATRIX_PRODUCTS
+        if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm_.default):
+            a, b = args[-2:]
+            self.shapes.append((*a.shape, b.shape[1]))
         return function(*args, **(kwargs or {}))
 
 

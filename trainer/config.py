@@ -238,7 +238,7 @@ class Config(DataConfig):
             logging_steps=1,
             save_steps=1,
             save_total_limit=1,
-            max_bad_steps=0,
+            max_bad_steps=1,
             learning_rate=0,
             vit_learning_rate=0,
             sampler_learning_rate=0,

@@ -62,7 +62,7 @@ def losses_and_gradients(
     for begin in range(0, len(hidden), chunk_tokens):
         rows = slice(begin, begin + chunk_tokens)
         h, target = hidden[rows], targets[rows, None]
-        logits = (h @ weight.T).float()  # [n, V]
+        logits = _product(h, weight.T)  # [n, V]
         log_sum = logits.logsumexp(1, keepdim=True)
         losses[rows] = (log_sum - logits.gather(1, target)).squeeze(1)
         gradient = logits.sub_(log_sum).exp_()  # the probabilities
@@ -70,16 +70,27 @@ def losses_and_gradients(
         gradient = gradient.to(weight.dtype)
         if hidden_gradient is not None:
             torch.mm(gradient, weight, out=hidden_gradient[rows])
-        if weight_gradient is None:
-            continue
-        if weight_gradient.dtype == weight.dtype:
-            weight_gradient.addmm_(gradient.T, h)
-            continue
-        for block, columns in zip(
-            weight_gradient.split(ROWS_AT_A_TIME), gradient.split(ROWS_AT_A_TIME, dim=1), strict=True
-        ):
-            block += columns.T @ h
+        if weight_gradient is not None:
+            _add_product(weight_gradient, gradient.T, h)
     return losses, hidden_gradient, None if weight_gradient is None else weight_gradient.to(weight.dtype)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32; CUDA's matrix products write it themselves."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in the dtype of `total`."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:  # one block of rows at a time, so that the product needs little memory
+        for block, rows in zip(total.split(ROWS_AT_A_TIME), a.split(ROWS_AT_A_TIME), strict=True):
+            block += rows @ b
 
 
 class _SumWithGradients(torch.autograd.Function):

@@ -4,9 +4,9 @@ Input: the model on the meta device, before checkpointing and sharding. Output: 
 with a compiled forward.
 
 Blocks of a kind share their code. It is compiled for rows of any length, so that a new length does not
-compile again: there are graphs before and after the attention, and one more of each for a row with no image
-slot, with one, and of a single sample. Attention is not compiled: it is one kernel anyway, and would be
-compiled again for every packing of a row.
+compile again. Attention and the linear layers are not compiled: they are matrix products anyway, and would be
+compiled again for every packing of a row and every place of an image. What is compiled are the norms, the
+rotation and the activation between them.
 """
 
 import inspect

@@ -6,75 +6,42 @@ Input: token ids [B, T], a mask of image slots [B, T] and the images. Output: lo
     im_mask  0      0     0     0     1     1  …     1      0  …      1,225 slots
     slots are filled in order with the features of `pixel_values`; their ids are ignored
 
-Every linear layer of a block computes `W x`, and at image slots `W x + (alpha / rank) · B A x`.
+Every linear layer of a block computes `W x`, and at image slots `W x + (alpha / rank) · B A x`
+(plora_xcomposer2.py).
+
+Nothing in here waits for an accelerator if the caller says what it knows already: where the image slots are,
+how long the samples of a packed row are, and which positions are supervised (see `forward`).
 
 Shapes: B rows, T positions, D hidden, H heads, K key-value heads, E head width, N image slots of the batch.
 Parameter names are the original's. Paper: arXiv 2401.16420.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.attention.varlen import varlen_attn
 from torch.profiler import record_function
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import (
-    LlamaRMSNorm,
-    apply_rotary_pos_emb,
-    eager_attention_forward,
-)
+from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_xcomposer2 import InternLMXcomposer2Config
 from .generation_xcomposer2 import XComposer2GenerationMixin
+from .plora_xcomposer2 import PLoRADown, PLoRALinear, PLoRAUp, Runs, put_at, runs_of
 from .vision_xcomposer2 import VisionEncoder, resize_positions
-
-
-class PLoRADown(nn.Linear):
-    """PLoRA's A: initialised randomly."""
-
-
-class PLoRAUp(nn.Linear):
-    """PLoRA's B: initialised to zero, so that new weights change nothing."""
-
-
-class PLoRALinear(nn.Linear):
-    """A linear layer with a low-rank addition at image slots, added in place unless `inplace` is False."""
-
-    inplace = True
-
-    def __init__(
-        self, inputs: int, outputs: int, config: InternLMXcomposer2Config, name: str, bias: bool = False
-    ) -> None:
-        super().__init__(inputs, outputs, bias)
-        rank, self.scale = config.plora(name)
-        self.dropout = nn.Dropout(config.plora_dropout)
-        self.Plora_A = PLoRADown(inputs, rank, bias=False)
-        self.Plora_B = PLoRAUp(rank, outputs, bias=False)
-
-    def forward(self, input: Tensor, slots: Tensor | None = None) -> Tensor:
-        """input [B, T, inputs]; slots [N], the image slots' indices in B·T, or None for no image.
-
-        N = 0 is not None: the product of an empty matrix gives A and B gradients that are exactly zero.
-        """
-        y = super().forward(input)
-        if slots is not None:
-            at_slots = self.dropout(input.flatten(0, 1).index_select(0, slots))
-            delta = self.Plora_B(self.Plora_A(at_slots)) * self.scale
-            rows, delta = y.view(-1, y.shape[-1]), delta.to(y.dtype)
-            if not self.inplace:
-                return rows.index_add(0, slots, delta).view_as(y)
-            rows.index_add_(0, slots, delta)
-        return y
 
 
 class RotaryEmbedding(nn.Module):
@@ -106,6 +73,38 @@ class RotaryEmbedding(nn.Module):
         return angles.cos(), angles.sin()
 
 
+class Rotate(torch.autograd.Function):
+    """x · cos + (−x2, x1) · sin for the halves (x1, x2) of x, in float32; four kernels forward and backward.
+
+    The backward pass is the rotation by the opposite angle, so x is not kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x [..., E] → the same shape and dtype; cos, and sin with its first half negated: float32."""
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        cos, sin = ctx.saved_tensors
+        return _rotate(grad_outputs[0], cos, sin, -1), None, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos).addcmul_(torch.cat([second, first], dim=-1), sin, value=direction).to(x.dtype)
+
+
+class Samples(NamedTuple):
+    """The samples of a packed row, which do not attend to each other."""
+
+    lengths: Sequence[int]
+    cu_seq_lens: Tensor
+    """[samples + 1] int32, on the device: where each begins, and the last ends."""
+
+
 class Attention(nn.Module):
     """Grouped-query attention; for each key-value head, wqkv gives its queries, its key and its value."""
 
@@ -125,31 +124,54 @@ class Attention(nn.Module):
         x: Tensor,
         rope: tuple[Tensor, Tensor],
         mask: Any,
-        lengths: Tensor | None,
-        slots: Tensor | None,
+        samples: Samples | None,
+        runs: Runs | None,
         cache: Cache | None,
     ) -> Tensor:
-        qkv = self.wqkv(x, slots).unflatten(-1, (-1, self.num_key_value_groups + 2, self.head_dim))
-        q = qkv[..., :-2, :].flatten(2, 3).transpose(1, 2)  # [B, H, T, E]
-        k, v = qkv[..., -2, :].transpose(1, 2), qkv[..., -1, :].transpose(1, 2)  # [B, K, T, E]
-        q, k = (rotated.to(v.dtype) for rotated in apply_rotary_pos_emb(q, k, *rope))  # in float32
+        qkv = self.wqkv(x, runs).unflatten(-1, (-1, self.num_key_value_groups + 2, self.head_dim))
+        q, k, v = qkv.split([self.num_key_value_groups, 1, 1], dim=3)  # [B, T, K, groups | 1 | 1, E]
+        q, k = (Rotate.apply(part, *rope) for part in (q, k))
+        q, k, v = (part.flatten(2, 3).transpose(1, 2) for part in (q, k, v))  # [B, H | K | K, T, E]
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
-        y = self._attend(q, k, v, mask) if lengths is None else self._attend_packed(q, k, v, lengths)
-        return self.wo(y.flatten(2), slots)
-
-    @torch.compiler.disable()
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation or "eager", eager_attention_forward
-        )
-        return attend(self, q, k, v, mask, scaling=self.head_dim**-0.5)[0]  # [B, T, H, E]
+        return self.wo(self._attend(q, k, v, mask, samples).flatten(2), runs)
 
     @torch.compiler.disable()  # it would be compiled again for every packing of a row
-    def _attend_packed(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
-        """Attention of one sample of the row at a time: exactly as if alone, without a T × T mask."""
-        samples = zip(*(x.split(lengths.tolist(), dim=2) for x in (q, k, v)), strict=True)
-        return torch.cat([self._attend(*sample, mask=None) for sample in samples], dim=1)
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, samples: Samples | None) -> Tensor:
+        """q [B, H, T, E], k and v [B, K, T, E] → [B, T, H, E].
+
+        The samples of a packed row go to one kernel where there is one that takes their boundaries, and
+        otherwise to the kernel one by one, exactly as if alone.
+        """
+        name, scale = self.config._attn_implementation or "eager", self.head_dim**-0.5
+        attend: Any = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+        if samples is None:
+            return attend(self, q, k, v, mask, scaling=scale)[0]
+        bounds, longest = samples.cu_seq_lens, max(samples.lengths)
+        if getattr(attend, "func", attend) is flash_attention_forward:  # also of kernels from the hub
+            rows = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+            rows |= {"max_length_q": longest, "max_length_k": longest}
+            return attend(self, q, k, v, None, scaling=scale, **rows)[0]
+        if name == "sdpa" and has_varlen_kernel(q):
+            q, k, v = (part[0].transpose(0, 1) for part in (q, k, v))  # [T, H | K | K, E]
+            options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0), "enable_gqa": True}  # causal
+            y: Any = varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
+            return y[None]
+        lengths = list(samples.lengths)
+        alone = zip(*(part.split(lengths, dim=2) for part in (q, k, v)), strict=True)
+        masks = [None if mask is None else mask[..., :n, :n] for n in lengths]
+        return torch.cat(
+            [attend(self, *qkv, m, scaling=scale)[0] for qkv, m in zip(alone, masks, strict=True)], dim=1
+        )
+
+
+def has_varlen_kernel(q: Tensor) -> bool:
+    """Whether torch's FlashAttention for rows of several samples takes these queries."""
+    return (
+        q.device.type == "cuda"
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    )
 
 
 class FeedForward(nn.Module):
@@ -162,8 +184,8 @@ class FeedForward(nn.Module):
         self.w2 = PLoRALinear(config.intermediate_size, config.hidden_size, config, "w2")
         self.activation = ACT2FN[config.hidden_act]
 
-    def forward(self, x: Tensor, slots: Tensor | None) -> Tensor:
-        return self.w2(self.activation(self.w1(x, slots)) * self.w3(x, slots), slots)
+    def forward(self, x: Tensor, runs: Runs | None) -> Tensor:
+        return self.w2(self.activation(self.w1(x, runs)) * self.w3(x, runs), runs)
 
 
 class InternLM2Block(GradientCheckpointingLayer):
@@ -173,20 +195,20 @@ class InternLM2Block(GradientCheckpointingLayer):
         super().__init__()
         self.attention = Attention(config, layer_idx)
         self.feed_forward = FeedForward(config)
-        self.attention_norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.ffn_norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.ffn_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
         self,
         x: Tensor,
         rope: tuple[Tensor, Tensor],
         mask: Any,
-        lengths: Tensor | None,
-        slots: Tensor | None,
+        samples: Samples | None,
+        runs: Runs | None,
         cache: Cache | None = None,
     ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope, mask, lengths, slots, cache)
-        return x + self.feed_forward(self.ffn_norm(x), slots)
+        x = x + self.attention(self.attention_norm(x), rope, mask, samples, runs, cache)
+        return x + self.feed_forward(self.ffn_norm(x), runs)
 
 
 class InternLM2Model(nn.Module):
@@ -197,7 +219,7 @@ class InternLM2Model(nn.Module):
         self.config = config
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(InternLM2Block(config, i) for i in range(config.num_hidden_layers))
-        self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
 
     def forward(
@@ -205,40 +227,43 @@ class InternLM2Model(nn.Module):
         x: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
-        slots: Tensor | None,
+        samples: Samples | None,
+        runs: Runs | None,
         cache: Cache | None,
         output_hidden_states: bool = False,
     ) -> BaseModelOutputWithPast:
-        lengths = None
-        if attention_mask is None and position_ids is not None and cache is None:
-            lengths = self._packed_lengths(position_ids, len(x))
-        mask = None
-        if lengths is None:
-            mask = create_causal_mask(self.config, x, attention_mask, cache, position_ids)
+        if samples is None and attention_mask is None and cache is None and len(x) == 1:
+            samples = _samples_of(position_ids)
+        if samples is None or self.config._attn_implementation == "flex_attention":
+            # From positions that restart, flex's mask knows the samples of a packed row.
+            mask, samples = create_causal_mask(self.config, x, attention_mask, cache, position_ids), None
+        else:  # of the longest sample alone; None for kernels that are causal without one
+            mask = create_causal_mask(self.config, x[:, : max(samples.lengths)], None, None)
         if position_ids is None:
             seen = 0 if cache is None else cache.get_seq_length()
             position_ids = torch.arange(seen, seen + x.shape[1], device=x.device)[None]
-        rope = self.rotary_emb(position_ids)
+        cos, sin = self.rotary_emb(position_ids)
+        first, second = sin.chunk(2, dim=-1)
+        rope = (cos[:, :, None, None], torch.cat([-first, second], dim=-1)[:, :, None, None])
         states = [x]
         for layer in self.layers:
-            x = layer(x, rope, mask, lengths, slots, cache=cache)
+            x = layer(x, rope, mask, samples, runs, cache=cache)
             states.append(x)
         x = self.norm(x)
         hidden_states = (*states[:-1], x) if output_hidden_states else None
         return BaseModelOutputWithPast(last_hidden_state=x, cache=cache, hidden_states=hidden_states)
 
-    def _packed_lengths(self, position_ids: Tensor, batch: int) -> Tensor | None:
-        """Lengths, on the CPU, of the samples of a packed row; None for a single sample, or if the attention
-        needs a mask to be causal (transformers then makes one that separates the samples)."""
-        attention = self.config._attn_implementation or "eager"
-        if batch > 1 or not attention.startswith(("sdpa", "flash")):
-            return None
-        starts = (position_ids[0, 1:] != position_ids[0, :-1] + 1).nonzero()[:, 0].cpu() + 1
-        if len(starts) == 0:
-            return None
-        edges = F.pad(starts, (1, 1))
-        edges[-1] = position_ids.shape[1]
-        return edges.diff()
+
+def _samples_of(position_ids: Tensor | None) -> Samples | None:
+    """The samples of a row [1, T] whose positions restart; None for a single one. Waits for the device."""
+    if position_ids is None:
+        return None
+    starts = (position_ids[0, 1:] != position_ids[0, :-1] + 1).nonzero()[:, 0] + 1
+    if len(starts) == 0:
+        return None
+    bounds = F.pad(starts, (1, 1))
+    bounds[-1] = position_ids.shape[1]
+    return Samples(bounds.diff().tolist(), bounds.to(torch.int32))
 
 
 def supervised_cross_entropy(
@@ -346,6 +371,11 @@ class InternLMXComposer2ForCausalLM(XComposer2GenerationMixin, PreTrainedModel):
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        image_runs: Runs | None = None,
+        sample_lengths: Sequence[int] | None = None,
+        cu_seq_lens: Tensor | None = None,
+        supervised: Tensor | None = None,
+        targets: Tensor | None = None,
     ) -> XComposer2Output:
         """Logits, float32; with `labels` the loss, and then logits in evaluation mode only.
 
@@ -361,6 +391,12 @@ class InternLMXComposer2ForCausalLM(XComposer2GenerationMixin, PreTrainedModel):
         loss, token_losses: `loss_function(hidden [M, D], targets [M], lm_head, num_items_in_batch)` of the M
             supervised positions, row by row. In training no logits are formed for the others.
 
+        What follows from these tensors, but only by waiting for the device; data/batch.py gives it with them:
+        image_runs: (begin, end) of the runs of True in the flattened im_mask.
+        sample_lengths, cu_seq_lens: of a packed row's samples; int32 [S + 1], where each begins and the last
+            ends.
+        supervised [M]: the positions in B · T before supervised ones; targets [M]: the labels of those.
+
         ValueError if image slots and features differ in number, or not exactly one of ids and embeddings is
         given.
         """
@@ -369,30 +405,34 @@ class InternLMXComposer2ForCausalLM(XComposer2GenerationMixin, PreTrainedModel):
         if output_attentions:
             raise ValueError("output_attentions is not supported: fused attention does not form the weights")
         x = self.model.tok_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        slots = None
-        if im_mask is not None:
-            slots = im_mask.flatten().nonzero()[:, 0]
-        elif torch.is_grad_enabled():
-            slots = torch.empty(0, dtype=torch.int64, device=x.device)
-        if pixel_values is not None:
-            x = self._fill(x, slots, self.image_features(pixel_values))
-        elif inputs_embeds is None and slots is not None and len(slots):
-            raise ValueError(f"im_mask has {len(slots)} image slots, but there are no pixel_values")
+        if image_runs is None and im_mask is not None:
+            image_runs = runs_of(im_mask)
+        if image_runs is None and torch.is_grad_enabled():
+            image_runs = []
+        if inputs_embeds is None or pixel_values is not None:
+            x = self._insert_images(x, image_runs or [], pixel_values)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
-        outputs = self.model(x, attention_mask, position_ids, slots, cache, bool(output_hidden_states))
+        samples = None
+        if sample_lengths is not None and cu_seq_lens is not None:
+            samples = Samples(sample_lengths, cu_seq_lens)
+        outputs = self.model(
+            x, attention_mask, position_ids, samples, image_runs, cache, bool(output_hidden_states)
+        )
         hidden, loss, losses, logits = outputs.last_hidden_state, None, None, None
-        if labels is not None:
-            targets = labels[:, 1:]
-            supervised = targets != -100
+        if supervised is None and labels is not None:
+            following = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()
+            supervised = (following != -100).nonzero()[:, 0]
+            targets = following[supervised]
+        if supervised is not None:
             with record_function("loss"):
                 loss, losses = self.loss_function(
-                    hidden[:, :-1][supervised],
-                    targets[supervised],
+                    hidden.flatten(0, 1).index_select(0, supervised),
+                    targets,
                     lm_head=self.output,
                     num_items_in_batch=num_items_in_batch,
                 )
-        if labels is None or not self.training:
+        if loss is None or not self.training:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.output(hidden[:, kept]).float()
         return XComposer2Output(
@@ -409,13 +449,33 @@ class InternLMXComposer2ForCausalLM(XComposer2GenerationMixin, PreTrainedModel):
         with record_function("vision"):
             return self.vision_proj(self.vit(pixel_values, *separators))
 
-    def _fill(self, x: Tensor, slots: Tensor | None, features: Tensor) -> Tensor:
-        """Put features [N, D] at the slots of x [B, T, D]."""
-        if slots is None or len(slots) == 0:
-            # No features are used, but all of vision stays connected to the graph, with zero gradients.
-            slots, features = torch.empty(0, dtype=torch.int64, device=x.device), features[:0]
-        if len(slots) != len(features):
+    def _insert_images(self, x: Tensor, runs: Runs, pixel_values: Any) -> Tensor:
+        """x [B, T, D] with the images' features in the runs of slots.
+
+        Images without a slot are computed, and stay in the graph with zero gradients. In training the
+        projector does so without any image: ranks reduce its gradients together.
+        """
+        num_slots = sum(end - begin for begin, end in runs)
+        if pixel_values is not None:
+            features = self.image_features(pixel_values)
+        elif num_slots:
+            raise ValueError(f"im_mask has {num_slots} image slots, but there are no pixel_values")
+        elif self.training and torch.is_grad_enabled():
+            features = self.vision_proj(self._no_features(x))
+        else:
+            return x
+        if num_slots not in (0, len(features)):
             raise ValueError(
-                f"im_mask has {len(slots)} image slots, but the images give {len(features)} features"
+                f"im_mask has {num_slots} image slots, but the images give {len(features)} features"
             )
-        return x.flatten(0, 1).index_copy(0, slots, features.to(x.dtype)).view_as(x)
+        rows = x.flatten(0, 1)
+        if not runs:
+            runs, features = [(len(rows), len(rows))], features[:0]
+        parts = features.to(x.dtype).split([end - begin for begin, end in runs])
+        return put_at(runs, rows, parts).view_as(x)
+
+    def _no_features(self, x: Tensor) -> Tensor:
+        """[0, width of the projector], connected to the separators of high resolution."""
+        if self.config.high_resolution:
+            return torch.cat([self.plora_sub_GN.flatten(0, -2), self.plora_glb_GN.flatten(0, -2)])[:0]
+        return x.new_empty(0, self.config.vision_config.hidden_size)
