@@ -236,8 +236,8 @@ def test_text_alone_with_parts_that_only_images_reach_is_refused_with_all_else(m
     run(0, model, data / "text.json", tmp_path / "out", "--fix_sampler", "True")
 
 
-@pytest.mark.parametrize("kernel", ["flash_attention_2", "kernels-community/flash-attn2"])
-def test_an_attention_kernel_that_is_not_installed_is_a_sentence(model, data, tmp_path, kernel):
+@pytest.mark.parametrize("kernel", ["flash_attention_2", "kernels-community/flash-attn2", "flesh"])
+def test_an_attention_kernel_that_is_not_there_is_a_sentence(model, data, tmp_path, kernel):
     (output,) = run(2, model, data / "data.txt", tmp_path / "out", "--attn_implementation", kernel)
     (error,) = errors_of(output)
     assert f"--attn_implementation {kernel}: " in error

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 
-from data.batch import MicroBatch
+from data.batch import MicroBatch, to_device
 from data.ledger import ledger_rows, ledger_table, tally
 from data.mixture import Source
 from trainer.atomic import write_json
@@ -84,7 +84,7 @@ def sum_over_ranks(
         work = flops.of(batch) if flops else (0, 0)
         for i, number in enumerate((batch.num_supervised, batch.num_tokens, *work)):
             mine[i] += number
-    return all_sum(torch.tensor(mine, dtype=torch.float64, device=device))
+    return all_sum(to_device(torch.tensor(mine, dtype=torch.float64), device))
 
 
 @dataclass(frozen=True)

@@ -156,10 +156,13 @@ def _describe_model(config: Config, ranks: Ranks, sources: list[Source]) -> Plan
     with torch.device("meta"):
         try:
             model = build_model(model_config)
-        except ImportError as error:  # the package of an attention kernel is missing
+        except (ImportError, ValueError) as error:
+            if config.attn_implementation in ("sdpa", "eager"):
+                raise
+            # No kernel of this name is known, or its package is missing.
             raise ValueError(
                 f"--attn_implementation {config.attn_implementation}: {' '.join(str(error).split())} "
-                "Install it, or use --attn_implementation sdpa"
+                "Install it if it is a package, or use --attn_implementation sdpa"
             ) from error
         adapters = add_adapters(model, parts, config) if config.use_lora else None
     training = trained_names(model, parts, config)
