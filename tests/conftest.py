@@ -14,6 +14,12 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """All tests but those of tests/test_gpu.py run on the CPU, also where there is a GPU."""
+    if "gpu" not in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(scope="session")
 def published_tokenizer() -> Path:
     """The published tokenizer.model, at $XCOMPOSER2_TOKENIZER (the file or its folder)."""

@@ -5,6 +5,8 @@ golden.model()                              # our model with its weights, in eva
 golden.inputs("one_image_2x2")              # the keyword arguments of forward, labels among them
 golden.tensors["one_image_2x2/logits"]      # every 5th of the 320 logits
 golden_folder("xcomposer2", tmp_path)       # its folder, and a tokenizer, to start a run from
+packed_row(samples("xcomposer2"))           # all cases in one row
+packed_micro_batch()                        # four samples, as the data packs them; 70-pixel images
 """
 
 import functools
@@ -13,10 +15,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from data.batch import MicroBatch, collate
+from data.tokens import Encoded
 from tests.tiny import GOLDEN, word_tokenizer
 from trainer.models.xcomposer2.modeling_xcomposer2 import InternLMXComposer2ForCausalLM
 
@@ -97,3 +102,27 @@ def padded(parts, side):
         "labels": torch.cat([pad(part["labels"], -100) for part in parts]),
     }
     return {**batch, "pixel_values": images_of(parts)}
+
+
+def packed_row(parts):
+    """One row of all samples, whose positions restart."""
+    keys = ("input_ids", "im_mask", "labels")
+    row = {key: torch.cat([part[key] for part in parts], dim=1) for key in keys}
+    positions = [torch.arange(part["input_ids"].shape[1]) for part in parts]
+    return {**row, "position_ids": torch.cat(positions)[None], "pixel_values": images_of(parts)}
+
+
+def encoded(images: int, text: int, seed: int, slots: int = 25) -> Encoded:
+    """Three tokens, the images with a token behind each, and text, half of it supervised."""
+    is_slot = [False] * 3 + ([True] * slots + [False]) * images + [False] * text
+    ids = np.random.default_rng(seed).integers(3, 300, len(is_slot))
+    labels = np.where(np.arange(len(ids)) < len(ids) - text // 2, -100, ids)
+    return Encoded(ids, labels, np.array(is_slot), [slots] * images)
+
+
+PACKED = [encoded(1, 9, 0), encoded(0, 20, 1), encoded(2, 6, 2), encoded(0, 4, 3)]
+PACKED_IMAGES = list(torch.randn(3, 3, 70, 70, generator=torch.Generator().manual_seed(0)))
+
+
+def packed_micro_batch(parts: list[Encoded] = PACKED, images: list[Tensor] = PACKED_IMAGES) -> MicroBatch:
+    return collate(parts, images, [(0, i) for i in range(len(parts))], pad_id=2, packed=True)

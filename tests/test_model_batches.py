@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from tests.model_cases import FAMILIES, golden, images_of, padded, samples
+from tests.model_cases import FAMILIES, golden, packed_row, padded, samples
 from trainer.models import build_model, parts_of
 
 
@@ -16,14 +16,6 @@ def family(request):
 @pytest.fixture(scope="module")
 def models():
     return {name: golden(name).model() for name in FAMILIES}
-
-
-def packed(parts):
-    """One row of all samples, told apart by their positions."""
-    keys = ("input_ids", "im_mask", "labels")
-    row = {key: torch.cat([part[key] for part in parts], dim=1) for key in keys}
-    positions = [torch.arange(part["input_ids"].shape[1]) for part in parts]
-    return {**row, "position_ids": torch.cat(positions)[None], "pixel_values": images_of(parts)}
 
 
 def gradients(model):
@@ -55,8 +47,8 @@ def test_a_packed_row_gives_the_logits_and_gradients_of_its_samples(models, fami
     expected_loss, expected = summed_loss(model, parts)
     model.set_attn_implementation(attention)
     try:
-        torch.testing.assert_close(model(**packed(parts)).logits, alone, rtol=0, atol=2e-5)
-        loss, found = summed_loss(model, [packed(parts)])
+        torch.testing.assert_close(model(**packed_row(parts)).logits, alone, rtol=0, atol=2e-5)
+        loss, found = summed_loss(model, [packed_row(parts)])
     finally:
         model.set_attn_implementation("sdpa")
     torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
@@ -70,7 +62,7 @@ def test_a_packed_row_gives_the_logits_and_gradients_of_its_samples(models, fami
 def test_a_poisoned_neighbour_in_a_packed_row_is_not_felt(models):
     model, parts = models["xcomposer2"], samples("xcomposer2")[:2]
     lengths = [part["input_ids"].shape[1] for part in parts]
-    row = packed(parts)
+    row = packed_row(parts)
     embeds = model.model.tok_embeddings(row["input_ids"])
     embeds = embeds.index_copy(
         1, row["im_mask"][0].nonzero()[:, 0], model.image_features(row["pixel_values"])[None]

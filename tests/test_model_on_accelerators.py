@@ -12,36 +12,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from data.batch import collate
-from data.tokens import Encoded
-from tests.model_cases import golden
+from tests.model_cases import PACKED, PACKED_IMAGES, encoded, golden, packed_micro_batch
 from trainer.distributed import finish, start
 from trainer.loss import chunked_cross_entropy
 from trainer.models import build_model
 from trainer.models.xcomposer2 import modeling_xcomposer2 as modeling
 from trainer.models.xcomposer2.configuration_xcomposer2 import InternLMXcomposer2Config
 
-SLOTS = 25  # of a 70-pixel image
 HUB = "kernels-community/flash-attn2"
-
-
-def sample(images, text, seed, slots=SLOTS):
-    """Encoded: three tokens, then the images with a token between them, then text, half of it supervised."""
-    random = np.random.default_rng(seed)
-    is_slot = [False] * 3
-    for _ in range(images):
-        is_slot += [True] * slots + [False]
-    is_slot += [False] * text
-    ids = random.integers(3, 300, len(is_slot))
-    labels = np.where(np.arange(len(ids)) < len(ids) - text // 2, -100, ids)
-    return Encoded(ids, labels, np.array(is_slot), [slots] * images)
-
-
-SAMPLES = [sample(1, 9, 0), sample(0, 20, 1), sample(2, 6, 2), sample(0, 4, 3)]
-IMAGES = list(torch.randn(3, 3, 70, 70, generator=torch.Generator().manual_seed(0)))
-
-
-def packed(samples=SAMPLES, images=IMAGES):
-    return collate(samples, images, [(0, i) for i in range(len(samples))], pad_id=2, packed=True)
 
 
 def what_is_known(inputs, known):
@@ -60,7 +38,7 @@ def gradients(model, batch):
 
 
 def test_what_the_data_knows_is_what_the_model_finds_out():
-    model, batch = golden("xcomposer2").model(), packed()
+    model, batch = golden("xcomposer2").model(), packed_micro_batch()
     loss, expected = gradients(model, what_is_known(batch.inputs, known=False))
     known_loss, found = gradients(model, what_is_known(batch.inputs, known=True))
     assert torch.equal(loss, known_loss)
@@ -93,8 +71,8 @@ def test_a_packed_micro_batch_waits_for_the_device_nowhere(family):
     model = golden(family).model().train()
     slots = model.vit.num_tokens(model.config.image_size, model.config.image_size)
     side = model.config.image_size
-    samples = [sample(1, 9, 0, slots), sample(0, 20, 1), sample(2, 6, 2, slots)]
-    batch = packed(samples, [image[:, :side, :side] for image in IMAGES])
+    samples = [encoded(1, 9, 0, slots), encoded(0, 20, 1), encoded(2, 6, 2, slots)]
+    batch = packed_micro_batch(samples, [image[:, :side, :side] for image in PACKED_IMAGES])
     model.loss_function = chunked_cross_entropy(8)
     with Waits() as waits:
         outputs = model(**batch.inputs)
@@ -113,7 +91,9 @@ def test_a_step_of_the_published_7b_runs_without_a_value():
     with torch.device("meta"):
         model = build_model(config).train()
     model.loss_function = chunked_cross_entropy(1024)
-    batch = packed([sample(1, 60, 0, 1225), sample(0, 200, 1)], [torch.zeros(3, 490, 490)]).to("meta")
+    batch = packed_micro_batch([encoded(1, 60, 0, 1225), encoded(0, 200, 1)], [torch.zeros(3, 490, 490)]).to(
+        "meta"
+    )
     outputs = model(**batch.inputs)
     (outputs.loss / batch.num_supervised).backward()
     assert outputs.token_losses.shape == (batch.num_supervised,)
@@ -135,8 +115,8 @@ def test_a_block_calls_few_kernels(images, forward, backward):
     hook = block.register_forward_pre_hook(
         lambda _, args, kwargs: given.append((args, kwargs)), with_kwargs=True
     )
-    samples = [sample(int(i < images), 9, i) for i in range(4)]
-    model(**packed(samples, [IMAGES[0]] * images).inputs)
+    samples = [encoded(int(i < images), 9, i) for i in range(4)]
+    model(**packed_micro_batch(samples, [PACKED_IMAGES[0]] * images).inputs)
     hook.remove()
     ((x, *args), kwargs) = given[0]
     x = x.detach().bfloat16().requires_grad_()
@@ -157,8 +137,8 @@ def test_a_block_calls_few_kernels(images, forward, backward):
 
 def alone(model, batch=None):
     """Logits of each sample by itself, in the order of the pack, with torch's own attention."""
-    images, logits = iter(IMAGES), []
-    for each in SAMPLES:
+    images, logits = iter(PACKED_IMAGES), []
+    for each in PACKED:
         own = [next(images) for _ in each.image_tokens]
         single = collate([each], own, [(0, 0)], pad_id=2)
         logits.append(model(**single.inputs).logits)
@@ -179,8 +159,8 @@ def by_boundaries(q, k, v, cu_seq, *, scale):
     return torch.cat(rows)
 
 
-BOUNDS = [0, *np.cumsum([len(each.input_ids) for each in SAMPLES]).tolist()]
-LONGEST = max(len(each.input_ids) for each in SAMPLES)
+BOUNDS = [0, *np.cumsum([len(each.input_ids) for each in PACKED]).tolist()]
+LONGEST = max(len(each.input_ids) for each in PACKED)
 
 
 @torch.no_grad()
@@ -195,7 +175,7 @@ def test_torch_s_kernel_for_packed_rows_is_called_once_a_block_with_the_boundari
 
     monkeypatch.setattr(modeling, "varlen_attn", stand_in)
     monkeypatch.setattr(modeling, "has_varlen_kernel", lambda q: True)
-    logits = model(**packed().inputs).logits
+    logits = model(**packed_micro_batch().inputs).logits
     assert calls == [(BOUNDS, BOUNDS, LONGEST, LONGEST, (-1, 0), True)] * 2
     torch.testing.assert_close(logits, expected, rtol=0, atol=2e-5)
 
@@ -234,7 +214,7 @@ def test_samples_of_a_pack_are_as_alone_whatever_the_kernel_is_called(monkeypatc
     if function is takes_boundaries:
         monkeypatch.setattr(modeling, "flash_attention_forward", function)
     model.config._attn_implementation_internal = name
-    batch = packed().inputs
+    batch = packed_micro_batch().inputs
     for known in (True, False):
         logits = model(**what_is_known(batch, known)).logits
         torch.testing.assert_close(logits, expected, rtol=0, atol=2e-5)

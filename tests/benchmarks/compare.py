@@ -115,6 +115,8 @@ def run(options: argparse.Namespace, system: str, model: Path, data: Path, workl
         "load_before": load,
         "seconds": [line["seconds_step"] for line in lines],
         "losses": [line["loss"] for line in lines],
+        "mfu": [line.get("mfu") for line in lines],  # ours, with --measure_mfu
+        "flops": [line.get("model_flops_vision", 0) + line.get("model_flops_language", 0) for line in lines],
         "tokens": [line["tokens"] for line in lines],
         "supervised_tokens": [line["supervised_tokens"] for line in lines],
         "cpu_seconds_step": usage.cpu_seconds / (options.steps - options.warm_up),

@@ -1,0 +1,158 @@
+"""Speed and memory on GPUs at the published sizes, full fine-tuning and LoRA, beside HF Trainer.
+
+    pip install -e '.[test,bench]'
+    python -m tests.benchmarks.gpu --output output/gpu
+
+Input: none; the models have random weights, in the shapes of vl-1.8b and vl-7b, and the samples are random
+words with a 490-pixel picture (1,225 slots) in 60 % of them. Output: a table on stdout, and gpu.json:
+
+| model | trained | system | tokens/s a GPU | ours is | TFLOP/s a GPU | MFU | peak GB |
+
+All GPUs of this machine are used, one run at a time. The systems are those of compare.py, take turns and do
+the same work, which it checks. TFLOP/s and MFU count the model's operations alone (trainer/extras/flops.py):
+padding, recomputation and logits that nobody reads lower them. The MFU is the fraction of the speed that
+matrix products reach on the same GPUs in bfloat16. Without an accelerator the benchmark says so and ends;
+`--smoke` then runs a small model, to check the benchmark itself.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tests.benchmarks.compare import Run, compare
+from tests.benchmarks.workloads import SIZES, WORKLOADS, Workload
+from tests.tiny import tiny_model, word_tokenizer
+from trainer.models import build_model
+from trainer.models.xcomposer2.configuration_xcomposer2 import InternLMXcomposer2Config
+
+SMALL: dict[str, Any] = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24}
+MODELS: dict[str, dict[str, Any]] = {
+    "1.8b": SMALL | {"num_attention_heads": 16, "img_size": 490},
+    "7b": {"img_size": 490},  # the rest are the configuration's defaults
+}
+STATE_BYTES = 16
+"""Of a trained parameter: weight, gradient and two moments in float32."""
+
+
+def make_model(folder: Path, sizes: dict[str, Any], device: torch.device) -> int:
+    """Write a model of random weights in bfloat16 to `folder`; returns its parameters."""
+    config = InternLMXcomposer2Config(**{**sizes, "plora_dropout": 0.0})
+    config.dtype = torch.bfloat16
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with device:
+            model = build_model(config)
+    finally:
+        torch.set_default_dtype(default)
+    model.save_pretrained(folder)
+    word_tokenizer(folder, config.vocab_size)
+    return model.num_parameters()
+
+
+def with_picture(random: np.random.Generator) -> tuple[int, int]:
+    """(tokens of text, images): log-normal text, median 180, of at most 700 tokens."""
+    return int(np.clip(random.lognormal(np.log(180), 0.7), 24, 700)), int(random.random() < 0.6)
+
+
+def rows_of(size: str, workload: Workload, runs: list[Run], warm_up: int, ranks: int) -> list[dict[str, Any]]:
+    """The table's rows: medians over the rounds of each system."""
+    ours = [run for run in runs if run["system"] == "ours"]
+    flops = statistics.mean(ours[0]["flops"][warm_up:])
+    # The speed of matrix products on all ranks, from what it made of our steps.
+    peak = flops / statistics.mean(ours[0]["seconds"][warm_up:]) / statistics.mean(ours[0]["mfu"][warm_up:])
+    rows = []
+    for system in dict.fromkeys(run["system"] for run in runs):
+        own = [run for run in runs if run["system"] == system]
+        seconds = statistics.median(statistics.mean(run["seconds"][warm_up:]) for run in own)
+        rows.append(
+            {
+                "model": size,
+                "trained": "LoRA" if workload.lora else "all but the tower",
+                "system": system,
+                "tokens_per_second_per_gpu": statistics.mean(own[0]["tokens"][warm_up:]) / seconds / ranks,
+                "flops_per_second_per_gpu": flops / seconds / ranks,
+                "mfu": flops / seconds / peak,
+                "peak_bytes": max(run["memory_all"] for run in own),
+            }
+        )
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| model | trained | system | tokens/s a GPU | ours is | TFLOP/s a GPU | MFU | peak GB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        ours = next(r for r in rows if (r["model"], r["trained"]) == (row["model"], row["trained"]))
+        speed = row["tokens_per_second_per_gpu"]
+        lines.append(
+            f"| {row['model']} | {row['trained']} | {row['system']} | {speed:,.0f} "
+            f"| {ours['tokens_per_second_per_gpu'] / speed:.2f} × "
+            f"| {row['flops_per_second_per_gpu'] / 1e12:,.1f} | {row['mfu']:.1%} "
+            f"| {row['peak_bytes'] / 1e9:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--modes", default="full,lora")
+    parser.add_argument("--peers", default="hf_ddp", help="as in compare.py; empty for none")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--warm_up", type=int, default=4, help="steps that are not timed")
+    parser.add_argument("--batch", type=int, default=4, help="samples a GPU and step")
+    parser.add_argument("--ours", default="", help="more flags of trainer.main, for our system alone")
+    parser.add_argument("--output", type=Path, default=Path("output/gpu"))
+    parser.add_argument("--smoke", action="store_true", help="a small model, on any machine")
+    options = parser.parse_args()
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is None and not options.smoke:
+        print("skipped: there is no accelerator here (--smoke runs a small model on the CPU)")
+        return
+    options.peers = [peer for peer in options.peers.split(",") if peer]
+    options.ours += " --measure_mfu True"
+    options.ranks = max(1, torch.accelerator.device_count())
+    options.dtype, options.gradient_checkpointing = "bf16", True
+    name, memory = "the CPU", 0
+    if device is not None:
+        name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
+    print(f"{options.ranks} × {name}, torch {torch.__version__}", flush=True)
+    options.output.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    for size in ["67m"] if options.smoke else options.models.split(","):
+        with tempfile.TemporaryDirectory() as folder:
+            if options.smoke:
+                tiny_model(Path(folder) / "model", **SIZES)
+                parameters = 0
+            else:
+                parameters = make_model(Path(folder) / "model", MODELS[size], device or torch.device("cpu"))
+            for mode in options.modes.split(","):
+                needed = parameters * STATE_BYTES if mode == "full" else 0
+                if device is not None and needed > 0.8 * memory * options.ranks:
+                    print(f"{size}, {mode}: skipped, its state alone takes {needed / 1e9:.0f} GB", flush=True)
+                    continue
+                workload = WORKLOADS["realistic" if mode == "full" else "lora"]
+                if not options.smoke:
+                    workload = replace(workload, shapes=with_picture)
+                with tempfile.TemporaryDirectory() as work:
+                    (Path(work) / "model").symlink_to(Path(folder) / "model")
+                    runs = compare(options, workload, Path(work))["runs"]
+                rows += rows_of(size, workload, runs, options.warm_up, options.ranks)
+                about = {"gpu": name, "gpus": options.ranks, "torch": torch.__version__, "rows": rows}
+                (options.output / "gpu.json").write_text(json.dumps(about))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
