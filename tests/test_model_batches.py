@@ -209,6 +209,20 @@ def test_lora_wraps_the_layers_and_passes_the_slots_on():
     assert all("lora_" in name for name in trained)
 
 
+def test_adapters_on_partial_lora_itself_change_the_output_and_train():
+    model, part = golden("xcomposer2").model(), samples("xcomposer2")[1]
+    expected = model(**part).logits
+    wrapped = get_peft_model(model, LoraConfig(r=4, target_modules=["Plora_A", "Plora_B"]))
+    torch.testing.assert_close(wrapped(**part).logits, expected, rtol=0, atol=1e-5)
+    wrapped(**part).loss.backward()
+    added = {name: p for name, p in wrapped.named_parameters() if ".lora_B." in name}
+    # What the last block adds at image slots reaches no supervised position.
+    assert all(p.grad.any() for name, p in added.items() if ".layers.0." in name)
+    for parameter in added.values():
+        torch.nn.init.normal_(parameter)
+    assert not torch.allclose(wrapped(**part).logits, expected, atol=1e-3)
+
+
 def test_a_new_model_starts_sane():
     torch.manual_seed(0)
     config = golden("xcomposer2-hd").model().config
