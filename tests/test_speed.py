@@ -213,7 +213,7 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.count += function in MATRIX_PRODUCTS
-        if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm_.default):
+        if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.out):
             a, b = args[-2:]
             self.shapes.append((*a.shape, b.shape[1]))
         return function(*args, **(kwargs or {}))

@@ -72,25 +72,28 @@ class _PartialLoRA(torch.autograd.Function):
         x, weight, down, up, *kept = ctx.saved_tensors
         for_x, for_weight, for_bias, for_down, for_up = ctx.needs_input_grad[:5]
         x_grad = grad @ weight if for_x else None
-        down_grad = up_grad = None
+        down_grad = up_grad = low_grad = None
         if not ctx.runs:
             down_grad, up_grad = torch.zeros_like(down), torch.zeros_like(up)
         else:
             *of_dropout, low = kept
             run_grad = _rows_of(grad, ctx.runs)  # [N, O]
-            low_grad = run_grad @ up  # [N, rank], not scaled yet, like `low`
             # With beta=0 a product is scaled at no cost; the first argument then has no meaning.
-            up_grad = torch.addmm(up, run_grad.T, low, beta=0, alpha=ctx.scale) if for_up else None
-            rows = (of_dropout[0] if of_dropout else _rows_of(x, ctx.runs)) if for_down else None
-            if rows is not None:
+            if for_up:
+                up_grad = torch.addmm(up, run_grad.T, low, beta=0, alpha=ctx.scale)
+            if for_x or for_down:
+                low_grad = run_grad @ up  # [N, rank], not scaled yet, like `low`
+            if low_grad is not None and for_down:
+                rows = of_dropout[0] if of_dropout else _rows_of(x, ctx.runs)
                 down_grad = torch.addmm(down, low_grad.T, rows, beta=0, alpha=ctx.scale)
-            if x_grad is not None and of_dropout:
-                rows_grad = torch.ops.aten.native_dropout_backward(
-                    low_grad @ down, of_dropout[1], ctx.scale / (1 - ctx.dropout)
-                )
+            if low_grad is None or x_grad is None:
+                pass
+            elif of_dropout:
+                scale = ctx.scale / (1 - ctx.dropout)
+                rows_grad = torch.ops.aten.native_dropout_backward(low_grad @ down, of_dropout[1], scale)
                 for (begin, end), part in zip(ctx.runs, _split(rows_grad, ctx.runs), strict=True):
                     x_grad[begin:end] += part
-            elif x_grad is not None:
+            else:
                 _add_products(x_grad, ctx.runs, low_grad, down, ctx.scale)
         weight_grad = grad.T @ x if for_weight else None
         bias_grad = grad.sum(0) if for_bias else None
@@ -110,7 +113,8 @@ def _split(rows: Tensor, runs: Runs) -> Sequence[Tensor]:
 def _add_products(y: Tensor, runs: Runs, rows: Tensor, matrix: Tensor, scale: float) -> None:
     """Add scale · rows [N, K] @ matrix [K, D] to the runs of y [R, D]."""
     for (begin, end), part in zip(runs, _split(rows, runs), strict=True):
-        y[begin:end].addmm_(part, matrix, alpha=scale)
+        run = y[begin:end]
+        torch.addmm(run, part, matrix, alpha=scale, out=run)  # FLOP counters do not know addmm_
 
 
 class PLoRALinear(nn.Linear):
