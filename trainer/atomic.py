@@ -17,6 +17,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from data.files import UNFINISHED, replace_file, sync_to_disk
 
 Job = Callable[[], object]
@@ -43,6 +46,32 @@ MODEL_FILES = (
 """Patterns of the files that the final model may contain, and so replace."""
 
 
+class HostCopies:
+    """Copies of tensors in host memory, for a thread to write while training changes the originals.
+
+    The first save allocates the memory and every later one reuses it, so a save must not begin before the
+    previous one is written. It is pinned for tensors of an accelerator, which are then copied at the speed of
+    the bus and without waiting for each.
+    """
+
+    def __init__(self) -> None:
+        self._memory: dict[str, Tensor] = {}
+
+    def copy(self, name: str, tensor: Tensor) -> Tensor:
+        """Copy `tensor` into the memory of the last copy of that name; complete only after `wait`."""
+        if name not in self._memory:
+            pinned = tensor.device.type != "cpu"
+            self._memory[name] = torch.empty(
+                tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned
+            )
+        return self._memory[name].copy_(tensor, non_blocking=True)
+
+    def wait(self) -> None:
+        """Wait until all copies are complete."""
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+
+
 class Jobs:
     """File writes of one rank, without collectives: immediate ones, and others that may be deferred.
 
@@ -50,8 +79,13 @@ class Jobs:
     first.
     """
 
-    def __init__(self, *, deferred: bool = False) -> None:
-        self._deferred, self._jobs, self._error = deferred, list[Job](), list[Exception]()
+    def __init__(self, copies: HostCopies | None = None) -> None:
+        """copies: where deferred jobs keep what they write; without it, no job is deferred."""
+        self._copies, self._jobs, self._error = copies, list[Job](), list[Exception]()
+
+    def on_host(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor in host memory for a job to write: a copy under that name if the job may be deferred."""
+        return self._copies.copy(name, tensor) if self._copies else tensor.cpu().contiguous()
 
     def now(self, job: Job) -> None:
         """Run a job immediately: for small files, and for data that would change before a deferred run."""
@@ -61,8 +95,8 @@ class Jobs:
             self._error.append(error)
 
     def later(self, job: Job) -> None:
-        """Run a job, or defer it if this object defers jobs; the job must own copies of its data."""
-        self._jobs.append(job) if self._deferred else self.now(job)
+        """Run a job, or defer it if this object defers jobs; its tensors must come from `on_host`."""
+        self._jobs.append(job) if self._copies else self.now(job)
 
     def finish(self) -> None:
         """Run the deferred jobs; raise the first error of any job."""

@@ -11,12 +11,16 @@ the model's folder. Output, every `save_steps`, from 2 ranks:
         complete.json                                 step 120, and bytes and CRC-32 of every file above
 
 Data order and dropout masks are functions of (seed, step, rank), so neither a data position nor the state of
-a random number generator is saved. torch.distributed.checkpoint writes and reshards the tensors in its
-Hugging Face format: safetensors and JSON, no pickle, and any number of ranks can load what any other wrote.
+a random number generator is saved. The shards are in the Hugging Face format of torch.distributed.checkpoint,
+which loads and reshards them: safetensors and JSON, no pickle, and any number of ranks can load what any
+other wrote. Its own writer is not used: it serialises a whole shard under the interpreter lock, which would
+stop the training loop, where `save_file` releases it.
 
 The loop waits only until parameters and moments are copied to host memory; a thread writes them. When every
 rank has its files on disk, rank 0 writes `complete.json` and renames the folder to its final name. A save
-that fails is logged and its folder deleted; the previous checkpoint stays, and the run continues.
+that fails is logged and its folder deleted; the previous checkpoint stays, and the run continues. The host
+memory is kept for the next save: with Adam's moments in float32, 12 bytes for each trained parameter of the
+rank's shard, and its share of the model's files; torch rounds pinned memory up, each tensor to a power of 2.
 
 The last step's checkpoint is kept too, so that a longer training can resume from it. The final model in
 output_dir consists of hard links to that checkpoint's weights: nothing is gathered or written twice.
@@ -28,24 +32,27 @@ import shutil
 import threading
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
-from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
+from torch.distributed.tensor import DTensor
 
 from data.files import sync_to_disk
 from trainer.atomic import (
     FINAL,
     MARKER,
     RESUME,
+    HostCopies,
     Jobs,
     create_temporary,
     link_model,
@@ -58,6 +65,7 @@ from trainer.atomic import (
 from trainer.config import Config
 from trainer.distributed import is_main, log
 from trainer.lock import Lock
+from trainer.weights import local_rows
 
 T = TypeVar("T")
 WriteModel = Callable[[Path, Jobs], None]
@@ -76,8 +84,7 @@ class Checkpoints:
     ) -> None:
         """run: the content of run.json; lock: the lock of output_dir, checked before each change there."""
         self.output_dir, self.run, self.lock, self.last_step = Path(config.output_dir), run, lock, last_step
-        self.keep, self.asynchronous = config.save_total_limit, config.async_save
-        self.minutes = config.minutes_between_saves
+        self.keep, self.minutes = config.save_total_limit, config.minutes_between_saves
         self.every = {"no": math.inf, "steps": config.save_steps, "epoch": steps_per_epoch}[
             config.save_strategy
         ]
@@ -85,6 +92,7 @@ class Checkpoints:
         self.group: Any = dist.new_group(backend="gloo", timeout=timedelta(days=1))
         self.failed = False
         self.newest: Path | None = None  # the last checkpoint that this run completed
+        self._copies = HostCopies() if config.async_save else None
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._begun = time.monotonic()
@@ -106,6 +114,7 @@ class Checkpoints:
             return "no checkpoints (--save_strategy no): if this run is killed, it starts from scratch"
         return f"first checkpoint after {' or '.join(triggers)}"
 
+    @torch.no_grad()
     def save(
         self,
         step: int,
@@ -123,27 +132,34 @@ class Checkpoints:
         folder = self.output_dir / f"checkpoint-{step}"
         content = {"step": step, "until_next": until_next, **notes}
         try:
-            jobs = Jobs(deferred=self.asynchronous)
+            jobs = Jobs(self._copies)
             temporary = self._begin(folder, write_model, jobs)
             if is_main():
                 jobs.now(lambda: write_json(temporary / "run.json", self.run))
         except SaveError as error:
             self._warn(folder, error)
             return
-        saved = {name: tensor.detach() for name, tensor in tensors.items()}
-        if self.asynchronous:
-            saved = {name: tensor.to("cpu", copy=True) for name, tensor in saved.items()}
+        shard: dict[str, Tensor] = {}
+        offsets: dict[str, list[int]] = {}
+        for name, rows, offset in rows_to_write(tensors):
+            shard[name], offsets[name] = jobs.on_host(f"{RESUME}/{name}", rows), offset
+        jobs.later(partial(save_tensors, shard, offsets, temporary / RESUME))
+        device = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
 
         def finish() -> None:
             try:
-                self._finish(temporary, folder, jobs, saved, content)
+                if device is not None:
+                    # A new thread is on device 0, where its first call would create a context of this rank.
+                    torch.accelerator.set_device_index(device)
+                self._finish(temporary, folder, jobs, content)
                 self.failed, self.newest = False, folder
             except SaveError as error:
                 self._warn(folder, error)
             except Exception as error:  # a lost rank or a bug; raised by `wait` in the main thread
                 self._error = error
 
-        if self.asynchronous:
+        if self._copies:
+            self._copies.wait()
             self._thread = threading.Thread(target=finish, name=folder.name, daemon=True)
             self._thread.start()
         else:
@@ -184,7 +200,7 @@ class Checkpoints:
             else:
                 jobs = Jobs()
                 temporary = self._begin(folder, write_model, jobs)
-                self._finish(temporary, folder, jobs, {}, {"step": step})
+                self._finish(temporary, folder, jobs, {"step": step})
             self._on_main(lambda: move_into(folder, self.output_dir))
         except SaveError as error:
             raise SaveError(
@@ -213,17 +229,9 @@ class Checkpoints:
         write_model(temporary, jobs)
         return temporary
 
-    def _finish(
-        self, temporary: Path, folder: Path, jobs: Jobs, tensors: dict[str, Tensor], content: dict[str, Any]
-    ) -> None:
-        """Run the deferred jobs, write `tensors` and the marker, and rename the folder."""
+    def _finish(self, temporary: Path, folder: Path, jobs: Jobs, content: dict[str, Any]) -> None:
+        """Run the deferred jobs, write the marker, and rename the folder."""
         self._together(jobs.finish)
-        if tensors:
-            writer = HuggingFaceStorageWriter(str(temporary / RESUME), save_distributed=True)
-            try:
-                save_tensors(tensors, storage_writer=writer, process_group=self.group)
-            except CheckpointException as error:
-                raise SaveError(_one_sentence(error)) from None
         content["files"] = {}
         for files in self._together(lambda: _sizes_and_checksums(temporary)):
             content["files"].update(files)
@@ -267,6 +275,38 @@ def resumable(trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimi
         for key, value in optimizer.state[parameter].items():
             tensors[f"{name}.{key}"] = value
     return tensors
+
+
+def rows_to_write(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, list[int]]]:
+    """What this rank writes of `tensors` (from `resumable`): name, its rows, and the index of their first
+    element in the whole tensor.
+
+    Ranks that hold the same rows, on a mesh of (replicate, shard), take turns; rank 0 writes plain tensors.
+    """
+    written = Counter[int]()  # replica → bytes: the same on all replicas
+    for name, tensor in tensors.items():
+        rows, where = local_rows(tensor)
+        if isinstance(tensor, DTensor):
+            mesh = tensor.device_mesh
+            replica, replicas = (mesh.get_local_rank(0), mesh.size(0)) if mesh.ndim == 2 else (0, 1)
+            turn = min(range(replicas), key=written.__getitem__)
+            written[turn] += rows.nbytes
+            is_mine = turn == replica and rows.numel() > 0
+        else:
+            is_mine = is_main()
+        if is_mine:
+            yield name, rows, [rows_of.start for rows_of in where]
+
+
+def save_tensors(tensors: dict[str, Tensor], offsets: Mapping[str, list[int]], folder: Path) -> None:
+    """Write this rank's shard to `folder`, in the format that HuggingFaceStorageReader reads."""
+    if tensors:
+        folder.mkdir(exist_ok=True)
+        path = folder / f"shard-{dist.get_rank() + 1:05d}-model-00001-of-00001.safetensors"
+        sharding = {name: {"saved_offsets": offset} for name, offset in offsets.items()}
+        metadata = {"DCP_SHARDING_INFO": json.dumps(sharding), "DCP_VERSION": "1.0", "format": "pt"}
+        save_file(tensors, path, metadata)
+        sync_to_disk(path)  # by the machine that wrote it
 
 
 def load(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -331,8 +371,3 @@ def _sizes_and_checksums(folder: Path) -> dict[str, tuple[int, int]]:
         sync_to_disk(path)
         described[path.relative_to(folder).as_posix()] = (path.stat().st_size, crc32(path))
     return described
-
-
-def _one_sentence(error: CheckpointException) -> str:
-    rank, (cause, _) = next(iter(error.failures.items()))
-    return f"rank {rank}: {cause}"
