@@ -54,7 +54,7 @@ from trainer.model_files import load_model, save_model
 from trainer.optim import adamw, learning_rate_factor, parameter_groups
 from trainer.parallelize import allocate, parallelize, set_communication
 from trainer.prepare import log_plan, make_plan, open_loader
-from trainer.rehearsal import bytes_of_a_save, longest_micro_batch, prepare_output_dir, rehearse
+from trainer.rehearsal import bytes_of_a_save, largest_micro_batches, prepare_output_dir, rehearse
 from trainer.resume import choose_start, describe_run
 from trainer.stopping import StopRequest, wait_for_the_end
 from trainer.trainable import part_of, refuse_idle
@@ -119,8 +119,8 @@ def train(config: Config, ranks: Ranks, lock: Lock) -> int:
 
         tracer = Tracer(config, ranks)
     if config.rehearse:
-        longest = longest_micro_batch(plan.reader, config.per_device_train_batch_size, plan.packing)
-        rehearse(model, longest, device, config)
+        for largest in largest_micro_batches(plan.reader, config.per_device_train_batch_size, plan.packing):
+            rehearse(model, largest, device, config)
     batches = iter(loader)
     # leave=False: the last output of a run that ends early is the reason, not the bar.
     options = {"unit": "step", "dynamic_ncols": True, "leave": False}
