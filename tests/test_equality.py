@@ -22,6 +22,7 @@ def world(same_world):
         (2, 1, ("--dataloader_num_workers", "2")),
         (1, 1, ("--packing", "True", "--max_length", "120")),
         (4, 1, ("--packing", "True", "--max_length", "4096")),
+        (2, 1, ("--deterministic", "True", "--packing", "True", "--max_length", "120")),
     ],
 )
 def test_ranks_accumulation_packing_and_checkpointing_change_nothing(world, ranks, accumulation, flags):

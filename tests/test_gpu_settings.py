@@ -5,8 +5,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from tests.tiny import ROOT
+from tests.tiny import ROOT, flags, run_ranks, tiny_world
+from trainer.main import main
 
 
 @pytest.mark.parametrize("imported", ["import trainer, torch", "import torch, trainer"])
@@ -24,3 +26,18 @@ def test_segments_of_the_cuda_allocator_grow_unless_the_user_has_set_it(imported
         check=True,
     )
     assert shown.stdout.strip() == (own if name else "expandable_segments:True")
+
+
+def main_and_settings(argv):
+    status = main(argv)
+    print(
+        "deterministic", torch.are_deterministic_algorithms_enabled(), os.environ["CUBLAS_WORKSPACE_CONFIG"]
+    )
+    print("fills", torch.utils.deterministic.fill_uninitialized_memory)
+    return status
+
+
+def test_the_flag_makes_kernels_deterministic_without_filling_memory(tmp_path):
+    argv = flags(tiny_world(tmp_path), "run", max_steps=1, deterministic=True)
+    (output,) = run_ranks(1, main_and_settings, argv)
+    assert "deterministic True :4096:8\nfills False\n" in output

@@ -168,8 +168,13 @@ class Config(DataConfig):
     """auto: the newest complete checkpoint in output_dir, if any; none; or a checkpoint's folder."""
     resume_anyway: bool = may_change(False)
     """Resume from the checkpoint even if changes to the data or configuration alter the training."""
+    deterministic: bool = may_change(False)
+    """Use only deterministic kernels, so that on GPUs, as on CPUs, a resumed run equals the uninterrupted one
+    bit for bit. This costs time on GPUs, most of it in attention's backward pass and in sums at image slots;
+    without it the two runs differ by rounding."""
     rehearse: bool = may_change(True)
-    """Run a long micro-batch once before the first step, so that a lack of memory is found immediately."""
+    """Run the micro-batches with most tokens and most image slots once before the first step, so that a lack
+    of memory is found immediately."""
     max_bad_steps: int = may_change(3)
     """Number of consecutive steps with a loss or gradient that is not finite after which the run ends."""
     hang_minutes: float = may_change(30.0)

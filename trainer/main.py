@@ -43,6 +43,7 @@ from trainer.distributed import (
     is_lost_peer,
     leave,
     log,
+    make_deterministic,
     no_bar,
     start,
     step_seed,
@@ -225,6 +226,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         log("\n".join(f"error: {problem}" for problem in str(error).splitlines()))
         return BAD_INPUT
+    if config.deterministic:
+        make_deterministic()
     ranks = start(60 * config.hang_minutes + 60, host_collectives=config.cpu_offload)  # after the watchdog
     try:
         with Lock(Path(config.output_dir)) as lock:
