@@ -66,6 +66,8 @@ class SampleReader:
     """A sample over max_length loses its tail, is left out (it keeps no label), or raises a DataError."""
     fit_images: bool = False
     """First try to make a long sample fit by lowering the hd_num of its images, as little as needed."""
+    needs_images: bool = True
+    """The vision tower has collectives, so if any sample has an image, every micro-batch must have one."""
 
     def __post_init__(self) -> None:
         if self.fit_images and self.image_processor.hd_num is None:
@@ -85,6 +87,16 @@ class SampleReader:
             encoded, processor = self._fit(self.encoder.pieces(sample), size)
             used = images[: len(encoded.image_tokens)] if decode and encoded.num_supervised else []
             return encoded, [process(image, processor) for image in used]
+
+    def pixels(self, images: list[torch.Tensor]) -> list[torch.Tensor]:
+        """A micro-batch's images; without any, a dummy image if it needs one, whose features fill no slot.
+
+        Ranks run the tower's collectives together, and gradients must not depend on which rank gets which
+        sample.
+        """
+        if images or not self.needs_images or not any(source.records.num_images for source in self.sources):
+            return images
+        return [self.image_processor.dummy()]
 
     def tokens_before_cut(self, source_number: int, index: int, encoded: Encoded) -> int:
         """Tokens that a sample would have without max_length; encoded: what `read` returned for it.
@@ -294,10 +306,6 @@ class _MicroBatches(Dataset[MicroBatch | DataError]):
 
     def __init__(self, reader: SampleReader, skip_bad: bool, packed: bool):
         self._reader, self._skip_bad, self._packed = reader, skip_bad, packed
-        # If any sample of the run has an image, every micro-batch of every rank runs the vision tower: its
-        # collectives must match, and gradients must not depend on which rank gets which sample.
-        any_images = any(source.records.num_images for source in reader.sources)
-        self._dummy = [reader.image_processor.dummy()] if any_images else []
 
     def __getitem__(self, wanted: list[tuple[int, int]]) -> MicroBatch | DataError:
         samples: list[Encoded] = []
@@ -321,7 +329,7 @@ class _MicroBatches(Dataset[MicroBatch | DataError]):
             pictures += images
             sample_ids.append((source_number, index))
         encoder = self._reader.encoder
-        pixels = pictures or self._dummy
+        pixels = self._reader.pixels(pictures)
         batch = collate(samples, pixels, sample_ids, encoder.pad_id, packed=self._packed)
         if self._packed and batch.num_tokens > encoder.max_length:
             return DataError(

@@ -94,6 +94,14 @@ def test_a_tracker_that_is_not_installed_is_named_before_anything_is_read(usable
     assert problem == "--report_to tensorboard needs tensorboard: pip install -e '.[tensorboard]'"
 
 
+def test_a_whole_vision_tower_must_be_frozen_and_stays_on_the_device(usable):
+    assert not parse([*usable, "--shard_frozen_vision", "False", "--sharding", "hybrid"]).shard_frozen_vision
+    problems = problems_of([*usable, "--shard_frozen_vision", "False", "--fix_vit", "False"])
+    assert problems == ["--shard_frozen_vision False is for a frozen vision tower: it needs --fix_vit True"]
+    (problem,) = problems_of([*usable, "--shard_frozen_vision", "False", "--cpu_offload", "True"])
+    assert problem.endswith("it excludes --shard_frozen_vision False")
+
+
 def test_dora_says_all_that_it_needs_at_once(usable):
     problems = problems_of([*usable, "--use_dora", "True"])
     assert any("no effect without --use_lora True" in problem for problem in problems)

@@ -102,6 +102,21 @@ def test_without_an_image_partial_lora_has_zeros_and_vision_nothing(models):
     assert not any(name.startswith(("vit.", "vision_proj.")) for name in found)
 
 
+def test_in_training_the_projector_has_zeros_without_an_image(models, family):
+    """A rank without an image then takes part in the reduction of its gradients."""
+    model = models[family]
+    model.train()
+    try:
+        loss, found = summed_loss(model, samples(family)[:1])
+    finally:
+        model.eval()
+    projector = [name for name, _ in model.named_parameters() if name.startswith(("vision_proj.", "plora_"))]
+    assert projector
+    assert all(not found[name].any() for name in projector)
+    assert not any(name.startswith("vit.") for name in found)
+    assert loss.isfinite()
+
+
 def test_nothing_supervised_gives_zero_and_not_nan(models):
     part = samples("xcomposer2")[1]
     part["labels"] = torch.full_like(part["labels"], -100)

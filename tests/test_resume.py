@@ -72,6 +72,8 @@ CASES = {
     "bfloat16 with workers": ["--bf16", "True", "--dataloader_num_workers", "1", "--async_save", "False"],
     "adapters": ["--fix_vit", "True", "--use_lora", "True", "--lora_dropout", "0.1", "--lora_r", "4"],
 }
+CASES["deterministic"] = ["--deterministic", "True", "--max_length", "120"]
+CASES["deterministic adapters"] = [*CASES["adapters"], *CASES["deterministic"]]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -18,6 +18,7 @@ from tests.fault_cases import STOPPED, main_stopped_after
 from tests.same_training import assert_same_training, sharded, train
 from tests.tiny import run_ranks
 from trainer.distributed import device_mesh, start
+from trainer.extras.gloo import GlooAllGather
 from trainer.models.xcomposer2.modeling_xcomposer2 import InternLMXComposer2ForCausalLM
 from trainer.parallelize import MATRIX_PRODUCTS
 
@@ -87,26 +88,26 @@ def test_flags_that_the_machine_cannot_follow_are_refused_before_training(world)
     assert not (world / "refused").exists()
 
 
-def inputs(rank=0, samples=2):
-    """Samples of one 70-pixel image (25 slots) and some words each."""
+def inputs(rank=0, samples=2, images=True):
+    """Samples of one 70-pixel image (25 slots) and some words each, or of words alone."""
     generator = torch.Generator().manual_seed(rank)
     ids = torch.randint(3, 300, (samples, 40), generator=generator)
     im_mask = torch.zeros_like(ids, dtype=torch.bool)
-    im_mask[:, 2:27] = True
+    im_mask[:, 2:27] = images
     return {
         "input_ids": ids,
         "im_mask": im_mask,
         "labels": ids.masked_fill(im_mask, -100),
-        "pixel_values": torch.randn(samples, 3, 70, 70, generator=generator),
+        "pixel_values": torch.randn(samples, 3, 70, 70, generator=generator) if images else None,
     }
 
 
-def assert_same_gradients(model, plain):
+def assert_same_gradients(model, plain, ranks_with_images=range(4)):
     """The sharded model's gradients on all ranks against the sum of the plain model's."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    model(**inputs(rank)).loss.backward()
+    model(**inputs(rank, images=rank in ranks_with_images)).loss.backward()
     for each in range(world):
-        plain(**inputs(each)).loss.backward()
+        plain(**inputs(each, images=each in ranks_with_images)).loss.backward()
     for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert (ours.grad is None) == (theirs.grad is None), name
         if ours.grad is not None and not name.endswith("k_proj.bias"):
@@ -158,6 +159,28 @@ def gradients_with_the_offload_policy(folder):
 def test_the_offload_policy_changes_no_gradient(world):
     """On a CPU nothing moves, but shards and gradients take the policy's path."""
     run_ranks(2, gradients_with_the_offload_policy, world / "model")
+
+
+def gradients_beside_a_rank_without_images(folder):
+    model, plain = sharded(folder, frozen=("vit.",), shard_frozen_vision=False)
+    assert not any(isinstance(parameter, DTensor) for parameter in model.vit.parameters())
+    gathers, calls, gather = [], [], GlooAllGather.__call__
+
+    def counted(self, *args, **kwargs):
+        gathers.append(calls.count("begins") > calls.count("ends"))
+        return gather(self, *args, **kwargs)
+
+    GlooAllGather.__call__ = counted
+    model.vit.register_forward_pre_hook(lambda *_: calls.append("begins"))
+    model.vit.register_forward_hook(lambda *_: calls.append("ends"))
+    assert_same_gradients(model, plain, ranks_with_images=[1])
+    assert calls == ["begins", "ends"] * dist.get_rank(), "rank 0 has no image and skips the tower"
+    # The root group, the token embeddings, and two blocks, which the backward pass gathers again.
+    assert gathers == [False] * 6
+
+
+def test_a_whole_frozen_tower_has_no_collectives(world):
+    run_ranks(2, gradients_beside_a_rank_without_images, world / "model")
 
 
 def kept_within(folder, frozen, expected):

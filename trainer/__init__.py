@@ -9,6 +9,9 @@ from pathlib import Path
 # Large tensors in the host's memory on Linux's huge pages: torch reads this once, before its first tensor. In
 # pages of 4 KB a step on a CPU spends a tenth of its time having them handed out, zeroed, again and again.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+# On GPUs, segments that grow waste no memory on fragments when the lengths of rows vary. torch reads this
+# when CUDA starts, and ignores it if PYTORCH_CUDA_ALLOC_CONF is set.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 # peft imports torchao wherever it is installed, which then warns four times in every process of libraries for
 # other machines and of a deprecated registration.

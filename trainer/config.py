@@ -108,6 +108,9 @@ class Config(DataConfig):
     """full: shard every parameter over all ranks; hybrid: shard within each node and replicate across nodes,
     so that only gradients travel between nodes; none (with use_lora): keep the whole frozen base on every
     rank, which avoids gathering it, and shard only what trains."""
+    shard_frozen_vision: bool = may_change(True)
+    """Shard a frozen vision tower, too. False keeps the whole tower on every rank, so that vision needs no
+    collectives and a rank without images skips it; sharding none always does so."""
     reshard_after_forward: bool = may_change(True)
     """Free a block's gathered parameters after its forward pass and gather them again for the backward pass.
     False keeps them until the end of the step: half the gathers or fewer, but the whole model in memory."""
@@ -168,8 +171,13 @@ class Config(DataConfig):
     """auto: the newest complete checkpoint in output_dir, if any; none; or a checkpoint's folder."""
     resume_anyway: bool = may_change(False)
     """Resume from the checkpoint even if changes to the data or configuration alter the training."""
+    deterministic: bool = may_change(False)
+    """Use only deterministic kernels, so that on GPUs, as on CPUs, a resumed run equals the uninterrupted one
+    bit for bit; without it the two may differ by rounding. This costs time on GPUs, most of it in attention's
+    backward pass."""
     rehearse: bool = may_change(True)
-    """Run a long micro-batch once before the first step, so that a lack of memory is found immediately."""
+    """Run the micro-batches with most tokens and most image slots once before the first step, so that a lack
+    of memory is found immediately."""
     max_bad_steps: int = may_change(3)
     """Number of consecutive steps with a loss or gradient that is not finite after which the run ends."""
     hang_minutes: float = may_change(30.0)
@@ -291,8 +299,11 @@ class Config(DataConfig):
             )
         if self.fix_vit and not self.train_modules and self.vision_checkpointing is not None:
             found.append("--vision_checkpointing has no effect while --fix_vit is True: set --fix_vit False")
-        if self.sharding == "none" and self.cpu_offload:
-            found.append("--cpu_offload moves only sharded parameters: it excludes --sharding none")
+        if not self.shard_frozen_vision and not self.fix_vit:
+            found.append("--shard_frozen_vision False is for a frozen vision tower: it needs --fix_vit True")
+        if self.cpu_offload and (self.sharding == "none" or not self.shard_frozen_vision):
+            name = "sharding none" if self.sharding == "none" else "shard_frozen_vision False"
+            found.append(f"--cpu_offload moves only sharded parameters: it excludes --{name}")
         if self.optim_state == "bfloat16" and self.adam_beta2 > 0.996:
             found.append(
                 f"--optim_state bfloat16 cannot express --adam_beta2 {self.adam_beta2}: use 0.996 or less"

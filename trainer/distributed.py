@@ -49,6 +49,19 @@ class Ranks:
     device: torch.device
 
 
+def make_deterministic() -> None:
+    """Make every operation return the same bits for the same input, or raise an error if it cannot.
+
+    Call it before `start`: NCCL then avoids NVLink's own sums (NVLS), whose order varies.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"  # read by transformers
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    # Filling memory that is written next would only cost time.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def start(timeout_seconds: float = 1800, host_collectives: bool = False) -> Ranks:
     """Join the process group that torchrun describes, or start one of a single process.
 

@@ -43,6 +43,7 @@ from trainer.distributed import (
     is_lost_peer,
     leave,
     log,
+    make_deterministic,
     no_bar,
     start,
     step_seed,
@@ -54,7 +55,7 @@ from trainer.model_files import load_model, save_model
 from trainer.optim import adamw, learning_rate_factor, parameter_groups
 from trainer.parallelize import allocate, parallelize, set_communication
 from trainer.prepare import log_plan, make_plan, open_loader
-from trainer.rehearsal import bytes_of_a_save, longest_micro_batch, prepare_output_dir, rehearse
+from trainer.rehearsal import bytes_of_a_save, largest_micro_batches, prepare_output_dir, rehearse
 from trainer.resume import choose_start, describe_run
 from trainer.stopping import StopRequest, wait_for_the_end
 from trainer.trainable import part_of, refuse_idle
@@ -119,8 +120,8 @@ def train(config: Config, ranks: Ranks, lock: Lock) -> int:
 
         tracer = Tracer(config, ranks)
     if config.rehearse:
-        longest = longest_micro_batch(plan.reader, config.per_device_train_batch_size, plan.packing)
-        rehearse(model, longest, device, config)
+        for largest in largest_micro_batches(plan.reader, config.per_device_train_batch_size, plan.packing):
+            rehearse(model, largest, device, config)
     batches = iter(loader)
     # leave=False: the last output of a run that ends early is the reason, not the bar.
     options = {"unit": "step", "dynamic_ncols": True, "leave": False}
@@ -225,6 +226,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         log("\n".join(f"error: {problem}" for problem in str(error).splitlines()))
         return BAD_INPUT
+    if config.deterministic:
+        make_deterministic()
     ranks = start(60 * config.hang_minutes + 60, host_collectives=config.cpu_offload)  # after the watchdog
     try:
         with Lock(Path(config.output_dir)) as lock:

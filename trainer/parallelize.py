@@ -118,7 +118,7 @@ def parallelize(model: PreTrainedModel, mesh: DeviceMesh, parts: Parts, config: 
     optimizer keep the stored dtype. Gradients are summed over ranks, never averaged: the loop itself divides
     the loss by the number of supervised tokens of all ranks. With sharding "none" frozen parameters are whole
     on every rank, in the compute dtype, and never gathered; all trained parameters are one group, gathered
-    once, its gradients reduced once.
+    once, its gradients reduced once. Without `shard_frozen_vision` the vision tower alone is whole.
 
     Returns the same object, which is now an `FSDPModule` as well as a model; no static type is both.
     """
@@ -156,6 +156,9 @@ def parallelize(model: PreTrainedModel, mesh: DeviceMesh, parts: Parts, config: 
         used = compute_dtype or torch.float32
         whole = {p for p in model.parameters() if not p.requires_grad and p.dtype == used}
         vision_blocks, language_blocks = [], []
+    elif not config.shard_frozen_vision:
+        whole = {p for name, p in model.named_parameters() if name.startswith(parts.vision)}
+        vision_blocks = []
     for block in vision_blocks:
         # The backward pass never reaches a frozen tower, so it need not stay gathered.
         reshards = config.reshard_after_forward or not vision_trains

@@ -169,6 +169,21 @@ def _describe_model(config: Config, ranks: Ranks, sources: list[Source]) -> Plan
     # A full model is saved with its frozen parts unchanged; the base of adapters is not saved.
     frozen_dtype = torch.float32 if not config.bf16 else torch.bfloat16 if adapters else base_dtype
     set_trainable(model, training, training | (adapters.saved if adapters else set()), frozen_dtype)
+    vision = {p for name, p in model.named_parameters() if name.startswith(parts.vision)}
+    vision_trains = any(parameter.requires_grad for parameter in vision)
+    if not config.shard_frozen_vision:
+        if vision_trains:
+            raise ValueError(
+                "--shard_frozen_vision False is for a frozen vision tower: take its layers out of "
+                "--lora_target_modules and --train_modules"
+            )
+        if config.bf16 and any(parameter.dtype != torch.bfloat16 for parameter in vision):
+            raise ValueError(
+                f"--shard_frozen_vision False: {base} does not store the vision tower in bfloat16, so it "
+                "would not compute in bfloat16 either: use --shard_frozen_vision True"
+            )
+    # Whole on every rank, a frozen tower has no collectives, so a rank without images need not run it.
+    reader.needs_images = vision_trains or (config.shard_frozen_vision and config.sharding != "none")
     global_batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * ranks.world
     sampler = StepSampler(sources, config.seed, global_batch)
     total_steps = math.ceil(config.num_train_epochs * sampler.steps_per_epoch)

@@ -4,11 +4,10 @@ Input: the model, the data and the folder. Output: a list of problems, or an exc
 
     prepare_output_dir(Path("output"), run, start, needed_bytes=120_000_000_000)
     # ["--output_dir output: a save needs 120.0 GB, but 80.3 GB are free; free disk space, or …"]
-    rehearse(model, longest_micro_batch(reader, 4, packing), device, config)
-    # torch.OutOfMemoryError now instead of in step 3,217
+    for micro_batch in largest_micro_batches(reader, 4, packing):
+        rehearse(model, micro_batch, device, config)     # torch.OutOfMemoryError now, not in step 3,217
 """
 
-import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -77,15 +76,41 @@ def prepare_output_dir(
     return []
 
 
-def longest_micro_batch(reader: SampleReader, num_samples: int, packing: Packing | None) -> MicroBatch:
-    """The longest micro-batch that training may meet.
+def largest_micro_batches(
+    reader: SampleReader, num_samples: int, packing: Packing | None
+) -> list[MicroBatch]:
+    """The micro-batch with most tokens, and the one with most image slots, that training may contain.
 
-    With packing, all lengths are known: a full row of the longest samples. Otherwise the longest
-    `num_samples` samples among PROBED evenly spaced records of each source.
+    Either may take most memory, the second because of the vision tower. One batch if both are the same. With
+    packing, all lengths are known: a full row of the longest samples, and one of those with most slots per
+    token. Otherwise the `num_samples` largest samples among PROBED evenly spaced records of each source.
     """
-    if packing:
-        return read_batch(reader, _longest_row(packing), packed=True)
-    candidates = []
+    sizes = _all_sizes(packing.lengths) if packing else _probed_sizes(reader)
+    tokens, slots = sizes[:, 0], sizes[:, 1]
+    batches: dict[tuple[tuple[int, int], ...], MicroBatch] = {}
+    for size in (tokens, slots / tokens if packing else slots):
+        ascending = sizes[np.lexsort((tokens, size))]
+        chosen = _fill_row(ascending, packing.max_tokens) if packing else ascending[: -num_samples - 1 : -1]
+        if not packing and len(chosen):
+            chosen = np.resize(chosen, (num_samples, 4))  # repeats them
+        sample_ids = tuple((int(source), int(index)) for *_, source, index in chosen)
+        if sample_ids not in batches:
+            batches[sample_ids] = read_batch(reader, sample_ids, packed=packing is not None)
+    return list(batches.values())
+
+
+def _all_sizes(lengths: Sequence[np.ndarray]) -> np.ndarray:
+    """[samples, 4]: tokens, image slots, source and record of all measured samples that are trained on."""
+    found = [np.zeros((0, 4), np.int64)]
+    for source, rows in enumerate(lengths):
+        (records,) = np.nonzero(rows[:, 2] > 0)
+        found.append(np.column_stack([rows[records, :2], np.full(len(records), source), records]))
+    return np.concatenate(found)
+
+
+def _probed_sizes(reader: SampleReader) -> np.ndarray:
+    """`_all_sizes` of PROBED records of each source, measured here."""
+    found = []
     for number, source in enumerate(reader.sources):
         for index in np.unique(np.linspace(0, len(source.records) - 1, PROBED, dtype=int)):
             try:
@@ -93,26 +118,18 @@ def longest_micro_batch(reader: SampleReader, num_samples: int, packing: Packing
             except DataError:
                 continue  # reported when training reads it
             if encoded.num_supervised:
-                candidates.append((len(encoded.input_ids), number, int(index)))
-    longest = sorted(candidates, reverse=True)[:num_samples]
-    longest = (longest * math.ceil(num_samples / max(1, len(longest))))[:num_samples]
-    return read_batch(reader, [(number, index) for _, number, index in longest])
+                found.append((len(encoded.input_ids), encoded.num_image_slots, number, int(index)))
+    return np.array(found, np.int64).reshape(-1, 4)
 
 
-def _longest_row(packing: Packing) -> list[tuple[int, int]]:
-    """(source, record) of samples that fill a row: the longest first, then whatever still fits."""
-    row, room = [], packing.max_tokens
-    longest = [
-        (int(rows[index, 0]), number, int(index))
-        for number, rows in enumerate(packing.lengths)
-        for index in np.argsort(rows[:, 0])[: -PROBED - 1 : -1]
-        if rows[index, 2] > 0
-    ]
-    for tokens, number, index in sorted(longest, reverse=True):
-        while tokens <= room:  # the same sample twice costs as much as two samples
-            row.append((number, index))
-            room -= tokens
-    return row
+def _fill_row(ascending: np.ndarray, room: int) -> np.ndarray:
+    """Samples that fill a row: the last one that fits, as often as it fits, and so on."""
+    row = [np.zeros((0, 4), np.int64)]
+    while len(fits := np.flatnonzero(ascending[:, 0] <= room)):
+        sample = ascending[fits[-1]]
+        row.append(np.tile(sample, (room // sample[0], 1)))  # one sample twice costs as much as two samples
+        room %= sample[0]
+    return np.concatenate(row)
 
 
 def read_batch(
@@ -124,9 +141,7 @@ def read_batch(
         encoded, images = reader.read(number, index)
         samples.append(encoded)
         pixels += images
-    if not pixels and any(source.records.num_images for source in reader.sources):
-        pixels = [reader.image_processor.dummy()]
-    return collate(samples, pixels, sample_ids, reader.encoder.pad_id, packed=packed)
+    return collate(samples, reader.pixels(pixels), sample_ids, reader.encoder.pad_id, packed=packed)
 
 
 def rehearse(model: Any, micro_batch: MicroBatch, device: torch.device, config: Config) -> None:
