@@ -8,25 +8,29 @@ the CPU with gloo.
     ranks = start()                                   # Ranks(rank=1, world=2, local_rank=1, …)
     all_sum(torch.tensor(3.0, device=ranks.device))   # 3.0 on each of 2 ranks → 6.0 on both
     log("only rank 0 logs this")
+
+A rank that fails tells the others through the store; on each, a thread then ends the process within seconds.
 """
 
+import itertools
 import json
 import os
 import socket
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 BAD_INPUT, STOPPED, FAILED = 2, 75, 1
@@ -34,8 +38,21 @@ BAD_INPUT, STOPPED, FAILED = 2, 75, 1
 
 _last_message = ""
 """The last message that this rank logged; on failure, the reason."""
-_neighbours: list[int] = []
-"""The process ids of this machine's other ranks."""
+
+FAILED_RANK = "failed rank"
+"""The key of the store that is set when a rank has failed."""
+POLL_SECONDS, ENDING_SECONDS = 1.0, 5.0
+"""How often a rank checks whether another has failed, and the time it then has to end by itself."""
+LOST_PEER = "error: lost the connection to another rank, perhaps on another machine; see its error"
+before_exit: list[Callable[[], None]] = []
+"""Called before a thread ends this process, as the main thread's clean-up does not run then."""
+_neighbours: dict[int, int] = {}
+"""The process ids of this machine's other ranks, by rank."""
+_store: Store | None = None
+"""This module's own connection to the store: a call that waits would block the others on its connection."""
+_over = threading.Event()
+"""Set once this rank no longer depends on the others, so that their end is not a failure."""
+_turns = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -68,6 +85,8 @@ def start(timeout_seconds: float = 1800, host_collectives: bool = False) -> Rank
     timeout_seconds: timeout of every collective, so that a missing rank ends the job instead of hanging it.
     host_collectives: also initialise gloo for tensors in host memory.
     """
+    global _store
+    _over.clear()
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -84,8 +103,7 @@ def start(timeout_seconds: float = 1800, host_collectives: bool = False) -> Rank
     # torch prefers cuDNN's attention on H100 and B200, which spends 0.4 to 1 s on a plan for every new shape.
     torch.backends.cuda.enable_cudnn_sdp(False)
     store, rank, world = next(rendezvous("env://"))
-    # torchrun may reuse its store when it restarts ranks, which must not find addresses of dead processes.
-    store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    store: Any = store_of_attempt(store, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
     backend = dist.get_default_backend_for_device(device.type)
     if host_collectives and device.type != "cpu":
         backend = f"cpu:gloo,{device.type}:{backend}"
@@ -101,18 +119,72 @@ def start(timeout_seconds: float = 1800, host_collectives: bool = False) -> Rank
     first = rank - local_rank
     store.set(f"process {rank}", str(os.getpid()))
     others = [other for other in range(first, first + local_world) if other != rank]
-    _neighbours[:] = [int(store.get(f"process {other}")) for other in others]
+    _neighbours.update({other: int(store.get(f"process {other}")) for other in others})
+    if world > 1:
+        _store = store.clone()
+        threading.Thread(target=_watch, args=(store.clone(),), name="watch", daemon=True).start()
     return Ranks(rank, world, local_rank, local_world, device)
 
 
-def a_neighbour_is_gone() -> bool:
-    """Whether another rank of this machine has ended, successfully or not."""
-    try:
-        for process in _neighbours:
+def store_of_attempt(store: Store, attempt: int) -> Store:
+    """The keys of one attempt: torchrun may reuse its store when it restarts ranks, which must not find the
+    failures and addresses of dead processes."""
+    return PrefixStore(f"attempt-{attempt}", store)
+
+
+def tell_failure(rank: int | None = None) -> None:
+    """Tell all ranks that one has failed, by default this one, so that they end too."""
+    if _store is None or _over.is_set():
+        return
+    with suppress(dist.DistError):  # the store has ended, which tells them as well
+        _store.set(FAILED_RANK, str(dist.get_rank() if rank is None else rank))
+        if dist.get_world_size() > 1 + len(_neighbours):
+            time.sleep(1.5 * POLL_SECONDS)  # the store may end with this machine's torchrun; others poll it
+
+
+def _watch(store: Store) -> None:
+    """End this process soon after another rank has failed, even if its main thread is blocked in a C call."""
+    failed = None
+    while not _over.wait(POLL_SECONDS):
+        try:
+            if not store.check([FAILED_RANK]):
+                continue
+            failed = int(store.get(FAILED_RANK))
+        except dist.DistError:
+            pass  # the store has ended, and the job with it
+        end_soon("" if failed in _neighbours else LOST_PEER)  # a neighbour's error is in the same log
+        return
+
+
+def end_soon(reason: str = "") -> None:
+    """Let the main thread end by itself for a while, then end this process; for other threads.
+
+    reason: logged by one rank per machine. Returns if the main thread has finished its work.
+    """
+    if not _over.wait(ENDING_SECONDS):
+        _over.set()  # the others know already
+        end_now(reason)
+
+
+def end_now(reason: str = "") -> NoReturn:
+    """End this process from any thread."""
+    tell_failure()
+    for function in before_exit:
+        function()
+    if reason:
+        log(reason, every_rank=os.environ["LOCAL_RANK"] == "0")
+        leave(FAILED)
+    os._exit(FAILED)
+
+
+def gone_neighbour() -> int | None:
+    """A rank of this machine whose process has ended, successfully or not."""
+    for rank, process in _neighbours.items():
+        try:
             os.kill(process, 0)
-    except ProcessLookupError:
-        return True
-    return False
+        except ProcessLookupError:
+            return rank
+    return None
 
 
 def device_mesh(ranks: Ranks, hybrid: bool = False) -> DeviceMesh:
@@ -127,8 +199,10 @@ def device_mesh(ranks: Ranks, hybrid: bool = False) -> DeviceMesh:
 
 
 def finish() -> None:
-    """Destroy the process group; a no-op if none was started."""
+    """Wait for all ranks and destroy the process group; a no-op if none was started."""
     if dist.is_initialized():
+        _over.set()  # before the barrier: behind it, no rank takes the end of another for a failure
+        barrier()
         dist.destroy_process_group()
 
 
@@ -146,6 +220,8 @@ def leave(status: int) -> NoReturn:
         extra = {"py_callstack": _last_message, "timestamp": str(int(time.time()))}
         error = {"message": {"message": _last_message, "extraInfo": extra}}
         Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(error))
+    if status:
+        tell_failure()
     if status == STOPPED and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
         status = 0  # any other status would make torchrun restart the ranks
     sys.stdout.flush()
@@ -179,14 +255,18 @@ def barrier() -> None:
 
 @contextmanager
 def rank_zero_first() -> Iterator[None]:
-    """Rank 0 runs the block, then all others together: for results that are cached in files."""
-    if not is_main():
-        barrier()
+    """Rank 0 runs the block, then all others together: for results that are cached in files.
+
+    Rank 0 may take hours, so the others poll the store: a collective has a timeout and keeps a GPU busy.
+    """
+    key = f"rank 0 is done {next(_turns)}"
+    while _store is not None and not is_main() and not _store.check([key]):
+        time.sleep(0.2)
     try:
         yield
     finally:
-        if is_main():
-            barrier()
+        if _store is not None and is_main():
+            _store.set(key, "")
 
 
 def all_sum(values: torch.Tensor) -> torch.Tensor:

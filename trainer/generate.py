@@ -52,6 +52,7 @@ from trainer.distributed import (
     rank_zero_first,
     start,
     step_seed,
+    tell_failure,
 )
 from trainer.lora import adapted_model
 from trainer.models import load_config, load_conversation, load_image_processor, parts_of
@@ -414,7 +415,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         log("\n".join(f"error: {problem}" for problem in str(error).splitlines()))
         return BAD_INPUT
     ranks = start()
-    status = ask(questions, ranks)
+    try:
+        status = ask(questions, ranks)
+    except BaseException:
+        tell_failure()
+        raise
     finish()
     return status
 

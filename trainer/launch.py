@@ -15,15 +15,19 @@ import signal
 import socket
 import sys
 import tempfile
+import time
+from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
-from torch.distributed import DistError
+from torch.distributed import DistError, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import parse_args, run
 
-from trainer.distributed import FAILED
+from trainer.distributed import FAILED, FAILED_RANK, POLL_SECONDS, store_of_attempt
 
 DEFAULTS = ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--shutdown-timeout", "600"]
 
@@ -38,6 +42,8 @@ def launch(arguments: Sequence[str], status_file: Path) -> int:
         run(options)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
+        if failure.exitcode < 0 and options.nnodes != "1" and options.rdzv_backend == "static":
+            tell_other_machines(options, rank)
         if not Path(failure.error_file).is_file():
             print(f"\nerror: {how_it_ended(rank, failure)}", file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else FAILED
@@ -51,6 +57,15 @@ def launch(arguments: Sequence[str], status_file: Path) -> int:
         print(f"error: {problem}", file=sys.stderr)
         return FAILED
     return int(status_file.read_text()) if status_file.is_file() else 0
+
+
+def tell_other_machines(options: Namespace, rank: int) -> None:
+    """Tell the ranks of other machines that one was killed here, as it could not tell them itself."""
+    with suppress(DistError):
+        address, patience = (options.master_addr, options.master_port), timedelta(seconds=10)
+        store = TCPStore(*address, is_master=False, wait_for_workers=False, timeout=patience)
+        store_of_attempt(store, options.max_restarts).set(FAILED_RANK, str(rank))
+        time.sleep(1.5 * POLL_SECONDS)  # the first machine's launcher holds the store, which they poll
 
 
 def how_it_ended(rank: int, failure: ProcessFailure) -> str:

@@ -37,7 +37,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.distributed import FAILED, leave, log
+from trainer.distributed import FAILED, before_exit, leave, log
 
 NAME = "run.lock"
 BEAT_SECONDS = 5.0
@@ -84,6 +84,7 @@ class Lock:
             ]
         self._thread = threading.Thread(target=self._beat, name=NAME, daemon=True)
         self._thread.start()
+        before_exit.append(self.release)
         return []
 
     def check(self) -> None:

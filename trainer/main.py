@@ -35,6 +35,7 @@ from trainer.config import Config, ConfigError, parse
 from trainer.distributed import (
     BAD_INPUT,
     FAILED,
+    LOST_PEER,
     STOPPED,
     Ranks,
     agree_on_problems,
@@ -47,6 +48,7 @@ from trainer.distributed import (
     no_bar,
     start,
     step_seed,
+    tell_failure,
 )
 from trainer.lock import Lock
 from trainer.loss import chunked_cross_entropy
@@ -109,7 +111,7 @@ def train(config: Config, ranks: Ranks, lock: Lock) -> int:
     loader = open_loader(plan, config, ranks, start_point.step)
     checkpoints = Checkpoints(run, config, lock, plan.sampler.steps_per_epoch, total_steps)
     log(checkpoints.first_save(start_point.step))
-    stop = StopRequest(output_dir, lock.release)
+    stop = StopRequest(output_dir)
     flops = peak = tracer = None
     if config.measure_mfu:
         from trainer.extras.flops import count_flops, matmul_peak
@@ -232,6 +234,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with Lock(Path(config.output_dir)) as lock:
             status = train(config, ranks, lock)
+        finish()
+        return status
     except SaveError as error:  # the same on every rank
         log(f"\nerror: {error}")
         return FAILED
@@ -243,13 +247,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             wait_for_the_end()
         log(f"\nerror: rank {ranks.rank} raised:\n{traceback.format_exc()}", every_rank=True)
         if is_lost_peer(error):
-            log(
-                "error: lost the connection to another rank, perhaps on another machine; see its error",
-                every_rank=True,
-            )
+            log(LOST_PEER, every_rank=True)
         return FAILED
-    finish()
-    return status
+    except BaseException:  # SystemExit or KeyboardInterrupt
+        tell_failure()
+        raise
 
 
 if __name__ == "__main__":
