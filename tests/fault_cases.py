@@ -26,7 +26,6 @@ from trainer.main import main
 from trainer.stopping import StopRequest
 
 STOPPED = 75
-LAUNCHERS = ["torch.distributed.run", "trainer.launch"]
 
 
 def fault_flags(world: Path, output_dir: str | Path, *more: str, **changes: Any) -> list[str]:

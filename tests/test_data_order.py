@@ -22,7 +22,7 @@ SIZES = [
 ]
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(num_records=st.integers(1, 12), num_samples=st.integers(1, 30), seed=st.integers(0, 5))
 def test_a_source_uses_no_record_twice_before_every_record_once(num_records, num_samples, seed):
     used = np.zeros(num_records, dtype=int)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import trainer.distributed
-from tests.fault_cases import LAUNCHERS, STOPPED, fault_flags, launch
+from tests.fault_cases import STOPPED, fault_flags, launch
 from tests.tiny import free_port, run_ranks
 from trainer.distributed import LOST_PEER, all_sum, finish, is_main, rank_zero_first, start
 
@@ -37,7 +37,9 @@ def seconds_since(time_file: Path) -> float:
     return time.time() - time_file.stat().st_mtime
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize(
+    "launcher", ["trainer.launch", pytest.param("torch.distributed.run", marks=pytest.mark.slow)]
+)
 def test_a_rank_in_a_c_call_does_not_hold_up_the_end_after_an_error(world, tmp_path, launcher):
     hook = failing_hook(1, 'RuntimeError("the boiler burst")', tmp_path / "raised")
     process = launch(tmp_path, hook, [], fault_flags(world, tmp_path / "run"), launcher)
@@ -120,7 +122,7 @@ def test_ranks_wait_for_rank_zero_longer_than_a_collective_may_take():
     run_ranks(2, run)
 
 
-@pytest.mark.parametrize("end", ["raised", "killed"])
+@pytest.mark.parametrize("end", [pytest.param("raised", marks=pytest.mark.slow), "killed"])
 def test_a_failure_of_rank_zero_ends_those_that_wait_for_it(world, tmp_path, end):
     """While it measures the lengths of the samples."""
     raised = 'raise RuntimeError("the boiler burst")'

@@ -1,5 +1,6 @@
 """Whatever ends a run, the work up to the last complete checkpoint is kept, and the same command goes on."""
 
+import faulthandler
 import os
 import random
 import shutil
@@ -15,7 +16,6 @@ import pytest
 import trainer.lock
 import trainer.stopping
 from tests.fault_cases import (
-    LAUNCHERS,
     STOPPED,
     Ranks,
     assert_same_model,
@@ -39,7 +39,7 @@ def world(fault_world) -> Path:
 
 
 @pytest.mark.parametrize(
-    "moments", [5, pytest.param(20, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.slow)]
+    "moments", [3, pytest.param(20, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.slow)]
 )
 def test_killed_at_random_moments_the_model_is_the_same(world, tmp_path, moments):
     chance = random.Random(moments)
@@ -92,7 +92,7 @@ def killed_at_call(number: int, argv: list[str]) -> int:
     return status
 
 
-@pytest.mark.parametrize("every", [40, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [60, pytest.param(3, marks=pytest.mark.slow)])
 def test_killed_between_any_two_changes_of_a_folder_the_model_is_the_same(world, tmp_path, every):
     argv = fault_flags(world, tmp_path / "run", "--max_steps", "4")
     output, _ = run_ranks(2, killed_at_call, 0, fault_flags(world, tmp_path / "straight", "--max_steps", "4"))
@@ -350,7 +350,7 @@ def test_the_lock_is_removed_however_a_run_ends(world, tmp_path, end):
 # --- raised, hung -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ["trainer.launch", "torch.distributed.run"])
 def test_a_rank_that_raises_ends_the_job_soon_and_its_traceback_is_shown_once(world, tmp_path, launcher):
     hook = """
     if (step, rank) == (3, 1):
@@ -374,6 +374,8 @@ def test_a_rank_that_raises_ends_the_job_soon_and_its_traceback_is_shown_once(wo
 
 def test_a_rank_that_hangs_shows_all_stacks_and_ends_the_job(world, tmp_path):
     def waiting_for_godot() -> None:
+        # A second after the other, which might lose its peer before it shows its own stack.
+        faulthandler.dump_traceback_later(7, exit=True)
         time.sleep(1000)
 
     def run(argv: list[str]) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fault_cases import LAUNCHERS, STOPPED, assert_same_model, fault_flags, launch
+from tests.fault_cases import STOPPED, assert_same_model, fault_flags, launch
 from tests.installed import install
 from tests.tiny import ROOT, free_port, read_metrics
 
@@ -33,7 +33,7 @@ def start(script: str, *argv: str, log: Path, folder: Path = ROOT, **environment
         return subprocess.Popen([script, *argv], cwd=folder, env=environment, stdout=file, stderr=file)
 
 
-@pytest.mark.parametrize("signal_", [signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("signal_", [signal.SIGUSR1, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_the_launcher_passes_a_signal_on_and_ends_with_the_trainers_last_words(world, tmp_path, signal_):
     output_dir, log = tmp_path / "run", tmp_path / "log"
     environment = {"GPUS_PER_NODE": "2", "MASTER_PORT": str(free_port())}
@@ -102,7 +102,9 @@ def test_another_package_named_data_that_is_already_loaded_is_named(busy_folder)
     assert str(busy_folder / "data.py") in error
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize(
+    "launcher", ["trainer.launch", pytest.param("torch.distributed.run", marks=pytest.mark.slow)]
+)
 def test_bad_input_is_the_last_that_a_launcher_shows(world, tmp_path, launcher):
     argv = fault_flags(world, tmp_path / "run", "--data_path", str(tmp_path / "absent.txt"))
     process = launch(tmp_path, "    pass", [], argv, launcher)
@@ -131,7 +133,7 @@ def test_a_port_that_is_taken_is_one_sentence(world, tmp_path):
     assert port in output
 
 
-@pytest.mark.parametrize("ending", ["stopped", "killed"])
+@pytest.mark.parametrize("ending", [pytest.param("stopped", marks=pytest.mark.slow), "killed"])
 def test_the_launchers_of_all_machines_end_with_the_trainers_status(world, tmp_path, ending):
     environment = {"GPUS_PER_NODE": "1", "NNODES": "2", "MASTER_PORT": str(free_port())}
     argv = ["full", *fault_flags(world, tmp_path / "run", max_steps=100000)]

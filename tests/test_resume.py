@@ -68,12 +68,10 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 
 CASES = {
-    "float32, checkpointed": ["--gradient_checkpointing", "True"],
+    "deterministic, checkpointed": ["--gradient_checkpointing", "True", "--deterministic", "True"],
     "bfloat16 with workers": ["--bf16", "True", "--dataloader_num_workers", "1", "--async_save", "False"],
     "adapters": ["--fix_vit", "True", "--use_lora", "True", "--lora_dropout", "0.1", "--lora_r", "4"],
 }
-CASES["deterministic"] = ["--deterministic", "True", "--max_length", "120"]
-CASES["deterministic adapters"] = [*CASES["adapters"], *CASES["deterministic"]]
 
 
 @pytest.mark.parametrize("case", CASES)

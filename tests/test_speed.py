@@ -58,7 +58,7 @@ def test_nodes_that_hold_the_same_shards_train_as_one_rank_does(world):
     assert_same_training(world, "hybrid")
 
 
-@pytest.mark.parametrize("reduce_every", ["False", "True"])
+@pytest.mark.parametrize("reduce_every", ["True", pytest.param("False", marks=pytest.mark.slow)])
 def test_nodes_that_accumulate_stop_and_go_on_train_as_one_rank_does(world, reduce_every):
     """Cut after step 5 of 10; the checkpoint holds what two of the four ranks wrote."""
     if not (world / "eight").exists():
