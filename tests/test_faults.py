@@ -384,7 +384,8 @@ def test_a_rank_that_hangs_shows_all_stacks_and_ends_the_job(world, tmp_path):
 
     ranks = Ranks(2, run, fault_flags(world, tmp_path, "--hang_minutes", "0.1"))
     assert not ranks.wait(60)
-    time.sleep(2)
+    for process in ranks.processes:
+        process.join(20)
     assert [process.exitcode for process in ranks.processes] == [1, 1]
     output = ranks.output()
     assert "waiting_for_godot" in output
