@@ -19,7 +19,7 @@ Parameter names are the original's. Paper: arXiv 2401.16420.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -97,12 +97,14 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     return (x * cos).addcmul_(torch.cat([second, first], dim=-1), sin, value=direction).to(x.dtype)
 
 
-class Samples(NamedTuple):
-    """The samples of a packed row, which do not attend to each other."""
+class Samples:
+    """The samples of a packed row, which do not attend to each other.
 
-    lengths: Sequence[int]
-    cu_seq_lens: Tensor
-    """[samples + 1] int32, on the device: where each begins, and the last ends."""
+    cu_seq_lens: [samples + 1] int32, on the device: where each begins, and the last ends.
+    """
+
+    def __init__(self, lengths: Sequence[int], cu_seq_lens: Tensor) -> None:
+        self.lengths, self.cu_seq_lens = list(lengths), cu_seq_lens
 
 
 class Attention(nn.Module):
@@ -157,9 +159,8 @@ class Attention(nn.Module):
             options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0), "enable_gqa": True}  # causal
             y: Any = varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
             return y[None]
-        lengths = list(samples.lengths)
-        alone = zip(*(part.split(lengths, dim=2) for part in (q, k, v)), strict=True)
-        masks = [None if mask is None else mask[..., :n, :n] for n in lengths]
+        alone = zip(*(part.split(samples.lengths, dim=2) for part in (q, k, v)), strict=True)
+        masks = [None if mask is None else mask[..., :n, :n] for n in samples.lengths]
         return torch.cat(
             [attend(self, *qkv, m, scaling=scale)[0] for qkv, m in zip(alone, masks, strict=True)], dim=1
         )
@@ -371,7 +372,7 @@ class InternLMXComposer2ForCausalLM(XComposer2GenerationMixin, PreTrainedModel):
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-        image_runs: Runs | None = None,
+        image_runs: Sequence[tuple[int, int]] | None = None,
         sample_lengths: Sequence[int] | None = None,
         cu_seq_lens: Tensor | None = None,
         supervised: Tensor | None = None,
@@ -405,19 +406,22 @@ class InternLMXComposer2ForCausalLM(XComposer2GenerationMixin, PreTrainedModel):
         if output_attentions:
             raise ValueError("output_attentions is not supported: fused attention does not form the weights")
         x = self.model.tok_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        if image_runs is None and im_mask is not None:
-            image_runs = runs_of(im_mask)
-        if image_runs is None and torch.is_grad_enabled():
-            image_runs = []
+        runs = None
+        if image_runs is not None:
+            runs = Runs(image_runs)
+        elif im_mask is not None:
+            runs = runs_of(im_mask)
+        elif torch.is_grad_enabled():
+            runs = Runs([])
         if inputs_embeds is None or pixel_values is not None:
-            x = self._insert_images(x, image_runs or [], pixel_values)
+            x = self._insert_images(x, runs or Runs([]), pixel_values)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         samples = None
         if sample_lengths is not None and cu_seq_lens is not None:
             samples = Samples(sample_lengths, cu_seq_lens)
         outputs = self.model(
-            x, attention_mask, position_ids, samples, image_runs, cache, bool(output_hidden_states)
+            x, attention_mask, position_ids, samples, runs, cache, bool(output_hidden_states)
         )
         hidden, loss, losses, logits = outputs.last_hidden_state, None, None, None
         if supervised is None and labels is not None:
@@ -470,7 +474,7 @@ class InternLMXComposer2ForCausalLM(XComposer2GenerationMixin, PreTrainedModel):
             )
         rows = x.flatten(0, 1)
         if not runs:
-            runs, features = [(len(rows), len(rows))], features[:0]
+            runs, features = Runs([(len(rows), len(rows))]), features[:0]
         parts = features.to(x.dtype).split([end - begin for begin, end in runs])
         return put_at(runs, rows, parts).view_as(x)
 

@@ -11,7 +11,7 @@ An image's slots are neighbours, so a run is a slice. With an index instead, the
 scattered, and the backward pass would fill and add a gradient of the whole row. Paper: arXiv 2401.16420.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,8 +21,21 @@ from torch.autograd.function import once_differentiable
 
 from .configuration_xcomposer2 import InternLMXcomposer2Config
 
-Runs = Sequence[tuple[int, int]]
-"""(begin, end) of every run of image slots in a flattened [B, T], in order; on the host, as Python's ints."""
+
+class Runs:
+    """(begin, end) of every run of image slots in a flattened [B, T], in order, on the host.
+
+    A class of its own, because torch.compile would compile a block again for every other length of a list.
+    """
+
+    def __init__(self, bounds: Iterable[tuple[int, int]]) -> None:
+        self.bounds = tuple(bounds)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter(self.bounds)
+
+    def __len__(self) -> int:
+        return len(self.bounds)
 
 
 class PLoRADown(nn.Linear):
@@ -170,7 +183,7 @@ def put_at(runs: Runs, rows: Tensor, parts: Sequence[Tensor], add: bool = False)
     return torch.cat(pieces)
 
 
-def runs_of(mask: Tensor) -> list[tuple[int, int]]:
+def runs_of(mask: Tensor) -> Runs:
     """Runs of True in a mask [B, T], flattened. It waits for the device."""
     edges = F.pad(mask.flatten().to(torch.int8), (1, 1)).diff().nonzero()[:, 0].tolist()
-    return list(zip(edges[::2], edges[1::2], strict=True))
+    return Runs(zip(edges[::2], edges[1::2], strict=True))
