@@ -221,7 +221,8 @@ def measure_gaps(folder: Path) -> None:
     for step in range(1, 5):
         checkpoints.save(step, write_nothing, tensors, {})
         began = time.perf_counter()
-        busy = longest_gap(lambda: not checkpoints.is_saving())
+        saved = folder / f"checkpoint-{step}"
+        busy = longest_gap(lambda saved=saved: checkpoints.newest == saved or checkpoints.failed)
         end = 2 * time.perf_counter() - began
         idle = longest_gap(lambda end=end: time.perf_counter() > end)
         checkpoints.wait()

@@ -170,10 +170,6 @@ class Checkpoints:
         """Whether `minutes_between_saves` have passed, by rank 0's clock; False on other ranks."""
         return is_main() and time.monotonic() - self._begun > 60 * self.minutes
 
-    def is_saving(self) -> bool:
-        """Whether this rank's thread is still writing."""
-        return self._thread is not None and self._thread.is_alive()
-
     def wait(self) -> None:
         """Wait for a running save; afterwards `failed` is whether the last one failed."""
         if self._thread:

@@ -105,8 +105,10 @@ def ours(model_folder: Path, output_dir: Path, asynchronous: bool) -> int:
     dist.barrier()
     started = time.perf_counter()
     stall = timed(partial(save, 2))
-    meanwhile = []
-    while asynchronous and all_max(float(checkpoints.is_saving()), ranks.device):
+    meanwhile, saved = [], output_dir / "checkpoint-2"
+    while asynchronous and all_max(
+        float(checkpoints.newest != saved and not checkpoints.failed), ranks.device
+    ):
         meanwhile.append(timed(step))
     checkpoints.wait()
     complete = time.perf_counter() - started
