@@ -7,16 +7,15 @@
     sample_lengths  None                              [5, 3]
     cu_seq_lens     None                              [0, 5, 8]
 
-Without padding there is no mask. With an image of two slots at the second place of sample a, whose last two
-tokens are trained, and sample b's last:
+Without padding there is no mask. If positions 1 and 2 of sample a are the slots of an image, and the last two
+tokens of a and the last one of b are trained:
 
     labels      a: -100 -100 -100  a  a      b: -100 -100  b
     image_runs  [(1, 3)]                     of the flattened rows
-    supervised  [2, 3, 6]                    packed; the position before each trained token
-    targets     [a, a, b]                    the token after each supervised position
+    supervised  [2, 3, 6]                    positions before a trained token, in the packed row
+    targets     [a, a, b]                    those tokens
 
-A model could find these out from labels, im_mask and position_ids, but an accelerator would have to be waited
-for each time; here they are known.
+A model could derive these from labels, im_mask and position_ids, but only by synchronising with the device.
 """
 
 from collections.abc import Callable, Sequence

@@ -9,8 +9,8 @@ Input: token ids [B, T], a mask of image slots [B, T] and the images. Output: lo
 Every linear layer of a block computes `W x`, and at image slots `W x + (alpha / rank) · B A x`
 (plora_xcomposer2.py).
 
-Nothing in here waits for an accelerator if the caller says what it knows already: where the image slots are,
-how long the samples of a packed row are, and which positions are supervised (see `forward`).
+Nothing in here synchronises with the device if the caller passes what it already knows: where the image slots
+are, how long the samples of a packed row are, and which positions are supervised (see `forward`).
 
 Shapes: B rows, T positions, D hidden, H heads, K key-value heads, E head width, N image slots of the batch.
 Parameter names are the original's. Paper: arXiv 2401.16420.
@@ -392,7 +392,7 @@ class InternLMXComposer2ForCausalLM(XComposer2GenerationMixin, PreTrainedModel):
         loss, token_losses: `loss_function(hidden [M, D], targets [M], lm_head, num_items_in_batch)` of the M
             supervised positions, row by row. In training no logits are formed for the others.
 
-        What follows from these tensors, but only by waiting for the device; data/batch.py gives it with them:
+        The rest follows from these, but only by synchronising with the device; data/batch.py passes it:
         image_runs: (begin, end) of the runs of True in the flattened im_mask.
         sample_lengths, cu_seq_lens: of a packed row's samples; int32 [S + 1], where each begins and the last
             ends.
@@ -473,9 +473,10 @@ class InternLMXComposer2ForCausalLM(XComposer2GenerationMixin, PreTrainedModel):
                 f"im_mask has {num_slots} image slots, but the images give {len(features)} features"
             )
         rows = x.flatten(0, 1)
+        features = features.to(x.dtype)
         if not runs:
-            runs, features = Runs([(len(rows), len(rows))]), features[:0]
-        parts = features.to(x.dtype).split([end - begin for begin, end in runs])
+            return torch.cat([rows, features[:0]]).view_as(x)
+        parts = features.split([end - begin for begin, end in runs])
         return put_at(runs, rows, parts).view_as(x)
 
     def _no_features(self, x: Tensor) -> Tensor:

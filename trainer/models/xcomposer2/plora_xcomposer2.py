@@ -85,7 +85,7 @@ class _PartialLoRA(torch.autograd.Function):
         x, weight, down, up, *kept = ctx.saved_tensors
         for_x, for_weight, for_bias, for_down, for_up = ctx.needs_input_grad[:5]
         x_grad = grad @ weight if for_x else None
-        down_grad = up_grad = low_grad = None
+        down_grad = up_grad = None
         if not ctx.runs:
             down_grad, up_grad = torch.zeros_like(down), torch.zeros_like(up)
         else:
@@ -96,18 +96,16 @@ class _PartialLoRA(torch.autograd.Function):
                 up_grad = torch.addmm(up, run_grad.T, low, beta=0, alpha=ctx.scale)
             if for_x or for_down:
                 low_grad = run_grad @ up  # [N, rank], not scaled yet, like `low`
-            if low_grad is not None and for_down:
-                rows = of_dropout[0] if of_dropout else _rows_of(x, ctx.runs)
-                down_grad = torch.addmm(down, low_grad.T, rows, beta=0, alpha=ctx.scale)
-            if low_grad is None or x_grad is None:
-                pass
-            elif of_dropout:
-                scale = ctx.scale / (1 - ctx.dropout)
-                rows_grad = torch.ops.aten.native_dropout_backward(low_grad @ down, of_dropout[1], scale)
-                for (begin, end), part in zip(ctx.runs, _split(rows_grad, ctx.runs), strict=True):
-                    x_grad[begin:end] += part
-            else:
-                _add_products(x_grad, ctx.runs, low_grad, down, ctx.scale)
+                if for_down:
+                    rows = of_dropout[0] if of_dropout else _rows_of(x, ctx.runs)
+                    down_grad = torch.addmm(down, low_grad.T, rows, beta=0, alpha=ctx.scale)
+                if x_grad is not None and of_dropout:
+                    scale = ctx.scale / (1 - ctx.dropout)
+                    rows_grad = torch.ops.aten.native_dropout_backward(low_grad @ down, of_dropout[1], scale)
+                    for (begin, end), part in zip(ctx.runs, _split(rows_grad, ctx.runs), strict=True):
+                        x_grad[begin:end] += part
+                elif x_grad is not None:
+                    _add_products(x_grad, ctx.runs, low_grad, down, ctx.scale)
         weight_grad = grad.T @ x if for_weight else None
         bias_grad = grad.sum(0) if for_bias else None
         return x_grad, weight_grad, bias_grad, down_grad, up_grad, None, None, None, None
@@ -155,9 +153,12 @@ class PLoRALinear(nn.Linear):
             return super().forward(input)
         x = input.flatten(0, -2)
         if type(self.Plora_A) is not PLoRADown or type(self.Plora_B) is not PLoRAUp:  # adapters are on them
-            delta = [self.Plora_B(self.Plora_A(self.dropout(x[begin:end]))) for begin, end in runs]
-            y = put_at(runs, super().forward(x), [part * self.scale for part in delta], add=True)
-            return y.unflatten(0, input.shape[:-1])
+            y = super().forward(x)
+            parts = [
+                y[begin:end] + self.scale * self.Plora_B(self.Plora_A(self.dropout(x[begin:end])))
+                for begin, end in runs
+            ]
+            return put_at(runs, y, parts).unflatten(0, input.shape[:-1])
         tensors = [x, self.weight, self.bias, self.Plora_A.weight, self.Plora_B.weight]
         kind = x.device.type
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
@@ -168,8 +169,8 @@ class PLoRALinear(nn.Linear):
         return y.unflatten(0, input.shape[:-1])
 
 
-def put_at(runs: Runs, rows: Tensor, parts: Sequence[Tensor], add: bool = False) -> Tensor:
-    """rows [R, D] with each run replaced by its part [end − begin, D], or with the part added.
+def put_at(runs: Runs, rows: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    """rows [R, D] with each run replaced by its part [end − begin, D].
 
     One copy forward and one backward, without an index.
     """
@@ -178,8 +179,7 @@ def put_at(runs: Runs, rows: Tensor, parts: Sequence[Tensor], add: bool = False)
         sizes += [begin - done, end - begin]
         done = end
     pieces = list(rows.split([*sizes, len(rows) - done]))
-    for number, part in zip(range(1, len(pieces), 2), parts, strict=True):
-        pieces[number] = pieces[number] + part if add else part
+    pieces[1::2] = parts
     return torch.cat(pieces)
 
 
