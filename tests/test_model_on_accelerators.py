@@ -189,7 +189,7 @@ def test_torch_s_kernel_for_packed_rows_takes_what_it_is_given():
 
 
 def loops(module, query, key, value, attention_mask, **kwargs):
-    """As an attention of somebody's own, which knows nothing of boundaries."""
+    """A custom attention function that ignores the boundaries of samples."""
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=kwargs["scaling"])
 
 

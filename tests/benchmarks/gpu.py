@@ -38,7 +38,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "7b": {"img_size": 490},  # the rest are the configuration's defaults
 }
 STATE_BYTES = 16
-"""Of a trained parameter: weight, gradient and two moments in float32."""
+"""Bytes per trained parameter: weight, gradient and two moments in float32."""
 
 
 def make_model(folder: Path, sizes: dict[str, Any], device: torch.device) -> int:
@@ -63,10 +63,10 @@ def with_picture(random: np.random.Generator) -> tuple[int, int]:
 
 
 def rows_of(size: str, workload: Workload, runs: list[Run], warm_up: int, ranks: int) -> list[dict[str, Any]]:
-    """The table's rows: medians over the rounds of each system."""
+    """Rows of the table: medians over the rounds of each system."""
     ours = [run for run in runs if run["system"] == "ours"]
     flops = statistics.mean(ours[0]["flops"][warm_up:])
-    # The speed of matrix products on all ranks, from what it made of our steps.
+    # The speed of matrix products on all ranks, derived from the MFU that our trainer reports.
     peak = flops / statistics.mean(ours[0]["seconds"][warm_up:]) / statistics.mean(ours[0]["mfu"][warm_up:])
     rows = []
     for system in dict.fromkeys(run["system"] for run in runs):
