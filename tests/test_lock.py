@@ -36,6 +36,8 @@ def start() -> Iterator[Callable[..., Any]]:
     def run(output: Path, function: Callable[..., None], *arguments: Any) -> Any:
         def redirected() -> None:
             sys.stdout = sys.stderr = output.open("w")
+            # A shell starts its background jobs, and so their children, with SIGINT ignored.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             function(*arguments)
             sys.stderr.flush()
 
