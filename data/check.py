@@ -290,7 +290,7 @@ def expected_epoch(
     num_ranks, per_micro_batch = config.num_ranks, config.per_device_train_batch_size
     global_batch = num_ranks * per_micro_batch * config.gradient_accumulation_steps
     sampler = StepSampler(reader.sources, config.seed, global_batch)
-    packing = Packing(lengths, reader.encoder.max_length, cost)
+    packing = Packing(lengths, config.row_tokens, cost)
     num_steps = min(sampler.steps_per_epoch, MAX_STEPS_ESTIMATED)
     num_tokens = num_rows = padded_tokens = 0
     idle_packed = idle_dealt = 0.0
@@ -310,7 +310,7 @@ def expected_epoch(
         "tokens": round(num_tokens * sampler.steps_per_epoch / num_steps),
         "packed": {
             "rows_per_step_and_rank": num_rows / num_steps / num_ranks,
-            "row_fill": num_tokens / max(1, num_rows * reader.encoder.max_length),
+            "row_fill": num_tokens / max(1, num_rows * config.row_tokens),
             "padding_share": 0.0,
             "idle_share": idle_packed,
         },
@@ -343,7 +343,7 @@ def as_text(report: dict[str, Any]) -> str:
         f"an epoch: {epoch['samples']:,} samples in {epoch['steps']:,} steps of {epoch['global_batch']:,}, "
         f"about {epoch['tokens']:,} tokens",
         f"packed: {packed['rows_per_step_and_rank']:.1f} rows a step and rank, {packed['row_fill']:.0%} of "
-        f"max_length filled, no padding, ranks idle {packed['idle_share']:.1%}",
+        f"their room filled, no padding, ranks idle {packed['idle_share']:.1%}",
         f"unpacked: {unpacked['padding_share']:.1%} padding, ranks idle {unpacked['idle_share']:.1%}",
     ]
     for kind, found in {"error": report["errors"], **report["warnings"]}.items():

@@ -55,14 +55,15 @@ class DataConfig:
     """High-resolution models: take the images of a sample over max_length at a smaller hd_num, the largest
     that fits, and log it; on_long_sample is for what still does not."""
     packing: bool = may_change(True)
-    """Pack whole samples into rows of max_length tokens without padding, and balance the ranks by their cost;
-    samples do not see each other, and the loss is the same. False: padded micro-batches."""
+    """A micro-batch is one row of whole samples without padding, and ranks get rows of equal cost; samples do
+    not see each other, and the loss is the same. False: padded micro-batches."""
 
     # --- what a step is made of ----------------------------------------------------------------------
     per_device_train_batch_size: int = may_change(1)
-    """Samples a rank computes at once; packed, its share of a step only sets how many samples a step has."""
+    """Samples a rank computes at once. Packed, they are as many as fit into this × max_length tokens."""
     gradient_accumulation_steps: int = may_change(1)
-    """Micro-batches a rank sums before a step; global batch = this × per-device batch × ranks."""
+    """Micro-batches a rank sums before a step; global batch = this × per-device batch × ranks. Packed, a step
+    takes no more of them than its tokens need, seldom as many as this."""
     seed: int = 42
     """Of the data order, dropout, and newly made weights."""
 
@@ -96,6 +97,11 @@ class DataConfig:
             gradient_accumulation_steps=1,
             seed=0,
         )
+
+    @property
+    def row_tokens(self) -> int:
+        """Most tokens of a packed row: a micro-batch takes no more memory than a padded one may."""
+        return self.per_device_train_batch_size * self.max_length
 
     def too_small(self, **least: float) -> list[str]:
         """A sentence for each of these fields whose value is below the least that it may be."""

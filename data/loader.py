@@ -253,8 +253,9 @@ class StepLoader:
 
         if self._num_workers:
             end_workers_at_exit()
+        row_tokens = self._packing.max_tokens if self._packing else None
         batches = DataLoader(
-            _MicroBatches(self._reader, self._on_bad_sample == "skip", self._packing is not None),
+            _MicroBatches(self._reader, self._on_bad_sample == "skip", row_tokens),
             batch_size=None,
             sampler=samples_of_micro_batches(),
             num_workers=self._num_workers,
@@ -304,8 +305,9 @@ class _MicroBatches(Dataset[MicroBatch | DataError]):
     A DataError is returned: raised in a worker, it would arrive wrapped in a traceback.
     """
 
-    def __init__(self, reader: SampleReader, skip_bad: bool, packed: bool):
-        self._reader, self._skip_bad, self._packed = reader, skip_bad, packed
+    def __init__(self, reader: SampleReader, skip_bad: bool, row_tokens: int | None):
+        """row_tokens: most tokens of a packed row; None: padded rows."""
+        self._reader, self._skip_bad, self._row_tokens = reader, skip_bad, row_tokens
 
     def __getitem__(self, wanted: list[tuple[int, int]]) -> MicroBatch | DataError:
         samples: list[Encoded] = []
@@ -328,13 +330,14 @@ class _MicroBatches(Dataset[MicroBatch | DataError]):
             samples.append(sample)
             pictures += images
             sample_ids.append((source_number, index))
-        encoder = self._reader.encoder
         pixels = self._reader.pixels(pictures)
-        batch = collate(samples, pixels, sample_ids, encoder.pad_id, packed=self._packed)
-        if self._packed and batch.num_tokens > encoder.max_length:
+        packed = self._row_tokens is not None
+        batch = collate(samples, pixels, sample_ids, self._reader.encoder.pad_id, packed=packed)
+        if self._row_tokens and batch.num_tokens > self._row_tokens:
             return DataError(
-                f"a packed row has {batch.num_tokens} tokens, over max_length={encoder.max_length}: images"
-                " have changed since they were measured; remove the *.lengths files beside the JSON files"
+                f"a packed row has {batch.num_tokens} tokens, over the {self._row_tokens} that it may have:"
+                " images have changed since they were measured; remove the *.lengths files beside the JSON"
+                " files"
             )
         batch.skipped, batch.unsupervised, batch.shrunk = skipped, unsupervised, shrunk
         return batch

@@ -124,7 +124,7 @@ class Packing:
     lengths: Sequence[np.ndarray]
     """int32 [records, 3 or more] for each source: tokens, image slots, supervised tokens."""
     max_tokens: int
-    """Most tokens of a row: max_length."""
+    """Most tokens of a row."""
     cost: CostModel = CostModel()
 
     def plan(self, samples: np.ndarray, num_ranks: int) -> Plan:

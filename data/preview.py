@@ -92,10 +92,9 @@ class PreviewConfig(CommandConfig):
 def preview(reader: SampleReader, cost: CostModel, config: PreviewConfig) -> str:
     """The page, with the first samples of the training order."""
     sampler = StepSampler(reader.sources, config.seed, global_batch=config.num_samples)
-    max_length = reader.encoder.max_length
     packing = None
     if config.packing:
-        packing = Packing(measure_lengths(reader, num_workers=config.num_workers), max_length, cost)
+        packing = Packing(measure_lengths(reader, num_workers=config.num_workers), config.row_tokens, cost)
     loader = StepLoader(
         reader,
         sampler,
@@ -107,7 +106,8 @@ def preview(reader: SampleReader, cost: CostModel, config: PreviewConfig) -> str
         packing=packing,
     )
     (batches,) = list(loader)
-    body = "\n".join(_row(reader, batch, number) for number, batch in enumerate(batches))
+    room = packing.max_tokens if packing else reader.encoder.max_length
+    body = "\n".join(_row(reader, batch, number, room) for number, batch in enumerate(batches))
     left_out = [why for batch in batches for _, why in (*batch.skipped, *batch.unsupervised)]
     if left_out:
         body += "<h2>left out</h2>" + "".join(f"<p>{html.escape(why)}</p>" for why in left_out)
@@ -115,11 +115,11 @@ def preview(reader: SampleReader, cost: CostModel, config: PreviewConfig) -> str
     return PAGE.format(title=f"{sum(b.num_samples for b in batches)} samples", options=options, body=body)
 
 
-def _row(reader: SampleReader, batch: MicroBatch, number: int) -> str:
-    """A row of the loader as HTML: for each sample its record, pictures and tokens."""
+def _row(reader: SampleReader, batch: MicroBatch, number: int, room: int) -> str:
+    """A row of at most `room` tokens as HTML: for each sample its record, pictures and tokens."""
     kind = "row" if batch.inputs["position_ids"] is None else "packed row"
     title = f"{kind} {number} <small>{batch.num_samples} samples, {batch.num_tokens:,} of at most "
-    title += f"{reader.encoder.max_length:,} tokens, {batch.num_supervised:,} trained</small>"
+    title += f"{room:,} tokens, {batch.num_supervised:,} trained</small>"
     pictures = iter([] if batch.inputs["pixel_values"] is None else batch.inputs["pixel_values"])
     articles = []
     begin = 0

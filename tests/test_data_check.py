@@ -46,6 +46,20 @@ def test_good_data(tmp_path, model, capsys):
     assert "30 samples in 15 steps of 2" in shown
 
 
+def test_a_packed_row_has_room_for_as_many_tokens_as_a_padded_micro_batch(tmp_path, model):
+    def packed(samples, accumulation):
+        flags = f"--max_length 60 --per_device_train_batch_size {samples} "
+        flags += f"--gradient_accumulation_steps {accumulation}"
+        epoch = run(tiny_data(tmp_path), model, *flags.split())[1]["epoch"]
+        return epoch["tokens"], epoch["packed"]["rows_per_step_and_rank"]
+
+    tokens, rows = packed(6, 1)
+    assert rows == 1
+    same_tokens, shorter_rows = packed(1, 6)
+    assert same_tokens == tokens
+    assert 2 < shorter_rows < 6
+
+
 def test_every_problem_is_named(tmp_path, model, capsys):
     tiny_data(tmp_path)
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8))

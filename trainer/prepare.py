@@ -100,7 +100,7 @@ def make_plan(config: Config, ranks: Ranks) -> Plan | None:
     if agree_on_problems(problems):
         return None
     cost = cost_model(trainer.models, plan.model_config, config.fix_vit)
-    return replace(plan, packing=Packing(lengths, config.max_length, cost))
+    return replace(plan, packing=Packing(lengths, config.row_tokens, cost))
 
 
 def _machine_problems(config: Config, ranks: Ranks) -> list[str]:
