@@ -220,10 +220,12 @@ def test_samples_of_a_pack_are_as_alone_whatever_the_kernel_is_called(monkeypatc
         torch.testing.assert_close(logits, expected, rtol=0, atol=2e-5)
 
 
-def test_cudnn_does_not_plan_attention_for_every_new_shape():
+def test_cudnn_plans_no_attention_for_every_new_shape_and_rounds_no_convolution(monkeypatch):
     torch.backends.cuda.enable_cudnn_sdp(True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     start()
     try:
         assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert not torch.backends.cudnn.allow_tf32
     finally:
         finish()
