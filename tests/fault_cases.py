@@ -130,7 +130,8 @@ def launch(
     )
     command = [sys.executable, "-m", launcher, "--nproc_per_node", "2"]
     command += ["--master_port", str(free_port()), *options, str(script), *argv]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     environment["XCOMPOSER_STATUS_FILE"] = str(tmp_path / "status")
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

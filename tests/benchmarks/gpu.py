@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--warm_up", type=int, default=4, help="steps that are not timed")
-    parser.add_argument("--batch", type=int, default=4, help="samples a GPU and step")
+    parser.add_argument("--batch", type=int, default=8, help="samples a GPU and step")
     parser.add_argument("--ours", default="", help="more flags of trainer.main, for our system alone")
     parser.add_argument("--output", type=Path, default=Path("output/gpu"))
     parser.add_argument("--smoke", action="store_true", help="a small model, on any machine")
@@ -130,6 +130,7 @@ def main() -> None:
     print(f"{options.ranks} × {name}, torch {torch.__version__}", flush=True)
     options.output.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
+    all_runs: list[Run] = []
     for size in ["67m"] if options.smoke else options.models.split(","):
         with tempfile.TemporaryDirectory() as folder:
             if options.smoke:
@@ -149,7 +150,9 @@ def main() -> None:
                     (Path(work) / "model").symlink_to(Path(folder) / "model")
                     runs = compare(options, workload, Path(work))["runs"]
                 rows += rows_of(size, workload, runs, options.warm_up, options.ranks)
-                about = {"gpu": name, "gpus": options.ranks, "torch": torch.__version__, "rows": rows}
+                all_runs += [{"model": size, "mode": mode, **run} for run in runs]
+                about = {"gpu": name, "gpus": options.ranks, "torch": torch.__version__}
+                about |= {"rows": rows, "runs": all_runs}
                 (options.output / "gpu.json").write_text(json.dumps(about))
     print(table(rows))
 
