@@ -18,7 +18,7 @@ tokens of a and the last one of b are trained:
 A model could derive these from labels, im_mask and position_ids, but only by synchronising with the device.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -37,9 +37,9 @@ class MicroBatch:
 
     inputs: dict[str, Any]
     """The model's keyword arguments: input_ids and labels, [B, T] int64; im_mask, [B, T] bool; attention_mask
-    and position_ids, [B, T] int64 or None; pixel_values, [N, 3, H, W], or a list of [3, H, W] where the sizes
-    differ, or None; image_runs, a list of (begin, end); of a packed row sample_lengths, a list of S, and
-    cu_seq_lens, [S + 1] int32; supervised and targets, [num_supervised] int64."""
+    and position_ids, [B, T] int64 or None (positions of a model with k of them: [k, B, T]); image_runs, a
+    list of (begin, end); of a packed row sample_lengths, a list of S, and cu_seq_lens, [S + 1] int32;
+    supervised and targets, [num_supervised] int64; and its image processor's, such as pixel_values."""
     source_of_target: torch.Tensor
     """[num_supervised] int64: the source of each supervised token, row by row where `labels != -100`."""
     lengths: list[int]
@@ -95,7 +95,7 @@ def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def collate(
     samples: Sequence[Encoded],
-    pixels: Sequence[torch.Tensor],
+    pictures: Mapping[str, Any],
     sample_ids: Sequence[tuple[int, int]],
     pad_id: int,
     *,
@@ -106,7 +106,8 @@ def collate(
     Without samples the result is a row of padding, so that an idle rank still takes part in the collectives.
 
     Args:
-        pixels: [3, H, W] of each image of the samples, in order; or a dummy image without slots.
+        pictures: the model's arguments for all images of the samples, in order; or for a dummy image without
+            slots; or none.
         sample_ids: (source, record) of each sample.
     """
     lengths = [len(sample.input_ids) for sample in samples]
@@ -115,13 +116,15 @@ def collate(
     input_ids = np.full((num_rows, width), pad_id)
     labels = np.full((num_rows, width), IGNORED)
     im_mask = np.zeros((num_rows, width), dtype=bool)
-    position_ids = np.tile(np.arange(width), (num_rows, 1))
+    kinds = max((len(s.position_ids) for s in samples if s.position_ids is not None), default=0)
+    position_ids = np.tile(np.arange(width), (max(1, kinds), num_rows, 1))
     attention_mask = np.zeros((num_rows, width), dtype=np.int64)
     begins = np.cumsum([0, *lengths])[:-1] if packed else [0] * len(samples)
     for number, (sample, begin, length) in enumerate(zip(samples, begins, lengths, strict=True)):
         span = (0 if packed else number, slice(begin, begin + length))
         input_ids[span], labels[span], im_mask[span] = sample.input_ids, sample.labels, sample.im_mask
-        position_ids[span] = np.arange(length)
+        own_positions = np.arange(length) if sample.position_ids is None else sample.position_ids
+        position_ids[:, *span] = own_positions
         attention_mask[span] = 1
     is_padded = bool(samples) and not attention_mask.all()
     sources = [
@@ -136,15 +139,17 @@ def collate(
     inputs = {
         "input_ids": torch.from_numpy(input_ids),
         "attention_mask": torch.from_numpy(attention_mask) if is_padded else None,
-        "position_ids": torch.from_numpy(position_ids) if packed else None,
+        "position_ids": torch.from_numpy(position_ids if kinds else position_ids[0])
+        if packed or kinds
+        else None,
         "im_mask": torch.from_numpy(im_mask),
-        "pixel_values": _stack(pixels) if pixels else None,
         "labels": torch.from_numpy(labels),
         "image_runs": _runs(im_mask.reshape(-1)),
         "sample_lengths": sample_lengths,
         "cu_seq_lens": None if bounds is None else torch.from_numpy(bounds),
         "supervised": torch.from_numpy(supervised),
         "targets": torch.from_numpy(following.reshape(-1)[supervised]),
+        **pictures,
     }
     return MicroBatch(
         inputs=inputs,
@@ -159,8 +164,3 @@ def _runs(mask: np.ndarray) -> list[tuple[int, int]]:
     """(begin, end) of the runs of True."""
     edges = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=0, append=0)).tolist()
     return list(zip(edges[::2], edges[1::2], strict=True))
-
-
-def _stack(pixels: Sequence[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
-    same_size = all(image.shape == pixels[0].shape for image in pixels)
-    return torch.stack(list(pixels)) if same_size else list(pixels)

@@ -2,7 +2,7 @@
 
     image = open_image("photo.jpg")   # reads and checks only the header
     size_of(image, processor)         # (4032, 3024)
-    process(image, processor)         # decoded: float32 [3, H, W]
+    process(image, processor)         # decoded: what the model takes, such as float32 [3, H, W]
 
 The model's `ImageProcessor` computes the pixels. Images over MAX_PIXELS, broken or truncated files and
 formats not in FORMATS are rejected, and nothing is decoded before the header is checked.
@@ -12,9 +12,9 @@ import stat
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
-import torch
+import numpy as np
 from PIL import Image
 
 from data.errors import DataError
@@ -35,8 +35,13 @@ T = TypeVar("T")
 class ImageProcessor(Protocol):
     """The interface of a model's image processor. Its `repr` includes every setting that changes pixels."""
 
-    def __call__(self, image: Image.Image) -> torch.Tensor:
-        """[3, H, W] float32 of an image of any mode; ValueError if it cannot be converted to RGB."""
+    def __call__(self, image: Image.Image) -> Any:
+        """The picture of an image of any mode: a tensor, or a dictionary of them; ValueError if it cannot be
+        converted to RGB."""
+        ...
+
+    def batch(self, pictures: Sequence[Any]) -> dict[str, Any]:
+        """Pictures, in order → the model's keyword arguments, in tensors or lists of them."""
         ...
 
     @property
@@ -52,12 +57,16 @@ class ImageProcessor(Protocol):
         """(width, height) of `rgb(image)`, from the header alone."""
         ...
 
-    def num_tokens(self, width: int, height: int) -> int:
-        """Image slots of a picture of this size."""
+    def tokens(self, width: int, height: int) -> np.ndarray:
+        """int64 ids that stand for a picture of this size, `data.tokens.SLOT` where a feature goes."""
         ...
 
-    def dummy(self) -> torch.Tensor:
-        """The smallest valid [3, H, W]."""
+    def num_tokens(self, width: int, height: int) -> int:
+        """How many they are."""
+        ...
+
+    def dummy(self) -> Any:
+        """The smallest valid picture."""
         ...
 
     @property

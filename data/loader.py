@@ -19,13 +19,13 @@ import signal
 import sys
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
 from multiprocessing.util import Finalize
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ from data.mixture import Source
 from data.packing import Packing, deal, idle_share
 from data.sample import Sample
 from data.sampler import StepSampler
-from data.tokens import IGNORED, Encoded, Piece, SampleEncoder
+from data.tokens import IGNORED, SLOT, Encoded, Piece, SampleEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,9 @@ class SampleReader:
     """First try to make a long sample fit by lowering the hd_num of its images, as little as needed."""
     needs_images: bool = True
     """The vision tower has collectives, so if any sample has an image, every micro-batch must have one."""
+    positions: Callable[[np.ndarray, Mapping[str, Any]], np.ndarray | None] | None = None
+    """A sample's ids and the model's arguments for its images → its positions [k, T], where they are not
+    0, 1, 2, …"""
 
     def __post_init__(self) -> None:
         if self.fit_images and self.image_processor.hd_num is None:
@@ -75,9 +78,7 @@ class SampleReader:
                 "--fit_images: this model resizes every image to the same square; remove the flag"
             )
 
-    def read(
-        self, source_number: int, index: int, *, decode: bool = True
-    ) -> tuple[Encoded, list[torch.Tensor]]:
+    def read(self, source_number: int, index: int, *, decode: bool = True) -> tuple[Encoded, list[Any]]:
         """The encoded sample and its pictures; DataError that names the record if it cannot be used.
 
         Pictures after the cut at max_length are not decoded, nor any if no answer is left before it.
@@ -86,17 +87,22 @@ class SampleReader:
         with self._open(source_number, index) as (sample, images, size):
             encoded, processor = self._fit(self.encoder.pieces(sample), size)
             used = images[: len(encoded.image_tokens)] if decode and encoded.num_supervised else []
-            return encoded, [process(image, processor) for image in used]
+            pictures = [process(image, processor) for image in used]
+            if self.positions and decode:
+                given = self.image_processor.batch(pictures) if pictures else {}
+                encoded = replace(encoded, position_ids=self.positions(encoded.input_ids, given))
+            return encoded, pictures
 
-    def pixels(self, images: list[torch.Tensor]) -> list[torch.Tensor]:
-        """A micro-batch's images; without any, a dummy image if it needs one, whose features fill no slot.
+    def batch(self, pictures: list[Any]) -> dict[str, Any]:
+        """The model's arguments for a micro-batch's pictures; without any, those for a dummy picture if it
+        needs one, whose features fill no slot.
 
         Ranks run the tower's collectives together, and gradients must not depend on which rank gets which
         sample.
         """
-        if images or not self.needs_images or not any(source.records.num_images for source in self.sources):
-            return images
-        return [self.image_processor.dummy()]
+        if not pictures and self.needs_images and any(source.records.num_images for source in self.sources):
+            pictures = [self.image_processor.dummy()]
+        return self.image_processor.batch(pictures) if pictures else {}
 
     def tokens_before_cut(self, source_number: int, index: int, encoded: Encoded) -> int:
         """Tokens that a sample would have without max_length; encoded: what `read` returned for it.
@@ -112,15 +118,15 @@ class SampleReader:
         unlimited.max_length = sys.maxsize
         with self._open(source_number, index) as (sample, _, size):
 
-            def num_image_tokens(number: int) -> int:
+            def image_tokens(number: int) -> np.ndarray:
                 try:
-                    return processor.num_tokens(*size(number))
+                    return processor.tokens(*size(number))
                 except DataError:
-                    return 1
+                    return np.full(1, SLOT)
 
-            return len(unlimited.encode(sample, num_image_tokens).input_ids)
+            return len(unlimited.encode(sample, image_tokens).input_ids)
 
-    def read_prompt(self, source_number: int, index: int) -> tuple[Sample, Encoded, list[torch.Tensor]]:
+    def read_prompt(self, source_number: int, index: int) -> tuple[Sample, Encoded, list[Any]]:
         """The sample, with or without an answer, and the prompt for generating one, with its pictures.
 
         A prompt is never cut: DataError if it does not fit into max_length, with smaller images if
@@ -160,7 +166,7 @@ class SampleReader:
                 image.close()
 
     def _join(self, pieces: Sequence[Piece], size: SizeOf, processor: ImageProcessor) -> Encoded:
-        return self.encoder.join(pieces, lambda number: processor.num_tokens(*size(number)))
+        return self.encoder.join(pieces, lambda number: processor.tokens(*size(number)))
 
     def _fit(self, pieces: Sequence[Piece], size: SizeOf) -> tuple[Encoded, ImageProcessor]:
         """A sample's tokens within max_length, and the processor to use for its images."""
@@ -311,7 +317,7 @@ class _MicroBatches(Dataset[MicroBatch | DataError]):
 
     def __getitem__(self, wanted: list[tuple[int, int]]) -> MicroBatch | DataError:
         samples: list[Encoded] = []
-        pictures: list[torch.Tensor] = []
+        pictures: list[Any] = []
         sample_ids, skipped, unsupervised, shrunk = [], [], [], []
         for source_number, index in wanted:
             where = self._reader.sources[source_number].where
@@ -330,9 +336,8 @@ class _MicroBatches(Dataset[MicroBatch | DataError]):
             samples.append(sample)
             pictures += images
             sample_ids.append((source_number, index))
-        pixels = self._reader.pixels(pictures)
-        packed = self._row_tokens is not None
-        batch = collate(samples, pixels, sample_ids, self._reader.encoder.pad_id, packed=packed)
+        given, packed = self._reader.batch(pictures), self._row_tokens is not None
+        batch = collate(samples, given, sample_ids, self._reader.encoder.pad_id, packed=packed)
         if self._row_tokens and batch.num_tokens > self._row_tokens:
             return DataError(
                 f"a packed row has {batch.num_tokens} tokens, over the {self._row_tokens} that it may have:"

@@ -120,7 +120,7 @@ def _row(reader: SampleReader, batch: MicroBatch, number: int, room: int) -> str
     kind = "row" if batch.inputs["position_ids"] is None else "packed row"
     title = f"{kind} {number} <small>{batch.num_samples} samples, {batch.num_tokens:,} of at most "
     title += f"{room:,} tokens, {batch.num_supervised:,} trained</small>"
-    pictures = iter([] if batch.inputs["pixel_values"] is None else batch.inputs["pixel_values"])
+    pictures = iter(batch.inputs.get("pixel_values", []))
     articles = []
     begin = 0
     for source_number, index in batch.sample_ids:

@@ -4,8 +4,8 @@
     config = parse_command(CheckConfig, ["data.txt", "--model_name_or_path", "DIR"], prog="data.check")
     reader, cost = open_data(config)                                                             # commands
 
-`data/` knows no model: `load_config`, `load_conversation`, `load_image_processor` and `cost_sizes` belong to
-a module that is passed in. The commands import `trainer.models` by name.
+`data/` knows no model: its configuration, conversation format, image processor and sizes come from a module
+that is passed in. The commands import `trainer.models` by name.
 """
 
 import importlib
@@ -58,7 +58,7 @@ def open_reader(
         folder, config.img_size, config.hd_num, config.images_as_viewed, adapter_preprocessing
     )
     conversation = models.load_conversation(folder)
-    model_config.conversation_format = conversation.format
+    models.set_options(model_config, conversation_format=conversation.format)
     reader = SampleReader(
         sources,
         SampleEncoder(conversation, config.max_length),

@@ -22,6 +22,8 @@ import numpy as np
 from data.sample import Sample
 
 IGNORED = -100
+SLOT = -1
+"""In the ids that stand for an image: the place of one of its features."""
 
 
 class Piece(Protocol):
@@ -46,8 +48,12 @@ class Conversation(Protocol):
 
     tokenizer: Any
     pad_id: int
+    slot_id: int
+    """The id at image slots."""
+    format: str
+    """Changes whenever the pieces of a conversation may change."""
     fingerprint: str
-    """Changes whenever the ids or labels of a conversation may change."""
+    """Changes whenever the ids or labels of a conversation may change: `format`, and the tokenizer."""
 
     def pieces(
         self, turns: Sequence[tuple[str, str]], *, image_first: bool = False, prompt: bool = False
@@ -61,7 +67,7 @@ class Encoded:
     """One sample of T tokens, at most max_length. The first label is always ignored."""
 
     input_ids: np.ndarray
-    """int64 [T]; the pad id at image slots."""
+    """int64 [T]; the conversation's slot_id at image slots."""
     labels: np.ndarray
     """int64 [T], not shifted: the id of a trained token, else -100."""
     im_mask: np.ndarray
@@ -72,6 +78,8 @@ class Encoded:
     """Whether max_length cut something off."""
     hd_num: int | None = None
     """Largest number of tiles per image if it was lowered to make the sample fit, else None."""
+    position_ids: np.ndarray | None = None
+    """int64 [k, T] where the model gives a token k positions; None: 0, 1, 2, …"""
 
     @property
     def num_image_slots(self) -> int:
@@ -89,12 +97,13 @@ class SampleEncoder:
         self.conversation, self.max_length = conversation, max_length
         self.tokenizer, self.pad_id = conversation.tokenizer, conversation.pad_id
 
-    def encode(self, sample: Sample, num_image_tokens: Callable[[int], int]) -> Encoded:
+    def encode(self, sample: Sample, image_tokens: Callable[[int], np.ndarray]) -> Encoded:
         """The sample cut at max_length.
 
-        Args: num_image_tokens: slots of the sample's i-th image; not called for images after the cut.
+        Args: image_tokens: the ids of the sample's i-th image, SLOT where a feature goes; not called for
+            images after the cut.
         """
-        return self.join(self.pieces(sample), num_image_tokens)
+        return self.join(self.pieces(sample), image_tokens)
 
     def pieces(self, sample: Sample) -> list[Piece]:
         """All text and images of a sample in order, not cut."""
@@ -105,11 +114,11 @@ class SampleEncoder:
         turns = sample.turns[:-1] if sample.turns[-1][0] == "assistant" else sample.turns
         return [*self.conversation.pieces(turns, image_first=sample.image_first, prompt=True)]
 
-    def join(self, pieces: Iterable[Piece], num_image_tokens: Callable[[int], int]) -> Encoded:
+    def join(self, pieces: Iterable[Piece], image_tokens: Callable[[int], np.ndarray]) -> Encoded:
         """`encode` for pieces that are already tokenised, so that smaller images can be tried cheaply."""
         ids: list[int] = []
         supervised: list[tuple[int, int]] = []
-        slots: list[tuple[int, int]] = []
+        slots: list[int] = []
         is_cut = False
         for piece in pieces:
             begin, room = len(ids), self.max_length - len(ids)
@@ -118,16 +127,18 @@ class SampleEncoder:
                 ids += piece.ids[:room]
                 if piece.trained:
                     supervised.append((begin, len(ids)))
-            elif (size := num_image_tokens(len(slots)) if room else 1) <= room:
-                ids += [self.pad_id] * size
-                slots.append((begin, len(ids)))
+            elif not room:
+                size = 1
+            elif (size := len(image := image_tokens(len(slots)))) <= room:
+                ids += image.tolist()
+                slots.append(int((image == SLOT).sum()))
             if size > room:
                 is_cut = True
                 break
         input_ids = np.array(ids, dtype=np.int64)
-        labels, im_mask = np.full(len(ids), IGNORED, dtype=np.int64), np.zeros(len(ids), dtype=bool)
+        im_mask = input_ids == SLOT
+        input_ids[im_mask] = self.conversation.slot_id
+        labels = np.full(len(ids), IGNORED, dtype=np.int64)
         for begin, end in supervised:
             labels[begin:end] = input_ids[begin:end]
-        for begin, end in slots:
-            im_mask[begin:end] = True
-        return Encoded(input_ids, labels, im_mask, [end - begin for begin, end in slots], is_cut)
+        return Encoded(input_ids, labels, im_mask, slots, is_cut)

@@ -12,12 +12,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from data.mixture import Source, read_mixture
-from data.tokens import SampleEncoder
+from data.tokens import SLOT, SampleEncoder
 from trainer.models.xcomposer2.conversation_xcomposer2 import CHAT_TEMPLATE, Conversation
 
 START, END, BOS, EOS, NEWLINE = 92543, 92542, 1, 2, 364
@@ -69,6 +70,13 @@ class NumberTokenizer:
         return [int(word) if word.isdigit() else 100 + len(word) for word in text.split()]
 
 
+def pixel_values(pictures: Sequence[torch.Tensor]) -> dict[str, Any]:
+    """The model's arguments for pictures, none without any."""
+    if len({picture.shape for picture in pictures}) > 1:
+        return {"pixel_values": list(pictures)}
+    return {"pixel_values": torch.stack(list(pictures))} if pictures else {}
+
+
 @dataclass(frozen=True)
 class SquareProcessor:
     """A picture becomes its mean colour in a 2×2 square, and `slots` tokens."""
@@ -88,6 +96,12 @@ class SquareProcessor:
 
     def num_tokens(self, width: int, height: int) -> int:
         return self.slots
+
+    def tokens(self, width: int, height: int) -> np.ndarray:
+        return np.full(self.num_tokens(width, height), SLOT)
+
+    def batch(self, pictures: Sequence[torch.Tensor]) -> dict[str, Any]:
+        return pixel_values(pictures)
 
     def dummy(self) -> torch.Tensor:
         return torch.zeros(3, 2, 2)

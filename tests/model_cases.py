@@ -22,6 +22,7 @@ from torch import Tensor
 
 from data.batch import MicroBatch, collate
 from data.tokens import Encoded
+from tests.data_fixtures import pixel_values
 from tests.tiny import GOLDEN, word_tokenizer
 from trainer.models.xcomposer2.modeling_xcomposer2 import InternLMXComposer2ForCausalLM
 
@@ -125,4 +126,4 @@ PACKED_IMAGES = list(torch.randn(3, 3, 70, 70, generator=torch.Generator().manua
 
 
 def packed_micro_batch(parts: list[Encoded] = PACKED, images: list[Tensor] = PACKED_IMAGES) -> MicroBatch:
-    return collate(parts, images, [(0, i) for i in range(len(parts))], pad_id=2, packed=True)
+    return collate(parts, pixel_values(images), [(0, i) for i in range(len(parts))], pad_id=2, packed=True)

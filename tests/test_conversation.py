@@ -19,12 +19,13 @@ from data.lengths import measure_lengths
 from data.loader import SampleReader
 from data.mixture import read_mixture
 from data.sample import parse_sample
-from data.tokens import SampleEncoder
+from data.tokens import SLOT, SampleEncoder
 from tests.tiny import ROOT, flags, run_ranks, tiny_model, tiny_world, word_tokenizer
 from trainer.generate import load_model
 from trainer.main import main
 from trainer.models import load_config, load_conversation, load_image_processor
 from trainer.models.xcomposer2.conversation_xcomposer2 import CHAT_TEMPLATE, Conversation
+from trainer.models.xcomposer2.family import XComposer2
 from trainer.models.xcomposer2.generation_xcomposer2 import prompt_ids
 
 
@@ -32,7 +33,7 @@ from trainer.models.xcomposer2.generation_xcomposer2 import prompt_ids
 def conversation(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     word_tokenizer(folder)
-    return load_conversation(folder)
+    return XComposer2().conversation(folder)
 
 
 WORDS = st.lists(
@@ -63,7 +64,7 @@ def test_training_chat_and_chat_template_give_the_same_ids(conversation, roles, 
         if prompt and roles[-1] == "assistant":
             continue  # a prompt leaves the last answer out
         pieces = encoder.prompt_pieces(sample) if prompt else encoder.pieces(sample)
-        ours = encoder.join(pieces, lambda _: 3).input_ids.tolist()
+        ours = encoder.join(pieces, lambda _: np.full(3, SLOT)).input_ids.tolist()
         if prompt:
             assert prompt_ids(tokenizer, turns, [3] * num_images)[0] == ours
         messages = [{"role": role, "content": text} for role, text in turns]

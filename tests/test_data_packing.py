@@ -17,10 +17,18 @@ from data.mixture import read_mixture
 from data.packing import CostModel, Packing, deal, idle_share, pack
 from data.sampler import StepSampler
 from data.tokens import SampleEncoder
-from tests.data_fixtures import EOS, SizedProcessor, SquareProcessor, encoder, record, write_json
+from tests.data_fixtures import (
+    EOS,
+    SizedProcessor,
+    SquareProcessor,
+    encoder,
+    pixel_values,
+    record,
+    write_json,
+)
 from tests.model_cases import golden
 from tests.tiny import tiny_data, word_tokenizer
-from trainer.models.processors import load_conversation
+from trainer.models.xcomposer2.family import XComposer2
 from trainer.models.xcomposer2.image_processing_xcomposer2 import HDImageProcessor, SquareImageProcessor
 
 
@@ -245,7 +253,7 @@ def model_reader(folder, family):
     data = tiny_data(folder / "data")
     word_tokenizer(folder)
     processor = SquareImageProcessor(70, 14) if family == "xcomposer2" else HDImageProcessor(56, 14, 4, 1.5)
-    return SampleReader(read_mixture(data), SampleEncoder(load_conversation(folder), 256), processor)
+    return SampleReader(read_mixture(data), SampleEncoder(XComposer2().conversation(folder), 256), processor)
 
 
 def losses_and_gradients(model, batches):
@@ -265,7 +273,8 @@ def test_the_order_within_a_pack_changes_nothing(tmp_path):
     for order in (first.sample_ids[::-1], sorted(first.sample_ids)):
         read = [reader.read(*place) for place in order]
         pictures = [picture for _, pictures in read for picture in pictures]
-        batch = collate([encoded for encoded, _ in read], pictures, order, EOS, packed=True)
+        given = pixel_values(pictures)
+        batch = collate([encoded for encoded, _ in read], given, order, EOS, packed=True)
         loss, permuted = losses_and_gradients(model, [batch])
         assert loss == pytest.approx(expected, abs=1e-5)
         for name, gradient in gradients.items():

@@ -46,7 +46,7 @@ def main_without_dummy_images(argv):
     move = MicroBatch.to
 
     def checked(self, device):
-        assert (self.inputs["pixel_values"] is not None) == bool(self.inputs["im_mask"].any())
+        assert ("pixel_values" in self.inputs) == bool(self.inputs["im_mask"].any())
         return move(self, device)
 
     MicroBatch.to = checked

@@ -87,7 +87,7 @@ def test_a_merged_model_is_written_in_files_reloads_and_trains_on(world, trained
     monkeypatch.setattr(trainer.export, "split_into_files", split)
     assert main(["--merge", str(trained), str(world / "merged"), "--dtype", "float32"]) == 0
     assert len(list((world / "merged").glob("model-*-of-*.safetensors"))) > 3
-    assert {path.name for path in parts_of(load_config(world / "merged")).code_files} <= {
+    assert {path.name for path in parts_of(load_config(world / "merged")).files} <= {
         path.name for path in (world / "merged").iterdir()
     }
     model = AutoModelForCausalLM.from_pretrained(world / "merged").eval()

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from data.batch import MicroBatch, collate
 from data.tokens import IGNORED, Encoded
+from tests.data_fixtures import pixel_values
 from tests.model_cases import FAMILIES, golden
 from tests.tiny import flags, read_metrics, run_ranks, tiny_world
 from trainer.distributed import finish, start
@@ -43,7 +44,9 @@ def rows(model, *samples: tuple[int, tuple[int, ...]], packed=False) -> MicroBat
         labels = np.full(length, IGNORED)
         labels[-(text // 2) :] = 5
         encoded.append(Encoded(np.full(length, 7), labels, np.arange(length) < sum(slots), slots))
-    return collate(encoded, pixels, [(0, i) for i in range(len(samples))], pad_id=2, packed=packed)
+    return collate(
+        encoded, pixel_values(pixels), [(0, i) for i in range(len(samples))], pad_id=2, packed=packed
+    )
 
 
 def counted(model, micro_batch, backward) -> int:
@@ -71,7 +74,8 @@ def test_padding_and_dummy_images_are_no_work(family):
     padded, alone = rows(model, (8, (1,)), (50, ())), [rows(model, (8, (1,))), rows(model, (50, ()))]
     assert padded.inputs["attention_mask"] is not None
     assert np.array_equal(flops.of(padded), np.sum([flops.of(batch) for batch in alone], axis=0))
-    dummy = collate([], [torch.zeros(3, model.config.image_size, model.config.image_size)], [], pad_id=2)
+    blank = torch.zeros(3, model.config.image_size, model.config.image_size)
+    dummy = collate([], pixel_values([blank]), [], pad_id=2)
     assert flops.of(dummy) == (0, 0)
 
 

@@ -13,7 +13,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from trainer.models.processors import load_image_processor
 from trainer.models.xcomposer2.image_processing_xcomposer2 import (
     CLIP_MEAN,
     CLIP_STD,
@@ -144,7 +143,7 @@ def test_the_configuration_chooses_the_variant_and_its_default_hd_num():
 
 @pytest.mark.parametrize("config", [config_of(70, False), config_of(56, True)])
 def test_processors_reach_worker_processes_and_their_dummy_is_the_smallest_image(config):
-    processor = load_image_processor(config)
+    processor = image_processor_for(config)
     assert pickle.loads(pickle.dumps(processor)) == processor
     smallest = processor(Image.new("RGB", (1, 1)))
     assert processor.dummy().shape == smallest.shape

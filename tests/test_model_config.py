@@ -213,4 +213,4 @@ def test_the_parts_name_what_is_there():
         modules = dict(model.named_modules())
         for target in parts.lora_targets:
             assert sum(name.endswith(f".{target}") for name in modules) == 2
-        assert {path.name for path in parts.code_files} >= {"modeling_xcomposer2.py", "vision_xcomposer2.py"}
+        assert {path.name for path in parts.files} >= {"modeling_xcomposer2.py", "vision_xcomposer2.py"}

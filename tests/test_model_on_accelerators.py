@@ -12,6 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from data.batch import collate
+from tests.data_fixtures import pixel_values
 from tests.model_cases import PACKED, PACKED_IMAGES, encoded, golden, packed_micro_batch
 from trainer.distributed import finish, start
 from trainer.loss import chunked_cross_entropy
@@ -140,7 +141,7 @@ def alone(model, batch=None):
     images, logits = iter(PACKED_IMAGES), []
     for each in PACKED:
         own = [next(images) for _ in each.image_tokens]
-        single = collate([each], own, [(0, 0)], pad_id=2)
+        single = collate([each], pixel_values(own), [(0, 0)], pad_id=2)
         logits.append(model(**single.inputs).logits)
     return torch.cat(logits, dim=1)
 

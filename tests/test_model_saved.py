@@ -21,7 +21,7 @@ def save(folder, family, dtype=torch.float32):
     model = golden(family).model().to(dtype)
     model.save_pretrained(folder)
     word_tokenizer(folder)
-    for path in parts_of(model.config).code_files:
+    for path in parts_of(model.config).files:
         shutil.copy(path, folder)
     return model
 
@@ -155,9 +155,9 @@ def test_missing_partial_lora_starts_as_a_new_one(tmp_path):
         assert torch.equal(model.state_dict()[name], kept[name])
 
 
-def test_the_code_files_are_all_that_the_code_imports():
-    names = {path.stem for path in parts_of(load_config(GOLDEN / "xcomposer2")).code_files}
-    for path in parts_of(load_config(GOLDEN / "xcomposer2")).code_files:
+def test_the_files_are_all_that_the_code_imports():
+    names = {path.stem for path in parts_of(load_config(GOLDEN / "xcomposer2")).files}
+    for path in parts_of(load_config(GOLDEN / "xcomposer2")).files:
         for line in path.read_text().splitlines():
             if line.startswith("from ."):
                 assert line.split()[1].lstrip(".") in names, f"{path.name}: {line}"

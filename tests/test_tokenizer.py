@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.models.processors import load_tokenizer
+from trainer.models.xcomposer2.family import XComposer2
 from trainer.models.xcomposer2.tokenization_xcomposer2 import (
     CONTROL,
     NORMAL,
@@ -65,7 +65,7 @@ def test_ids_equal_those_that_the_models_were_trained_on(published):
 
 def test_ids_survive_saving_and_loading_the_published_vocabulary(published, tmp_path):
     published.save_pretrained(tmp_path)
-    loaded = load_tokenizer(tmp_path)
+    loaded = XComposer2().tokenizer(tmp_path)
     for case in GOLDEN["cases"]:
         assert loaded.encode(case["text"], add_special_tokens=case["add_special_tokens"]) == case["ids"]
 
@@ -173,7 +173,7 @@ def tiny_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def tiny(tiny_folder):
-    return load_tokenizer(tiny_folder)
+    return XComposer2().tokenizer(tiny_folder)
 
 
 def reference_ids(text: str) -> list[int]:
@@ -313,15 +313,15 @@ def test_a_tokenizer_json_wins_and_its_class_needs_no_remote_code(tiny, tiny_fol
     settings_of_it["tokenizer_class"] = "InternLMXComposer2Tokenizer"
     settings_of_it["auto_map"] = {"AutoTokenizer": ["tokenization_gone.InternLMXComposer2Tokenizer", None]}
     settings_file.write_text(json.dumps(settings_of_it))
-    assert load_tokenizer(tmp_path).encode("a\n</s>") == tiny.encode("a\n</s>")
+    assert XComposer2().tokenizer(tmp_path).encode("a\n</s>") == tiny.encode("a\n</s>")
 
 
 def test_a_folder_without_a_tokenizer_or_with_a_broken_one_is_named_in_a_sentence(tmp_path):
     with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))} has neither tokenizer.json nor"):
-        load_tokenizer(tmp_path)
+        XComposer2().tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match=f"tokenizer files of {re.escape(str(tmp_path))} cannot be read"):
-        load_tokenizer(tmp_path)
+        XComposer2().tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(

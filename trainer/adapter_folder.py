@@ -217,4 +217,4 @@ def _load_with_peft(base: PreTrainedModel, folder: Path, low_cpu_mem_usage: bool
 
 def loads_by_itself(base: Path, parts: Parts) -> bool:
     """Whether transformers can load `base` without this project, with `trust_remote_code`."""
-    return all((base / path.name).is_file() for path in parts.code_files)
+    return all((base / path.name).is_file() for path in parts.files)

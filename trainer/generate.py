@@ -167,8 +167,7 @@ def load_model(
     load_image_processor(config)  # rejects a bad hd_num before the weights are read
     model = AutoModelForCausalLM.from_pretrained(model_folder, config=config, dtype=dtype)
     parts = parts_of(model.config)
-    blocks = model.get_submodule(parts.vision_blocks).children()
-    in_tiles = {type(module) for module in (model.get_submodule(parts.vision_embeddings), *blocks)}
+    in_tiles = {type(module) for module in parts.tiled(model)}
     if model_folder != folder:
         with warnings.catch_warnings(action="ignore"):  # transformers' deprecations of names that peft uses
             model = PeftModel.from_pretrained(model, str(folder))
@@ -357,7 +356,10 @@ def open_all(questions: Questions) -> tuple[PreTrainedModel, SampleReader, Parti
         questions.images_as_viewed,
     )
     conversation = load_conversation(model_folder)
-    if (trained_with := model.config.conversation_format) not in (None, conversation.format):
+    if (trained_with := getattr(model.config, "conversation_format", None)) not in (
+        None,
+        conversation.format,
+    ):
         log(
             f"warning: {questions.model_name_or_path} was trained with another conversation format "
             f"({trained_with}) than this code has ({conversation.format}); its answers may suffer"

@@ -122,8 +122,7 @@ def parallelize(model: PreTrainedModel, mesh: DeviceMesh, parts: Parts, config: 
 
     Returns the same object, which is now an `FSDPModule` as well as a model; no static type is both.
     """
-    vision_blocks = list(model.get_submodule(parts.vision_blocks).children())
-    language_blocks = list(model.get_submodule(parts.language_blocks).children())
+    language_blocks, vision_blocks = parts.blocks(model)
     vision_trains = any(p.requires_grad for n, p in model.named_parameters() if n.startswith(parts.vision))
     if config.compile:
         from trainer.extras.compile import compile_blocks
@@ -139,7 +138,7 @@ def parallelize(model: PreTrainedModel, mesh: DeviceMesh, parts: Parts, config: 
         for block in blocks if mode else ():
             checkpoint_activations(block, selective=mode == "selective")
     if config.vision_micro_batch is not None:
-        for module in (model.get_submodule(parts.vision_embeddings), *vision_blocks):
+        for module in parts.tiled(model):
             split_tiles(module, config.vision_micro_batch)
 
     compute_dtype, reduce_dtype = (torch.bfloat16, torch.float32) if config.bf16 else (None, None)

@@ -30,7 +30,7 @@ from trainer.atomic import output_dir_problems
 from trainer.config import Config
 from trainer.distributed import Ranks, agree_on_problems, log, rank_zero_first
 from trainer.lora import Adapters, add_adapters
-from trainer.models import Parts, build_model, parts_of
+from trainer.models import Parts, build_model, parts_of, set_options
 from trainer.trainable import model_table, set_trainable, trained_names
 from trainer.weights import LoadReport, weights_dtype
 
@@ -150,7 +150,7 @@ def _describe_model(config: Config, ranks: Ranks, sources: list[Source]) -> Plan
     base_dtype = weights_dtype(base)
     preprocessing = adapter_preprocessing(config.lora_weight_path)
     reader, model_config = open_reader(config, sources, trainer.models, preprocessing)
-    model_config.plora_dropout = config.plora_dropout
+    set_options(model_config, plora_dropout=config.plora_dropout)
     model_config._attn_implementation = config.attn_implementation
     parts = parts_of(model_config)
     with torch.device("meta"):

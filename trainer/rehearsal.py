@@ -136,12 +136,12 @@ def read_batch(
     reader: SampleReader, sample_ids: Sequence[tuple[int, int]], packed: bool = False
 ) -> MicroBatch:
     """Read (source, record) samples into one micro-batch, as the loader would."""
-    samples, pixels = [], []
+    samples, pictures = [], []
     for number, index in sample_ids:
         encoded, images = reader.read(number, index)
         samples.append(encoded)
-        pixels += images
-    return collate(samples, reader.pixels(pixels), sample_ids, reader.encoder.pad_id, packed=packed)
+        pictures += images
+    return collate(samples, reader.batch(pictures), sample_ids, reader.encoder.pad_id, packed=packed)
 
 
 def rehearse(model: Any, micro_batch: MicroBatch, device: torch.device, config: Config) -> None:

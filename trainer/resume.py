@@ -65,7 +65,7 @@ def describe_run(config: Config, plan: Plan, ranks: Ranks) -> dict[str, Any]:
             }
             for source in plan.sources
         ],
-        "conversation_format": plan.model_config.conversation_format,
+        "conversation_format": plan.reader.encoder.conversation.format,
         "image_processor": repr(plan.reader.image_processor),
         "base_checksum": base_checksum(Path(config.model_name_or_path)),
         "ranks": ranks.world,

@@ -256,5 +256,5 @@ def save_small_files(
     saved.dtype = dtype
     saved.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    for source in parts.code_files:
+    for source in parts.files:
         shutil.copyfile(source, folder / source.name)

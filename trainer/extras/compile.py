@@ -20,8 +20,8 @@ from trainer.models import Parts
 
 def compile_blocks(model: PreTrainedModel, parts: Parts) -> None:
     """Compile the blocks of vision and language; compilation happens when they first run."""
-    for name in (parts.vision_blocks, parts.language_blocks):
-        for block in model.get_submodule(name).children():
+    for blocks in parts.blocks(model):
+        for block in blocks:
             compile_block(block)
 
 

@@ -51,7 +51,9 @@ class ModelFlops:
         """(vision with projector, language with output layer), of a micro-batch that is still on the CPU."""
         inputs, per = micro_batch.inputs, self.per
         slots = int(inputs["im_mask"].sum())
-        vision = per["feature"] * slots + per["view"] * (self._views(inputs["pixel_values"]) if slots else 0)
+        vision = per["feature"] * slots + per["view"] * (
+            self._views(inputs.get("pixel_values")) if slots else 0
+        )
         return vision, (
             per["token"] * micro_batch.num_tokens
             + per["slot"] * slots

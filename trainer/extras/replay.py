@@ -39,7 +39,7 @@ from trainer.adapter_folder import adapter_preprocessing
 from trainer.atomic import numbered
 from trainer.config import Config
 from trainer.loss import chunked_cross_entropy
-from trainer.models import load_config
+from trainer.models import load_config, set_options
 from trainer.rehearsal import read_batch
 
 
@@ -47,7 +47,7 @@ def load_model(base: Path, weights: Path, config: Config) -> nn.Module:
     """Load the model of a run in training mode on one device; `weights`: a model's folder or an adapter's."""
     is_adapter = (weights / "adapter_config.json").is_file()
     model_config = load_config(base if is_adapter else weights, config.img_size)
-    model_config.plora_dropout = config.plora_dropout
+    set_options(model_config, plora_dropout=config.plora_dropout)
     model = AutoModelForCausalLM.from_pretrained(
         base if is_adapter else weights,
         config=model_config,
@@ -75,7 +75,7 @@ def run_batch(model: nn.Module, batch: MicroBatch) -> tuple[float, float, str | 
     model.zero_grad(set_to_none=True)
     parameter = next(model.parameters())
     batch = batch.to(parameter.device)
-    pixels = batch.inputs["pixel_values"]
+    pixels = batch.inputs.get("pixel_values")
     if isinstance(pixels, Tensor):
         batch.inputs["pixel_values"] = pixels.to(parameter.dtype)
     elif pixels is not None:

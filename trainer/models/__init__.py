@@ -1,9 +1,9 @@
-"""Model families. Importing this package registers them with transformers' Auto classes.
+"""Model families. Importing this package registers ours with transformers' Auto classes.
 
     import trainer.models
     model = AutoModelForCausalLM.from_pretrained("internlm-xcomposer2-vl-7b")
 
-The trainer uses only what this file exposes:
+The trainer uses only what this file exposes, which asks the family of the model (`family.py`):
 
     config = load_config("internlm-xcomposer2-vl-7b")     # the variant is detected from config and weights
     with torch.device("meta"):
@@ -12,15 +12,15 @@ The trainer uses only what this file exposes:
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from trainer.models.processors import load_conversation, load_image_processor, load_tokenizer
-from trainer.models.xcomposer2.configuration_xcomposer2 import PLORA_LAYERS, InternLMXcomposer2Config
-from trainer.models.xcomposer2.modeling_xcomposer2 import InternLMXComposer2ForCausalLM
+from data.images import ImageProcessor
+from data.tokens import Conversation
+from trainer.models.family import Family, Parts
+from trainer.models.xcomposer2.family import MODEL_TYPES, XComposer2
 
 __all__ = [
     "Parts",
@@ -32,63 +32,25 @@ __all__ = [
     "load_tokenizer",
     "parts_of",
     "preprocessing_of",
+    "set_options",
 ]
 
-
-@dataclass(frozen=True)
-class Parts:
-    """The named parts of a model, and the files that its saved folder needs."""
-
-    language_blocks: str
-    """Dotted name of the ModuleList of language blocks, sharded one by one."""
-    vision_blocks: str
-    """The same for vision blocks."""
-    vision_embeddings: str
-    """Dotted name of the module between pixels and the vision blocks."""
-    vision: tuple[str, ...]
-    """Prefixes of the vision tower's parameters."""
-    projector: tuple[str, ...]
-    """Prefixes of the parameters between vision and language."""
-    unused: tuple[str, ...]
-    """Prefixes of parameters that no forward pass uses and a checkpoint may lack."""
-    lora_targets: tuple[str, ...]
-    """Suffixes of the names of the linear layers that LoRA adapts by default."""
-    code_files: tuple[Path, ...]
-    """Python files that a saved folder needs to load with `trust_remote_code`."""
+FAMILIES: dict[str, Family] = dict.fromkeys(MODEL_TYPES, XComposer2())
+"""model_type of a config.json → the family."""
 
 
-def parts_of(config: PreTrainedConfig) -> Parts:
-    """The parts of the model that `config` describes."""
-    assert isinstance(config, InternLMXcomposer2Config)
-    return Parts(
-        language_blocks="model.layers",
-        vision_blocks="vit.vision_tower.vision_model.encoder.layers",
-        vision_embeddings="vit.vision_tower.vision_model.embeddings",
-        vision=("vit.",),
-        projector=("vision_proj.", "plora_glb_GN", "plora_sub_GN"),
-        unused=("vit.vision_tower.vision_model.post_layernorm.",),
-        lora_targets=tuple(PLORA_LAYERS.values()),
-        code_files=tuple(sorted((Path(__file__).parent / "xcomposer2").glob("*_xcomposer2.py"))),
-    )
+def _family_in(folder: Path) -> Family:
+    """The family of the model in `folder`; ValueError if it holds none, or one of no known family."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: no config.json; is this the folder of a model?")
+    model_type = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
+    if model_type not in FAMILIES:
+        raise ValueError(f"{folder}: model_type is {model_type}, not one of {', '.join(FAMILIES)}")
+    return FAMILIES[model_type]
 
 
-def cost_sizes(config: PreTrainedConfig) -> dict[str, Any]:
-    """The sizes that determine a sample's cost: the arguments of `data.packing.CostModel.from_sizes`."""
-    assert isinstance(config, InternLMXcomposer2Config)
-    vision = config.vision_config
-    return {
-        "language": (config.hidden_size, config.intermediate_size, config.num_hidden_layers),
-        "vision": (vision.hidden_size, vision.intermediate_size, vision.num_hidden_layers),
-        "kv_share": config.num_key_value_heads / config.num_attention_heads,
-        "patches_per_image": (config.image_size // config.patch_size) ** 2,
-        "patches_per_slot": 4 if config.high_resolution else 1,
-    }
-
-
-def preprocessing_of(config: PreTrainedConfig) -> dict[str, Any]:
-    """How images and conversations become the model's input, which an adapter's folder records too."""
-    assert isinstance(config, InternLMXcomposer2Config)
-    return config.preprocessing
+def _family_of(config: PreTrainedConfig) -> Family:
+    return FAMILIES[config.model_type]
 
 
 def load_config(
@@ -105,46 +67,50 @@ def load_config(
     ValueError if the folder has no configuration, or that of another model.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder}: no config.json; is this the folder of a model?")
-    model_type = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
-    if model_type not in MODEL_TYPES:
-        raise ValueError(f"{folder}: model_type is {model_type}, not one of {', '.join(MODEL_TYPES)}")
+    family = _family_in(folder)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if img_size is not None:
-            config.img_size = img_size
-        flags = {"hd_num": None if hd_num == -1 else hd_num, "images_as_viewed": images_as_viewed}
-        given = {name: value for name, value in flags.items() if value is not None}
-        for name, value in {**(adapter_preprocessing or {}), **given}.items():
-            setattr(config, name, value)
+        return family.load_config(folder, img_size, hd_num, images_as_viewed, adapter_preprocessing or {})
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
-    return config
+
+
+def set_options(config: PreTrainedConfig, **options: Any) -> None:
+    """Set those of the options that a configuration of this family has."""
+    for name, value in options.items():
+        if hasattr(config, name):
+            setattr(config, name, value)
 
 
 def build_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The model with random weights, or with none under `torch.device("meta")`."""
-    assert isinstance(config, InternLMXcomposer2Config)
-    return InternLMXComposer2ForCausalLM(config)
+    return _family_of(config).build(config)
 
 
-class _InternLM2Config(InternLMXcomposer2Config):
-    """Loads 2.5 and many fine-tunes, whose model_type is internlm2 or internlm."""
-
-    model_type = "internlm2"
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
-        return InternLMXcomposer2Config.from_dict(config_dict, **kwargs)
+def parts_of(config: PreTrainedConfig) -> Parts:
+    """The parts of the model that `config` describes."""
+    return _family_of(config).parts(config)
 
 
-class _InternLMConfig(_InternLM2Config):
-    model_type = "internlm"
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder; ValueError if it has none or a broken one."""
+    return _family_in(Path(folder)).tokenizer(Path(folder))
 
 
-MODEL_TYPES = ("internlmxcomposer2", "internlm2", "internlm")
-for _config_class in (InternLMXcomposer2Config, _InternLM2Config, _InternLMConfig):
-    AutoConfig.register(_config_class.model_type, _config_class)
-AutoModel.register(InternLMXcomposer2Config, InternLMXComposer2ForCausalLM)
-AutoModelForCausalLM.register(InternLMXcomposer2Config, InternLMXComposer2ForCausalLM)
+def load_conversation(folder: str | Path) -> Conversation:
+    """The conversation format with the tokenizer of a model folder; ValueError as in `load_tokenizer`."""
+    return _family_in(Path(folder)).conversation(Path(folder))
+
+
+def load_image_processor(config: PreTrainedConfig) -> ImageProcessor:
+    """The image processor of a model; ValueError if its configuration holds a value that it cannot take."""
+    return _family_of(config).image_processor(config)
+
+
+def cost_sizes(config: PreTrainedConfig) -> dict[str, Any]:
+    """The sizes that determine a sample's cost: the arguments of `data.packing.CostModel.from_sizes`."""
+    return _family_of(config).cost_sizes(config)
+
+
+def preprocessing_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """How images and conversations become the model's input, which an adapter's folder records too."""
+    return _family_of(config).preprocessing(config)

@@ -80,6 +80,7 @@ class Conversation:
         self._ends = set(ends)
         self._between: dict[tuple[tuple[str, ...], bool], list[list[int]]] = {}
         self.pad_id: int = ends[1] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.slot_id = self.pad_id
         literals = [TURN_START, TURN_END, *tokenizer.all_special_tokens]
         control_ids = {self._id(token) for token in literals if token != tokenizer.unk_token}
         for literal, ids in zip(literals, self._tokenize(literals), strict=True):

@@ -28,6 +28,7 @@ file.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -83,6 +84,11 @@ class _Views:
         turned = self.as_viewed and image.getexif().get(EXIF_ORIENTATION) in (5, 6, 7, 8)
         return (image.height, image.width) if turned else image.size
 
+    def batch(self, pictures: Sequence[torch.Tensor]) -> dict[str, Any]:
+        """pixel_values: [N, 3, H, W], or a list of [3, H, W] where the sizes differ."""
+        same_size = all(picture.shape == pictures[0].shape for picture in pictures)
+        return {"pixel_values": torch.stack(list(pictures)) if same_size else list(pictures)}
+
 
 @dataclass(frozen=True)
 class SquareImageProcessor(_Views):
@@ -102,6 +108,10 @@ class SquareImageProcessor(_Views):
     def num_tokens(self, width: int, height: int) -> int:
         """Image tokens of a picture, the same for every size."""
         return (self.img_size // self.patch_size) ** 2
+
+    def tokens(self, width: int, height: int) -> np.ndarray:
+        """int64 [num_tokens] of -1: each is the slot of a feature."""
+        return np.full(self.num_tokens(width, height), -1)
 
     @property
     def hd_num(self) -> None:
@@ -158,6 +168,10 @@ class HDImageProcessor(_Views):
         rows = short if width >= height else long
         merged = self.tile // self.patch_size // 2  # tokens along a tile's side
         return (long * short + 1) * merged**2 + 1 + (rows + 1) * merged
+
+    def tokens(self, width: int, height: int) -> np.ndarray:
+        """int64 [num_tokens] of -1: each is the slot of a feature."""
+        return np.full(self.num_tokens(width, height), -1)
 
     def smaller(self) -> list[HDImageProcessor]:
         """The same processor with fewer tiles, from hd_num - 1 down to one."""

@@ -1,0 +1,118 @@
+"""What the trainer asks of a family of models, and of a model in training.
+
+The trainer, the data commands and the tools know no family: they call the functions of `trainer.models`,
+which ask the `Family` that a configuration belongs to. A new family is a class with these methods.
+
+Input: the folder of a model, or its configuration. Output: the model, the names of its parts, its
+conversation format, its image processor, and the sizes that tell what a sample costs.
+
+    family = family_of(config)
+    with torch.device("meta"):
+        model = family.build(config)                       # no weights yet
+    family.parts(config).language_blocks                   # "model.layers"
+
+A model in training is called as `model(**micro_batch.inputs)` (data/batch.py) and returns `loss`, a sum in
+float32, and `token_losses` [M], without a graph, of the M supervised positions. It also has
+
+    loss_function                    a function that may be replaced: (hidden [M, D], targets [M], lm_head,
+                                     num_items_in_batch) → loss, token losses
+    init_buffers()                   initialises the buffers, which no checkpoint contains, after `to_empty`
+    resize_for_load(name, tensor)    a checkpoint's tensor of another shape → that of this model
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from data.images import ImageProcessor
+from data.tokens import Conversation
+
+
+def as_it_is(name: str) -> str:
+    """The name of a parameter in a checkpoint that calls it as the model does."""
+    return name
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The named parts of a model, and the files that its saved folder needs."""
+
+    language_blocks: str
+    """Dotted name of the ModuleList of language blocks, sharded one by one."""
+    vision_blocks: str | None
+    """The same for vision blocks; None for a model of text alone."""
+    vision_embeddings: str | None
+    """Dotted name of the module between pixels and the vision blocks, if they can run on a few images at a
+    time."""
+    vision: tuple[str, ...]
+    """Prefixes of the vision tower's parameters."""
+    projector: tuple[str, ...]
+    """Prefixes of the parameters between vision and language."""
+    unused: tuple[str, ...]
+    """Prefixes of parameters that no forward pass uses and a checkpoint may lack."""
+    lora_targets: tuple[str, ...]
+    """What LoRA adapts by default: suffixes of the names of linear layers, or patterns."""
+    files: tuple[Path, ...]
+    """Files that a saved folder needs beside its configuration, weights and tokenizer: the model's code, or
+    its processor's settings."""
+    saved_name: Callable[[str], str] = as_it_is
+    """Name of a parameter → its name in a checkpoint."""
+    tied: tuple[str, ...] = ()
+    """Names in a checkpoint of tensors that are another parameter under a second name."""
+
+    def blocks(self, model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+        """The language blocks and the vision blocks of `model`, in order."""
+        vision = [] if self.vision_blocks is None else model.get_submodule(self.vision_blocks).children()
+        return list(model.get_submodule(self.language_blocks).children()), list(vision)
+
+    def tiled(self, model: nn.Module) -> list[nn.Module]:
+        """The modules of the vision tower that can run on a few images or tiles at a time."""
+        if self.vision_embeddings is None:
+            return []
+        return [model.get_submodule(self.vision_embeddings), *self.blocks(model)[1]]
+
+
+class Family(Protocol):
+    """A family of models that train alike."""
+
+    def load_config(
+        self,
+        folder: Path,
+        img_size: int | None,
+        hd_num: int | None,
+        images_as_viewed: bool | None,
+        adapter_preprocessing: Mapping[str, Any],
+    ) -> PreTrainedConfig:
+        """The configuration of the model in `folder`; ValueError for a value that it cannot take."""
+        ...
+
+    def build(self, config: PreTrainedConfig) -> PreTrainedModel:
+        """The model with random weights, or with none under `torch.device("meta")`."""
+        ...
+
+    def parts(self, config: PreTrainedConfig) -> Parts: ...
+
+    def tokenizer(self, folder: Path) -> PreTrainedTokenizerBase:
+        """The tokenizer of a model folder; ValueError if it has none, or one that cannot be used."""
+        ...
+
+    def conversation(self, folder: Path) -> Conversation:
+        """The conversation format, with the folder's tokenizer; ValueError as in `tokenizer`."""
+        ...
+
+    def image_processor(self, config: PreTrainedConfig) -> ImageProcessor:
+        """ValueError if the configuration holds a value that it cannot take."""
+        ...
+
+    def cost_sizes(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """The sizes that determine a sample's cost: the arguments of `data.packing.CostModel.from_sizes`."""
+        ...
+
+    def preprocessing(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """How images and conversations become the model's input, as far as the configuration says so; an
+        adapter's folder records it too."""
+        ...

@@ -1,0 +1,124 @@
+"""The family of InternLM-XComposer2: what `trainer.models.family` asks, answered.
+
+    family = XComposer2()
+    tokenizer = family.tokenizer(Path("internlm-xcomposer2-vl-7b"))        # tokenizer.json or tokenizer.model
+    conversation = family.conversation(Path("internlm-xcomposer2-vl-7b"))  # turns → ids
+    image_processor = family.image_processor(config)                       # a picture → float32 [3, 490, 490]
+
+No code of the folder is run: tokenizer.json is read, whatever class tokenizer_config.json names.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from trainer.models.family import Parts
+from trainer.models.xcomposer2.configuration_xcomposer2 import PLORA_LAYERS, InternLMXcomposer2Config
+from trainer.models.xcomposer2.conversation_xcomposer2 import CHAT_TEMPLATE, Conversation
+from trainer.models.xcomposer2.image_processing_xcomposer2 import ImageProcessor, image_processor_for
+from trainer.models.xcomposer2.modeling_xcomposer2 import InternLMXComposer2ForCausalLM
+from trainer.models.xcomposer2.tokenization_xcomposer2 import tokenizer_from_sentencepiece
+
+
+class XComposer2:
+    """2.0 (vl-7b, 7b, vl-1.8b), 4KHD and 2.5; the variant is told by configuration and weights."""
+
+    def load_config(
+        self,
+        folder: Path,
+        img_size: int | None,
+        hd_num: int | None,
+        images_as_viewed: bool | None,
+        adapter_preprocessing: Mapping[str, Any],
+    ) -> PreTrainedConfig:
+        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if img_size is not None:
+            config.img_size = img_size
+        flags = {"hd_num": None if hd_num == -1 else hd_num, "images_as_viewed": images_as_viewed}
+        given = {name: value for name, value in flags.items() if value is not None}
+        for name, value in {**adapter_preprocessing, **given}.items():
+            setattr(config, name, value)
+        return config
+
+    def build(self, config: PreTrainedConfig) -> PreTrainedModel:
+        return InternLMXComposer2ForCausalLM(cast(InternLMXcomposer2Config, config))
+
+    def parts(self, config: PreTrainedConfig) -> Parts:
+        return Parts(
+            language_blocks="model.layers",
+            vision_blocks="vit.vision_tower.vision_model.encoder.layers",
+            vision_embeddings="vit.vision_tower.vision_model.embeddings",
+            vision=("vit.",),
+            projector=("vision_proj.", "plora_glb_GN", "plora_sub_GN"),
+            unused=("vit.vision_tower.vision_model.post_layernorm.",),
+            lora_targets=tuple(PLORA_LAYERS.values()),
+            files=tuple(sorted(Path(__file__).parent.glob("*_xcomposer2.py"))),
+        )
+
+    def tokenizer(self, folder: Path) -> PreTrainedTokenizerFast:
+        """Its chat template is always this project's, so that the saved one describes the training."""
+        if (folder / "tokenizer.json").is_file():
+            try:
+                tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+            except (
+                Exception
+            ) as error:  # `tokenizers` raises no narrower class for a file that it cannot parse
+                raise ValueError(f"the tokenizer files of {folder} cannot be read: {error}") from error
+        elif (folder / "tokenizer.model").is_file():
+            tokenizer = tokenizer_from_sentencepiece(folder / "tokenizer.model")
+        else:
+            raise ValueError(
+                f"{folder} has neither tokenizer.json nor tokenizer.model; copy it from the published model"
+            )
+        tokenizer.chat_template = CHAT_TEMPLATE
+        return tokenizer
+
+    def conversation(self, folder: Path) -> Conversation:
+        return Conversation(self.tokenizer(folder))
+
+    def image_processor(self, config: PreTrainedConfig) -> ImageProcessor:
+        return image_processor_for(config)
+
+    def cost_sizes(self, config: PreTrainedConfig) -> dict[str, Any]:
+        own = cast(InternLMXcomposer2Config, config)
+        vision = own.vision_config
+        return {
+            "language": (own.hidden_size, own.intermediate_size, own.num_hidden_layers),
+            "vision": (vision.hidden_size, vision.intermediate_size, vision.num_hidden_layers),
+            "kv_share": own.num_key_value_heads / own.num_attention_heads,
+            "patches_per_image": (own.image_size // own.patch_size) ** 2,
+            "patches_per_slot": 4 if own.high_resolution else 1,
+        }
+
+    def preprocessing(self, config: PreTrainedConfig) -> dict[str, Any]:
+        return cast(InternLMXcomposer2Config, config).preprocessing
+
+
+class _InternLM2Config(InternLMXcomposer2Config):
+    """Loads 2.5 and many fine-tunes, whose model_type is internlm2 or internlm."""
+
+    model_type = "internlm2"
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
+        return InternLMXcomposer2Config.from_dict(config_dict, **kwargs)
+
+
+class _InternLMConfig(_InternLM2Config):
+    model_type = "internlm"
+
+
+MODEL_TYPES = ("internlmxcomposer2", "internlm2", "internlm")
+for _config_class in (InternLMXcomposer2Config, _InternLM2Config, _InternLMConfig):
+    AutoConfig.register(_config_class.model_type, _config_class)
+AutoModel.register(InternLMXcomposer2Config, InternLMXComposer2ForCausalLM)
+AutoModelForCausalLM.register(InternLMXcomposer2Config, InternLMXComposer2ForCausalLM)
