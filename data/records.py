@@ -39,7 +39,7 @@ from data.sample import parse_sample
 
 logger = logging.getLogger(__name__)
 
-INDEX_VERSION = 3
+INDEX_VERSION = 4
 """Increase it when the index's layout or the checks of `data.sample` change."""
 WINDOW_BYTES = 4 << 20
 MAX_RECORD_BYTES = 64 << 20

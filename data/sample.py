@@ -19,12 +19,15 @@ The formats of other projects are read too:
                       {"type": "image_url", "image_url": {"url": path}}; an image part without a path takes
                       the next of the record's `images`
 
+A path may be written as a URL, `file:///data/my%20cat.jpg`; other URLs are rejected.
+
 A mistake is a `DataError` that names the field; the caller adds the file and the record.
 """
 
 import re
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote
 
 from data.errors import DataError
 
@@ -42,6 +45,7 @@ ROLES = {
 }
 VIDEO_AND_AUDIO = {"video", "videos", "audio", "audios"}
 KNOWN_KEYS = {"id", "image", "images", "conversations", "messages", *VIDEO_AND_AUDIO}
+FILE_URL = re.compile(r"file://(?:localhost)?(?=/)", re.IGNORECASE)
 URL = re.compile(r"data:|[a-z][a-z0-9+]*://", re.IGNORECASE)
 
 
@@ -164,6 +168,7 @@ def _parse_images(record: dict[str, Any], part_paths: list[str | None]) -> list[
         if images and images != named:
             raise DataError("has images in its parts and others under 'images'; keep one of them")
         images = named
+    images = [unquote(path[match.end() :]) if (match := FILE_URL.match(path)) else path for path in images]
     if urls := [path for path in images if URL.match(path)]:
         raise DataError(
             f"has the URL {urls[0]!r:.60} as an image; images are read from files: save it and give its path"

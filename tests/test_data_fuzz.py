@@ -54,6 +54,7 @@ SCRAPS = [
         b'"video": "a.mp4", ',
         b'{"type": "image"}, ',
         b"data:image/png;base64,",
+        b"file:///",
         b"../",
         b"/dev/zero",
         b"a.json",
@@ -115,6 +116,7 @@ def whole(tmp_path_factory) -> dict[str, bytes]:
             "images": names[2:4],
         },
         chat([{"type": "image_url", "image_url": {"url": "a.gif"}}]),
+        chat([{"type": "image_url", "image_url": {"url": (folder / "a.bmp").as_uri()}}]),
         record("<b>", "5", record_id="last"),
     ]
     (folder / "a.json").write_text(json.dumps(records, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -160,7 +162,7 @@ def test_the_whole_files_are_good(tmp_path, whole):
     reader = SampleReader(sources, encoder(), SquareImageProcessor(14, 7))
     for number, source in enumerate(sources):
         read = [reader.read(number, index) for index in range(len(source.records))]
-        assert sum(len(pictures) for _, pictures in read) == source.records.num_images == 2 + len(FORMATS) + 7
+        assert sum(len(pictures) for _, pictures in read) == source.records.num_images == 2 + len(FORMATS) + 8
 
 
 @settings(max_examples=100, deadline=None)

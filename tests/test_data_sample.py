@@ -1,12 +1,13 @@
 """Records as other projects write them: what they mean here, what they are refused for, what stays text."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.errors import DataError
+from data.records import Records
 from data.sample import Sample, parse_sample
-from tests.data_fixtures import record, turns
+from tests.data_fixtures import record, turns, write_json
 
 ANSWER = {"role": "assistant", "content": "A cat."}
 IMAGE_PART = {"type": "image", "image": "a.jpg"}
@@ -36,6 +37,76 @@ def asked(content, **fields):
 )
 def test_what_other_projects_write_means_the_same(other):
     assert parse_sample(other) == NATIVE
+
+
+def in_every_format(conversation, paths, listed):
+    """A conversation of (role, [text or None for an image, …]) in our form, LLaVA's and OpenAI's.
+
+    listed: OpenAI's image parts take their paths from `images`; else each has its own, as a URL or as a path.
+    """
+    urls = iter("file://" + path.replace(" ", "%20") for path in paths)
+
+    def with_placeholders(placeholder, human, gpt):
+        names = {"user": human, "assistant": gpt, "system": "system"}
+        return [
+            {"from": names[role], "value": "".join(placeholder if part is None else part for part in parts)}
+            for role, parts in conversation
+        ]
+
+    def part_of(text):
+        if text is not None:
+            return {"type": "text", "text": text}
+        url = next(urls)
+        if listed:
+            return {"type": "image"}
+        if url.endswith("0.jpg"):
+            return {"type": "image", "image": url}
+        return {"type": "image_url", "image_url": {"url": url}}
+
+    messages = [
+        {"role": role, "content": "".join(parts) if None not in parts else [*map(part_of, parts)]}
+        for role, parts in conversation
+    ]
+    images = paths[0] if len(paths) == 1 else paths
+    return [
+        {"id": 7, "image": paths, "conversations": with_placeholders("<ImageHere>", "user", "assistant")},
+        {"id": 7, "image": images, "conversations": with_placeholders("<image>", "human", "gpt")},
+        {"id": 7, "images": images, "conversations": with_placeholders("<image>", "Human", "bot")},
+        {"id": 7, "messages": messages, **({"images": paths} if listed else {})},
+    ]
+
+
+texts = st.text(st.characters(codec="utf-8", exclude_characters="<"), max_size=8)
+parts_of_turn = st.lists(st.none() | texts, min_size=1, max_size=4)
+some_turns = st.lists(st.tuples(st.sampled_from(["user", "assistant", "system"]), parts_of_turn), max_size=4)
+
+
+@settings(deadline=None)
+@given(conversation=some_turns, listed=st.booleans())
+def test_a_conversation_is_the_same_sample_in_every_format(tmp_path_factory, conversation, listed):
+    num_images = sum(parts.count(None) for _, parts in conversation)
+    paths = [f"/data/a cat {number}.jpg" for number in range(num_images)]
+    conversation = [*conversation, ("assistant", ["A cat." if paths else "Write <image> there."])]
+    path = tmp_path_factory.getbasetemp() / "formats.json"
+    records = Records(write_json(path, in_every_format(conversation, paths, listed)))
+    native, *others = (parse_sample(records[index]) for index in range(len(records)))
+    assert others == [native] * 3
+    assert native.images == paths
+    assert native.turns[-1] == ("assistant", conversation[-1][1][0])
+    assert (records.num_images, records.problems) == (4 * num_images, [])
+
+
+@pytest.mark.parametrize(
+    ("url", "path"),
+    [
+        ("file:///data/a.jpg", "/data/a.jpg"),
+        ("FILE://localhost/data/my%20cat%C3%A9.jpg", "/data/my caté.jpg"),
+        ("/data/my%20cat.jpg", "/data/my%20cat.jpg"),
+        ("file.jpg", "file.jpg"),
+    ],
+)
+def test_the_url_of_a_file_is_its_path(url, path):
+    assert parse_sample(record("<ImageHere>", "2", images=[url])).images == [path]
 
 
 def test_image_parts_without_a_path_take_the_listed_images_in_order():
@@ -94,6 +165,14 @@ def test_image_tags_are_placeholders_only_where_the_counts_need_them(text, image
             asked([{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]),
             "the URL 'data:",
         ),
+        (record("1", "2", images=["file://data/a.jpg"]), "the URL 'file://data/a.jpg'"),
+        (asked([{"type": "image_url", "image_url": {"url": "HTTP://a.org/b"}}]), "the URL 'HTTP://a.org/b'"),
+        (asked([{"type": "image_url", "image_url": {"url": ["a.jpg"]}}]), "a list as 'image_url'"),
+        (asked([{"type": "image"}], images=["a", "b"]), "1 <ImageHere> but 2 images"),
+        (asked([IMAGE_PART, {**TEXT_PART, "text": "<ImageHere>"}]), "2 <ImageHere> but 1 images"),
+        (asked("1") | {"messages": [ANSWER, {"role": "tool", "content": "1"}]}, "the unknown role 'tool'"),
+        (asked("1") | {"messages": [{"role": "assistant", "content": None}]}, "turn 0 has null as its text"),
+        (asked("1") | {"messages": [{"role": "user", "content": "1"}]}, "no assistant turn"),
         ({**record("1", "2"), "image": float("nan")}, "has NaN, which is not JSON, as 'image'"),
         (
             {**record("<video>1", "2"), "video": "a.mp4"},
