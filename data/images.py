@@ -53,6 +53,10 @@ class ImageProcessor(Protocol):
         """The RGB picture before resizing, the first step of processing."""
         ...
 
+    def resize(self, image: Image.Image) -> Image.Image:
+        """The RGB picture as the model sees it, as far as it can be shown."""
+        ...
+
     def size(self, image: Image.Image) -> tuple[int, int]:
         """(width, height) of `rgb(image)`, from the header alone."""
         ...

@@ -111,9 +111,7 @@ class SampleReader:
         """
         if not encoded.is_cut:
             return len(encoded.input_ids)
-        processor = self.image_processor
-        if encoded.hd_num is not None:
-            processor = next(p for p in processor.smaller() if p.hd_num == encoded.hd_num)
+        processor = self._processor_of(encoded)
         unlimited = copy(self.encoder)
         unlimited.max_length = sys.maxsize
         with self._open(source_number, index) as (sample, _, size):
@@ -125,6 +123,20 @@ class SampleReader:
                     return np.full(1, SLOT)
 
             return len(unlimited.encode(sample, image_tokens).input_ids)
+
+    def views(self, source_number: int, index: int, encoded: Encoded) -> list[Image.Image]:
+        """The pictures of a sample before its cut, as the model sees them; encoded: what `read` returned."""
+        resize = self._processor_of(encoded).resize
+        with self._open(source_number, index) as (_, images, size):
+            for number in range(len(encoded.image_tokens)):
+                size(number)  # opens it
+            return [process(image, resize) for image in images]
+
+    def _processor_of(self, encoded: Encoded) -> ImageProcessor:
+        """The processor that a sample's images had."""
+        if encoded.hd_num is None:
+            return self.image_processor
+        return next(p for p in self.image_processor.smaller() if p.hd_num == encoded.hd_num)
 
     def read_prompt(self, source_number: int, index: int) -> tuple[Sample, Encoded, list[Any]]:
         """The sample, with or without an answer, and the prompt for generating one, with its pictures.

@@ -16,12 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from data.batch import MicroBatch
 from data.errors import DataError
-from data.images import ImageProcessor
 from data.lengths import measure_lengths
 from data.loader import SampleReader, StepLoader
 from data.packing import CostModel, Packing
@@ -120,7 +118,6 @@ def _row(reader: SampleReader, batch: MicroBatch, number: int, room: int) -> str
     kind = "row" if batch.inputs["position_ids"] is None else "packed row"
     title = f"{kind} {number} <small>{batch.num_samples} samples, {batch.num_tokens:,} of at most "
     title += f"{room:,} tokens, {batch.num_supervised:,} trained</small>"
-    pictures = iter(batch.inputs.get("pixel_values", []))
     articles = []
     begin = 0
     for source_number, index in batch.sample_ids:
@@ -134,14 +131,16 @@ def _row(reader: SampleReader, batch: MicroBatch, number: int, room: int) -> str
         if encoded.is_cut:
             whole = reader.tokens_before_cut(source_number, index, encoded)
             numbers += f"; <b>cut at max_length: {len(ids):,} of {whole:,} tokens</b>"
-        images = "".join(_picture(next(pictures), reader.image_processor) for _ in encoded.image_tokens)
-        sizes = iter(encoded.image_tokens)
-        roles = [
-            piece.role
-            for piece in reader.encoder.pieces(source.sample(index))
-            for _ in range(next(sizes, 0) if piece.ids is None else len(piece.ids))
-        ]
-        tokens = "".join(_tokens(reader.encoder.tokenizer, ids, labels, slots, roles, encoded.image_tokens))
+        images = "".join(map(_picture, reader.views(source_number, index, encoded)))
+        owners: list[str] = []  # of each token: the role of its text, or its image
+
+        numbered = enumerate(encoded.image_tokens)
+        for piece in reader.encoder.pieces(source.sample(index)):
+            if piece.ids is not None:
+                owners += [piece.role] * len(piece.ids)
+            elif (image := next(numbered, None)) is not None:
+                owners += [f"control image-{image[0]}"] * image[1]
+        tokens = "".join(_tokens(reader.encoder.tokenizer, ids, labels, slots, owners))
         name, where = html.escape(source.name), html.escape(source.where(index))
         articles.append(
             f'<article data-source="{name}"><h3>{name} <small>{where}: {numbers}</small></h3>'
@@ -155,24 +154,26 @@ def _tokens(
     ids: list[int],
     labels: list[int],
     slots: list[bool],
-    roles: list[str],
-    image_tokens: list[int],
+    owners: list[str],
 ) -> Iterator[str]:
-    """Each token as HTML, and an image's slots as one; a character of several byte tokens follows them."""
+    """Each token as HTML, and slots of an image in a row as one; a character of several byte tokens follows
+    them."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    sizes, at = iter(image_tokens), 0
+    at = 0
     while at < len(ids):
         if slots[at]:
-            size = next(sizes)
-            yield f'<i class="slots">image: {size:,} slots</i>'
-            at += size
+            end = at
+            while end < len(ids) and slots[end] and owners[end] == owners[at]:
+                end += 1
+            yield f'<i class="slots">image: {end - at:,} slots</i>'
+            at = end
             decoder.reset()
             continue
         token = tokenizer.convert_ids_to_tokens(ids[at]).replace("▁", " ").replace("<0x0A>", "\n")
         byte = BYTE_TOKEN.fullmatch(token)
         if not byte:
             decoder.reset()
-        style = roles[at] + (" trained" if labels[at] != IGNORED else "")
+        style = owners[at] + (" trained" if labels[at] != IGNORED else "")
         text = html.escape(token).replace("\n", "⏎\n")
         yield f'<i class="{style}" title="{ids[at]}">{text}</i>'
         if byte and (character := decoder.decode(bytes.fromhex(byte[1]))):
@@ -180,13 +181,8 @@ def _tokens(
         at += 1
 
 
-def _picture(pixels: torch.Tensor, image_processor: ImageProcessor) -> str:
-    """The tensor [3, H, W] as HTML; the pixels of black and white show how to undo the normalisation."""
-    black, white = (
-        image_processor(Image.new("RGB", (8, 8), shade))[:, :1, :1] for shade in ("black", "white")
-    )
-    levels = (pixels - black) / (white - black)
-    image = Image.fromarray((levels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
+def _picture(image: Image.Image) -> str:
+    """The picture as HTML."""
     file = io.BytesIO()
     image.save(file, "JPEG", quality=90)
     data = base64.b64encode(file.getvalue()).decode()

@@ -73,7 +73,7 @@ class Encoded:
     im_mask: np.ndarray
     """bool [T]: True at image slots."""
     image_tokens: list[int]
-    """Slots of each image before the cut at max_length."""
+    """Tokens of each image before the cut at max_length: its slots, and what the model puts around them."""
     is_cut: bool = False
     """Whether max_length cut something off."""
     hd_num: int | None = None
@@ -83,7 +83,7 @@ class Encoded:
 
     @property
     def num_image_slots(self) -> int:
-        return sum(self.image_tokens)
+        return int(self.im_mask.sum())
 
     @property
     def num_supervised(self) -> int:
@@ -118,7 +118,7 @@ class SampleEncoder:
         """`encode` for pieces that are already tokenised, so that smaller images can be tried cheaply."""
         ids: list[int] = []
         supervised: list[tuple[int, int]] = []
-        slots: list[int] = []
+        sizes: list[int] = []
         is_cut = False
         for piece in pieces:
             begin, room = len(ids), self.max_length - len(ids)
@@ -129,9 +129,9 @@ class SampleEncoder:
                     supervised.append((begin, len(ids)))
             elif not room:
                 size = 1
-            elif (size := len(image := image_tokens(len(slots)))) <= room:
+            elif (size := len(image := image_tokens(len(sizes)))) <= room:
                 ids += image.tolist()
-                slots.append(int((image == SLOT).sum()))
+                sizes.append(size)
             if size > room:
                 is_cut = True
                 break
@@ -141,4 +141,4 @@ class SampleEncoder:
         labels = np.full(len(ids), IGNORED, dtype=np.int64)
         for begin, end in supervised:
             labels[begin:end] = input_ids[begin:end]
-        return Encoded(input_ids, labels, im_mask, slots, is_cut)
+        return Encoded(input_ids, labels, im_mask, sizes, is_cut)

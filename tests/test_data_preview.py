@@ -126,7 +126,7 @@ class ByteTokenizer:
 
 def test_characters_that_are_several_byte_tokens_can_be_read():
     ids = [*"浦é<\n".encode(), 0xE6, 300, 0xB5]
-    marked = list(_tokens(ByteTokenizer(), ids, ids, [False] * len(ids), ["user"] * len(ids), []))
+    marked = list(_tokens(ByteTokenizer(), ids, ids, [False] * len(ids), ["user"] * len(ids)))
     texts = [html.unescape(re.sub(r"<[^>]+>", "", token)) for token in marked]
     assert texts[:6] == ["<0xE6>", "<0xB5>", "<0xA6>", "浦", "<0xC3>", "<0xA9>"]
     assert texts[6:10] == ["é", "<0x3C>", "<", "⏎\n"]
