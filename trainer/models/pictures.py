@@ -13,7 +13,7 @@ tensors that the class's own `processor(text, images)` computes, bit for bit. A 
 around and between its slots, as Idefics3 does for a picture of two tiles, here of two features each:
 
     <fake> <row_1_col_1> <image> <image> <fake> <row_1_col_2> <image> <image> \\n \\n <fake> <global-img> …
-       4         9          −1      −1      4         10         −1      −1   209 209   4         7       …
+       4         9          −1      −1      4         10         −1      −1   243 243   4         7       …
 
 The tokens come from the processor's own code: it runs on an array of the picture's size without memory
 behind it, and the functions that would compute pixels give only shapes. For a processor whose code does not
@@ -255,7 +255,7 @@ class Pictures:
                 blank = np.broadcast_to(np.uint8(0), (3, height, width))
                 return _expansion(self._shapes, blank, count, self._tensors)
             return _expansion(self.processor, Image.new("RGB", (width, height)), count, self._tensors)
-        except ValueError as error:
+        except Exception as error:  # the type differs between processors
             raise ValueError(f"a picture of {width}×{height} pixels cannot be processed: {error}") from error
 
 
