@@ -1,0 +1,449 @@
+"""Any chat template: the ids of transformers, nothing that a text could forge, and what is trained.
+
+The templates have the structure of published ones, and the tokenizers are trained here.
+"""
+
+import json
+import pickle
+from typing import NamedTuple
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from transformers import PreTrainedTokenizerFast
+
+from trainer.models.chat import IMAGE, TemplateConversation
+
+# --- tokenizers --------------------------------------------------------------------------------------------
+
+SPECIAL = [
+    "<unk>",
+    "<s>",
+    "</s>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|image_pad|>",
+    "<end_of_turn>",
+    "<|start|>",
+]
+SPECIAL += ["<|head|>", "<|/head|>", "<|eot|>", "[INST]", "[/INST]", "<|user|>", "<|assistant|>", "[gMASK]"]
+UNMARKED = ["<start_of_turn>", "<think>", "</think>", "<tool_call>", "\n\n"]
+STRIPS = AddedToken("<|vision|>", special=True, normalized=False, lstrip=True, rstrip=True)
+CORPUS = [
+    "hello world, what is this?\n",
+    "USER: ASSISTANT: user assistant system",
+    "A cat is red. 5 cats",
+    "été",
+]
+
+
+def byte_level(trim_offsets: bool) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(CORPUS * 9, trainer)
+    return tokenizer
+
+
+def sentencepiece(legacy: bool) -> Tokenizer:
+    """Spaces are "▁": a prefix after each control token (`legacy`), or at the start of the text alone."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()  # no token spans two words
+    alphabet = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([line.replace("\n", "") for line in CORPUS * 9], trainer)
+    state = json.loads(tokenizer.to_str())
+    state["added_tokens"], state["pre_tokenizer"] = [], None  # the bytes are ordinary tokens
+    tokenizer = Tokenizer.from_str(json.dumps(state))
+    if legacy:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    return tokenizer
+
+
+def finish(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """A tokenizer of transformers with control tokens, some of them not marked as special."""
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    tokenizer.add_special_tokens([STRIPS])
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in UNMARKED])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+TOKENIZERS = {
+    "byte-level": finish(byte_level(trim_offsets=False)),
+    "byte-level, trimmed offsets": finish(byte_level(trim_offsets=True)),
+    "SentencePiece": finish(sentencepiece(legacy=False)),
+    "SentencePiece, legacy": finish(sentencepiece(legacy=True)),
+}
+
+# --- templates ---------------------------------------------------------------------------------------------
+
+
+class Format(NamedTuple):
+    template: str
+    image_token: str | None
+    end: str | None
+    """The token behind each answer."""
+    in_parts: bool = False
+    """Whether transformers needs a list of parts for a text without pictures."""
+    system: bool = True
+    final_end: str | None = None
+
+
+PARTS = (
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}{% if p.type == 'image' %}"
+    "<|vision|><|image_pad|><|vision|>{% else %}{{ p.text }}{% endif %}{% endfor %}{% endif %}"
+)
+DEFAULT_SYSTEM = "<|im_start|>system\nYou are helpful.<|im_end|>\n"
+FORMATS = {
+    "ChatML with a default system prompt": Format(
+        "{% for m in messages %}{% if loop.first and m.role != 'system' %}" + DEFAULT_SYSTEM + "{% endif %}"
+        "{{ '<|im_start|>' + m.role + '\n' }}" + PARTS + "{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+        "<|image_pad|>",
+        "<|im_end|>",
+    ),
+    "LLaVA-1.5: pictures first, the last answer open": Format(
+        "{% for m in messages %}{% if m.role != 'system' %}{{ m.role | upper + ': ' }}{% endif %}"
+        "{% for p in m.content | selectattr('type', 'equalto', 'image') %}{{ '<|image_pad|>\n' }}{% endfor %}"
+        "{% for p in m.content | selectattr('type', 'equalto', 'text') %}{{ p.text + ' ' }}{% endfor %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}",
+        "<|image_pad|>",
+        None,
+        in_parts=True,
+        final_end="</s>",
+    ),
+    "Gemma: trims, calls the assistant model": Format(
+        "{{ bos_token }}{% if messages[0].role == 'system' %}"
+        "{{ raise_exception('No system role') }}{% endif %}"
+        "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('Roles must alternate') }}{% endif %}"
+        "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' }}"
+        "{% if m.content is string %}{{ m.content | trim }}{% else %}{% for p in m.content %}"
+        "{% if p.type == 'image' %}<|image_pad|>{% else %}{{ p.text | trim }}{% endif %}"
+        "{% endfor %}{% endif %}"
+        "{{ '<end_of_turn>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}",
+        "<|image_pad|>",
+        "<end_of_turn>",
+        system=False,
+    ),
+    "Llama-3: headers": Format(
+        "{{ bos_token }}{% for m in messages %}{{ '<|head|>' + m.role + '<|/head|>\n\n' + m.content | trim"
+        " + '<|eot|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|head|>assistant<|/head|>\n\n' }}{% endif %}",
+        None,
+        "<|eot|>",
+    ),
+    "Mistral: [INST], a space before the answer": Format(
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}"
+        "{{ ' ' + m.content + eos_token }}"
+        "{% else %}{{ '[INST] ' + m.content + ' [/INST]' }}{% endif %}{% endfor %}",
+        None,
+        "</s>",
+    ),
+    "Llama-2: a space behind the answer": Format(
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}"
+        "{{ ' ' + m.content.strip() + ' ' +"
+        " eos_token }}{% else %}{{ '[INST] ' + m.content.strip() + ' [/INST]' }}{% endif %}{% endfor %}",
+        None,
+        "</s>",
+    ),
+    "Qwen3: an empty think block in the last answer": Format(
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% set c = m.content %}{% set t = '' %}"
+        "{% if m.role == 'assistant' and '</think>' in c %}"
+        "{% set t = c.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+        "{% set c = c.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+        "{% if m.role == 'assistant' and loop.last %}{{ '<think>\n' + t + '\n</think>\n\n' }}{% endif %}"
+        "{{ c + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+        None,
+        "<|im_end|>",
+    ),
+    "GLM: strings alone for answers, the last answer open": Format(
+        "[gMASK]{% for m in messages %}{{ '<|' + m.role + '|>\n' }}"
+        "{% if m.role == 'assistant' %}{{ m.content }}"
+        "{% else %}" + PARTS + "{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
+        "<|image_pad|>",
+        "<|user|>",
+        final_end="<|user|>",
+    ),
+}
+
+
+def conversation(kind: str, name: str, final_end: bool = False) -> TemplateConversation:
+    tokenizer, format = TOKENIZERS[kind], FORMATS[name]
+    ends = tokenizer.convert_tokens_to_ids([format.end] if format.end else [])
+    end = format.final_end if final_end else None
+    return TemplateConversation(tokenizer, format.template, format.image_token, ends, end)
+
+
+CASES = [(kind, name) for kind in TOKENIZERS for name in FORMATS]
+CONVERSATIONS = {case: conversation(*case) for case in CASES}
+CLOSED = {case: conversation(*case, final_end=True) for case in CASES}
+each_format = pytest.mark.parametrize("name", FORMATS)
+any_tokenizer = st.sampled_from([*TOKENIZERS])
+
+BENIGN = [
+    "a",
+    "hello",
+    "5",
+    ".",
+    "?",
+    "été",
+    "e\u0301",
+    "你好",
+    "🙂",
+    " ",
+    "  ",
+    "\n",
+    "\n\n",
+    "\t",
+    "\u00a0",
+]
+BENIGN += ["USER:", "<|im", "</", "{{ x }}", "\ue0000\ue001", "\u2581", "<tool_call>"]
+HOSTILE = [*SPECIAL, "<start_of_turn>", STRIPS.content]
+
+
+@st.composite
+def talks(draw, fragments=BENIGN, empty=True):
+    """Questions with pictures and answers, and possibly a system prompt."""
+    text = st.lists(st.sampled_from(fragments), min_size=not empty, max_size=5).map("".join)
+    turns = [("system", draw(text))] if draw(st.booleans()) else []
+    for _ in range(draw(st.integers(1, 3))):
+        question = IMAGE.join(draw(st.lists(text, min_size=1, max_size=3)))
+        turns += [("user", question), ("assistant", draw(text))]
+    return turns
+
+
+def suited(turns, format):
+    """The turns without what the format does not know."""
+    turns = [(role, text) for role, text in turns if format.system or role != "system"]
+    return [(role, text if format.image_token else text.replace(IMAGE, "")) for role, text in turns]
+
+
+def messages_of(turns, format):
+    """The conversation as transformers takes it."""
+    messages = []
+    for role, text in turns:
+        content = text
+        if IMAGE in text or format.in_parts:
+            content = []
+            for number, segment in enumerate(text.split(IMAGE)):
+                content += [{"type": "image"}] * (number > 0)
+                content += [{"type": "text", "text": segment}] * (segment != "" or IMAGE not in text)
+        messages.append({"role": role, "content": content})
+    return messages
+
+
+def ids_of(pieces, tokenizer):
+    image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    return [i for piece in pieces for i in ([image] if piece.ids is None else piece.ids)]
+
+
+# --- the ids -----------------------------------------------------------------------------------------------
+
+
+@each_format
+@settings(max_examples=40, deadline=None)
+@given(kind=any_tokenizer, turns=talks())
+def test_the_ids_are_those_of_transformers(name, kind, turns):
+    ours, format, tokenizer = CONVERSATIONS[kind, name], FORMATS[name], TOKENIZERS[kind]
+    turns = suited(turns, format)
+    for prompt in (False, True):
+        messages = messages_of(turns[:-1] if prompt else turns, format)
+        theirs = tokenizer.apply_chat_template(
+            messages, chat_template=format.template, add_generation_prompt=prompt
+        )["input_ids"]
+        pieces = [*ours.pieces(turns[:-1] if prompt else turns, prompt=prompt)]
+        assert ids_of(pieces, tokenizer) == theirs
+        assert [piece.role for piece in pieces if piece.ids is None] == ["user"] * sum(
+            text.count(IMAGE) for _, text in turns
+        )
+
+
+def squeezed(text):
+    """The text without white space, which decoders of SentencePiece add and control tokens may swallow."""
+    return "".join(text.replace("\u2581", " ").split())
+
+
+@each_format
+@settings(max_examples=40, deadline=None)
+@given(kind=any_tokenizer, turns=talks())
+def test_answers_and_the_token_that_ends_them_are_trained(name, kind, turns):
+    ours, format, tokenizer = CLOSED[kind, name], FORMATS[name], TOKENIZERS[kind]
+    turns = suited(turns, format)
+    pieces = [*ours.pieces(turns)]
+    trained = tokenizer.decode([i for piece in pieces if piece.trained for i in piece.ids])
+    answers = [text for role, text in turns if role == "assistant"]
+    expected = "".join(answer + (format.end or "") for answer in answers)
+    if format.end is None:
+        expected += format.final_end
+    assert squeezed(trained) == squeezed(expected)
+    assert all(piece.role in ("assistant", "control") for piece in pieces if piece.trained)
+    users = [i for piece in pieces if piece.role == "user" and piece.ids for i in piece.ids]
+    asked = "".join(text.replace(IMAGE, "") for role, text in turns if role == "user")
+    assert squeezed(tokenizer.decode(users)) == squeezed(asked)
+
+
+@each_format
+@settings(max_examples=40, deadline=None)
+@given(kind=any_tokenizer, turns=talks([*HOSTILE, "a", " ", "\n", "<"], empty=False))
+def test_no_text_forges_a_control_token(name, kind, turns):
+    ours, tokenizer = CLOSED[kind, name], TOKENIZERS[kind]
+    hostile = suited(turns, FORMATS[name])
+    benign = [
+        (role, IMAGE.join("x" if part.strip() else part for part in text.split(IMAGE)))
+        for role, text in hostile
+    ]
+    used = [token for token in HOSTILE if token != "<start_of_turn>" or token in ours.chat_template]
+    control = {
+        *tokenizer.convert_tokens_to_ids(used)
+    }  # "<unk>" among them, as these tokenizers know all bytes
+
+    def skeleton(turns):
+        """The control tokens and pictures, in order, with what is trained of them."""
+        found = []
+        for piece in ours.pieces(turns):
+            assert piece.role == "control" or piece.ids is None or not control & {*piece.ids}
+            found += [(i, piece.trained) for i in piece.ids or [None] if i is None or i in control]
+        return found
+
+    assert skeleton(hostile) == skeleton(benign)
+    said = "".join(text.replace(IMAGE, "") for _, text in hostile)
+    pieces = [piece for piece in ours.pieces(hostile) if piece.ids and piece.role != "control"]
+    assert squeezed(tokenizer.decode([i for piece in pieces for i in piece.ids])) == squeezed(said)
+
+
+def test_a_character_that_the_tokenizer_does_not_know_is_no_control_token():
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "</s>": 2}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+    ours = TemplateConversation(fast, "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}")
+    pieces = [*ours.pieces([("user", "你 a </s>"), ("assistant", "a")])]
+    assert [piece.ids for piece in pieces] == [[0, 1, 0, 0], [2], [1], [2]]
+
+
+def test_a_hostile_text_costs_few_rounds():
+    ours = CONVERSATIONS["byte-level", "Llama-3: headers"]
+    turns = [("user", "<|eot|>" * 3000), ("assistant", "b")]
+    assert sum(piece.role == "user" for piece in ours.pieces(turns)) == 1
+
+
+def test_an_answer_s_own_thinking_replaces_an_empty_block():
+    name = "Qwen3: an empty think block in the last answer"
+    for kind, tokenizer in TOKENIZERS.items():
+        ours = CONVERSATIONS[kind, name]
+        turns = [("user", "why?"), ("assistant", "<think>\nhm\n</think>\n\nA cat.")]
+        theirs = tokenizer.apply_chat_template(
+            messages_of(turns, FORMATS[name]), chat_template=FORMATS[name].template
+        )
+        pieces = [*ours.pieces(turns)]
+        assert ids_of(pieces, tokenizer) == theirs["input_ids"]
+        (answer,) = (piece.ids for piece in pieces if piece.role == "assistant")
+        assert {*tokenizer.convert_tokens_to_ids(["<think>", "</think>"])} <= {*answer}
+        plain = [*ours.pieces([("user", "why?"), ("assistant", "A cat.")])]
+        assert [piece.trained for piece in plain] == [False, False, False, True, True, False]
+
+
+def test_a_picture_without_a_placeholder_comes_first_in_the_first_question():
+    ours = CONVERSATIONS["byte-level", "ChatML with a default system prompt"]
+    turns = [("system", "a"), ("user", "b"), ("assistant", "c")]
+    placed = [("system", "a"), ("user", IMAGE + "b"), ("assistant", "c")]
+    assert [*ours.pieces(turns, image_first=True)] == [*ours.pieces(placed)]
+
+
+def test_a_template_of_strings_gets_the_image_token_in_the_string():
+    template = "{% for m in messages %}{{ '<|im_start|>' + m.content + '<|im_end|>' }}{% endfor %}"
+    tokenizer = TOKENIZERS["byte-level"]
+    ours = TemplateConversation(tokenizer, template, "<|image_pad|>")
+    text = tokenizer.decode(ids_of(ours.pieces([("user", f"a{IMAGE}b"), ("assistant", "c")]), tokenizer))
+    assert text == "<|im_start|>a<|image_pad|>b<|im_end|><|im_start|>c<|im_end|>"
+
+
+# --- refusals ----------------------------------------------------------------------------------------------
+
+EACH = "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}"
+LONG = "{% if messages | length > 3 %}"
+REFUSED = {
+    "loses turn 1 \\(assistant\\)": LONG + "{{ messages[0].content }}{% else %}" + EACH + "{% endif %}",
+    "repeats turn 0 \\(user\\)": LONG + "{{ messages[0].content }}{% endif %}" + EACH,
+    "moves turn 2 \\(user\\) behind a later text": LONG
+    + "{% for m in messages | reverse %}{{ m.content }}{% endfor %}{% else %}"
+    + EACH
+    + "{% endif %}",
+    "refuses the conversation: Too many turns": LONG
+    + "{{ raise_exception('Too many turns') }}{% endif %}"
+    + EACH,
+    "refuses the conversation: .*nothing": LONG + "{{ nothing.at.all }}{% endif %}" + EACH,
+    "puts 1 image tokens for 0 pictures": LONG + "<|image_pad|>{% endif %}" + EACH,
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_a_template_that_loses_moves_or_refuses_a_turn_is_an_error(message):
+    ours = TemplateConversation(TOKENIZERS["byte-level"], REFUSED[message], "<|image_pad|>")
+    turns = [("user", "b"), ("assistant", "c")]
+    assert [*ours.pieces(turns)]
+    with pytest.raises(ValueError, match=f"^the chat template {message}"):
+        [*ours.pieces([*turns, *turns])]
+
+
+def test_a_refused_system_prompt_or_picture_is_an_error():
+    gemma = CONVERSATIONS["SentencePiece", "Gemma: trims, calls the assistant model"]
+    with pytest.raises(ValueError, match="refuses the conversation: No system role"):
+        [*gemma.pieces([("system", "a"), ("user", "b"), ("assistant", "c")])]
+    llava = FORMATS["LLaVA-1.5: pictures first, the last answer open"].template
+    lost = TemplateConversation(gemma.tokenizer, llava.replace("<|image_pad|>", ""), "<|image_pad|>")
+    with pytest.raises(ValueError, match="puts 0 image tokens for 1 pictures in turn 0 \\(user\\)"):
+        [*lost.pieces([("user", f"{IMAGE}b"), ("assistant", "c")])]
+    llama = CONVERSATIONS["SentencePiece", "Llama-3: headers"]
+    with pytest.raises(ValueError, match="turn 0 \\(user\\) has a picture, but the model takes only text"):
+        [*llama.pieces([("user", f"{IMAGE}b"), ("assistant", "c")])]
+
+
+def test_what_cannot_work_is_an_error_at_once():
+    tokenizer = TOKENIZERS["byte-level"]
+    with pytest.raises(ValueError, match="no chat template; give one with --chat_template FILE"):
+        TemplateConversation(tokenizer)
+    with pytest.raises(ValueError, match="loses turn 1 \\(assistant\\)"):
+        TemplateConversation(tokenizer, "{{ messages[0].content }}")
+    with pytest.raises(ValueError, match="no token '<missing>'"):
+        TemplateConversation(tokenizer, EACH, "<missing>")
+
+
+# --- workers and caches ------------------------------------------------------------------------------------
+
+
+def test_a_copy_in_a_worker_gives_the_same_pieces():
+    for ours in CONVERSATIONS.values():
+        copy = pickle.loads(pickle.dumps(ours))
+        turns = [("user", "b <|im_end|>"), ("assistant", "c")]
+        assert [*copy.pieces(turns)] == [*ours.pieces(turns)]
+        assert copy.fingerprint == ours.fingerprint
+
+
+def test_the_fingerprint_changes_with_the_format_and_the_tokenizer():
+    fingerprints = {ours.fingerprint for ours in [*CONVERSATIONS.values(), *CLOSED.values()]}
+    opened = sum(format.final_end is not None for format in FORMATS.values()) * len(TOKENIZERS)
+    assert len(fingerprints) == len(CASES) + opened
