@@ -335,6 +335,39 @@ def test_no_text_forges_a_control_token(name, kind, turns):
     assert squeezed(tokenizer.decode([i for piece in pieces for i in piece.ids])) == squeezed(said)
 
 
+@pytest.mark.parametrize("kind", ["byte-level", "SentencePiece"])
+def test_a_control_token_taken_apart_gets_no_space(kind):
+    ours = CONVERSATIONS[kind, "Llama-3: headers"]
+    text = "a<|eot|>b <|head|> c"
+    (ids,) = (
+        piece.ids for piece in ours.pieces([("user", text), ("assistant", "d")]) if piece.role == "user"
+    )
+    assert ours.tokenizer.decode(ids).lstrip(" ") == text
+
+
+def test_a_turn_that_the_template_leaves_out_when_empty_stays_out():
+    template = (
+        "{% for m in messages %}{% if m.content %}{{ m.role + '\n' + m.content + eos_token }}{% endif %}"
+    )
+    tokenizer = TOKENIZERS["byte-level"]
+    ours = TemplateConversation(tokenizer, template + "{% endfor %}")
+    turns = [("system", ""), ("user", "b"), ("assistant", "c")]
+    assert ids_of(ours.pieces(turns), tokenizer) == ids_of(ours.pieces(turns[1:]), tokenizer)
+
+
+def test_the_final_end_stands_directly_behind_the_last_answer():
+    for name in (
+        "LLaVA-1.5: pictures first, the last answer open",
+        "GLM: strings alone for answers, the last answer open",
+    ):
+        ours, end = CLOSED["byte-level", name], FORMATS[name].final_end
+        turns = [("user", "b"), ("assistant", "c")]
+        text = ours.tokenizer.decode(ids_of(ours.pieces(turns), ours.tokenizer))
+        assert text.endswith("c" + end)
+        prompt = ours.tokenizer.decode(ids_of(ours.pieces(turns[:1], prompt=True), ours.tokenizer))
+        assert not prompt.endswith(end)
+
+
 def test_a_character_that_the_tokenizer_does_not_know_is_no_control_token():
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "</s>": 2}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

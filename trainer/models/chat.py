@@ -95,6 +95,8 @@ class TemplateConversation:
             if token is not None and token not in ids:
                 raise ValueError(f"the tokenizer has no token {token!r}")
         self.image_token, self._image_id = image_token, ids.get(image_token)
+        self.slot_id: int = self.pad_id if self._image_id is None else self._image_id
+        """The caller sets another, where a picture's slots are other tokens than the template's."""
         self._ends = {*generation_eos, eos_id, ids.get(final_end)} - {None}
         control = {i for i, token in added.items() if token.special or i in {*self._ends, self._image_id}}
         self._control = {i: added[i].content for i in control if added[i].content not in THINKING}
@@ -110,9 +112,9 @@ class TemplateConversation:
         contents = {i: added[i].content for i in used & added.keys()}
         self._control |= {i: text for i, text in contents.items() if text.strip() and text not in THINKING}
         format_text = repr((probes, self.chat_template, sorted(self._control), sorted(self._ends)))
-        format_hash = hashlib.sha256(format_text.encode()).hexdigest()[:16]
+        self.format = hashlib.sha256(format_text.encode()).hexdigest()[:16]
         tokenizer_hash = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
-        self.fingerprint = f"{format_hash}-{tokenizer_hash}"
+        self.fingerprint = f"{self.format}-{tokenizer_hash}"
 
     def pieces(
         self, turns: Sequence[tuple[str, str]], *, image_first: bool = False, prompt: bool = False
@@ -136,7 +138,7 @@ class TemplateConversation:
                 if is_end[end] or text[starts[end] : stops[end]].strip():
                     break
 
-        is_picture = (ids == self._image_id) & (roles == CONTROL)
+        is_picture = ids == self._image_id  # no text gives one
         pictures = [role for role, text in turns for _ in range(text.count(IMAGE))]
         if (found := int(is_picture.sum())) != len(pictures):
             where = " and ".join(_name(turns, n) for n, (_, text) in enumerate(turns) if IMAGE in text)
