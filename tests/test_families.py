@@ -31,6 +31,7 @@ from tests.vlm_cases import (
     tiny_config,
     tiny_model,
 )
+from trainer.lora import resolve_targets
 from trainer.loss import chunked_cross_entropy
 from trainer.models import packed_attention
 from trainer.models.transformers_vlm import (
@@ -40,8 +41,11 @@ from trainer.models.transformers_vlm import (
     prepare_for_training,
     saved_names,
 )
+from trainer.parallelize import split_tiles
 
 TOLERANCE = 1e-5
+ONE_BY_ONE = ("aya_vision", "gemma3", "internvl", "llava", "llava_onevision", "paligemma")
+"""Families whose tower takes a batch of pictures, or tiles, of one size and no masks."""
 
 
 def trainable(name: str) -> Any:
@@ -164,6 +168,25 @@ def test_other_samples_of_a_row_do_not_matter(name):
             torch.testing.assert_close(new, old, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v"])
+def test_positions_of_pictures(name):
+    model = trainable(name)
+    inputs = packed(name, model.config, five_samples(name, tiny_model(name)))
+    assert inputs["position_ids"].shape == (4, 1, sum(inputs["sample_lengths"]))
+    loss = model(**inputs).loss
+    assert torch.equal(model(**inputs | {"position_ids": inputs["position_ids"][1:]}).loss, loss)
+    with pytest.raises(ValueError, match=r"needs position_ids \[4, 1, T\]"):
+        model(**inputs | {"position_ids": inputs["position_ids"][0]})
+
+
+def test_slots_without_pictures():
+    model = trainable("llava")
+    inputs = packed("llava", model.config, five_samples("llava", tiny_model("llava")))
+    del inputs["pixel_values"]
+    with pytest.raises(ValueError, match="there are no pictures"):
+        model(**inputs)
+
+
 @pytest.mark.parametrize("name", WITH_PICTURES)
 def test_a_dummy_picture_gives_zeros(name):
     samples = five_samples(name, tiny_model(name))
@@ -184,6 +207,21 @@ def test_a_dummy_picture_gives_zeros(name):
             assert torch.equal(dummy[name_], without[name_]), name_
 
 
+@pytest.mark.parametrize("name", WITH_PICTURES)
+def test_a_tower_on_one_picture_at_a_time(name):
+    model = trainable(name)
+    inputs = packed(name, model.config, five_samples(name, tiny_model(name)))
+    model(**inputs).loss.backward()
+    expected = gradients_of(model)
+    model.zero_grad()
+    modules = find_parts(model).tiled(model)
+    assert bool(modules) == (name in ONE_BY_ONE)
+    for module in modules:
+        split_tiles(module, 1)
+    model(**inputs).loss.backward()
+    check_gradients(gradients_of(model), expected)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_parts(name):
     own = tiny_model(name)
@@ -200,6 +238,10 @@ def test_parts(name):
         assert len(model.get_submodule(parts.vision_blocks)) == (3 if name == "llava" else 2)
         assert parts.vision
         assert parts.projector
+    adapted = [model.get_submodule(place) for place in resolve_targets(model, parts.lora_targets)]
+    language = list(model.get_submodule(parts.language_blocks).modules())
+    linear = [module for module in language if isinstance(module, torch.nn.Linear)]
+    assert {id(module) for module in adapted} == {id(module) for module in linear}
     names = {parameter for parameter, _ in model.named_parameters()}
     assert {
         parameter for parameter in names if parameter.startswith(parts.unused)
@@ -227,7 +269,7 @@ def test_saved_names(name, tmp_path):
     from safetensors import safe_open
 
     model = build(tiny_config(name))
-    if name == "qwen3_vl_moe":
+    if name in ("qwen3_vl_moe", "minimax"):  # experts
         with pytest.raises(ValueError, match="in another form"):
             saved_names(model)
         return

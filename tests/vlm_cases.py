@@ -56,6 +56,11 @@ def _pictures_in_a_row(count: int) -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(1, count, 3, 16, 16)}
 
 
+def _pictures_with_padding(count: int) -> dict[str, Tensor]:
+    sizes = torch.tensor([[16, 16], [16, 8]])[torch.randint(2, (count,))]
+    return _pictures_of_one_size(count) | {"image_sizes": sizes}
+
+
 def _patches(count: int) -> dict[str, Tensor]:
     grids = torch.tensor([[1, 4, 4], [1, 4, 8], [1, 8, 4], [1, 2, 6]])[torch.randint(4, (count,))]
     return {"pixel_values": torch.randn(int(grids.prod(1).sum()), 3 * 2 * 4 * 4), "image_grid_thw": grids}
@@ -97,6 +102,7 @@ def _qwen(vision: dict[str, Any], text: dict[str, Any], **config: Any) -> Case:
 
 DEEPSTACK = {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
+MIXTURE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 DELTA_RULE = {
     "layer_types": ["linear_attention", "full_attention"],
     "linear_key_head_dim": 8,
@@ -126,6 +132,11 @@ CASES: dict[str, Case] = {
     "mistral": Case(TEXT | {"sliding_window": 8}),
     "cohere": Case(TEXT | {"logit_scale": 0.25}),
     "hyperclovax": Case(TEXT | {"logits_scaling": 0.5}),
+    "gpt_oss": Case(TEXT | MIXTURE | {"sliding_window": 8}),
+    "lfm2": Case(TEXT | {"layer_types": ["conv", "full_attention"]}),
+    "minimax": Case(
+        TEXT | MIXTURE | {"layer_types": ["linear_attention", "full_attention"], "block_size": 8}
+    ),
     "granite": Case(TEXT | {"logits_scaling": 4.0, "embedding_multiplier": 3.0}),
     "qwen2_5_vl": _qwen({"window_size": 16, "fullatt_block_indexes": [1]}, {}),
     "qwen3_vl": _qwen(DEEPSTACK, {}),
@@ -167,6 +178,34 @@ CASES: dict[str, Case] = {
         },
         _pictures_in_a_row,
         join_dim=1,
+    ),
+    "idefics3": Case(
+        {
+            "vision_config": TOWER,
+            "text_config": TEXT | {"model_type": "llama"},
+            "image_token_id": IMAGE,
+            "scale_factor": 2,
+        },
+        _pictures_in_a_row,
+        join_dim=1,
+    ),
+    "mistral3": Case(
+        {
+            "vision_config": TOWER | {"model_type": "pixtral", "head_dim": 8},
+            "text_config": TEXT | {"model_type": "mistral"},
+            "image_token_index": IMAGE,
+            "spatial_merge_size": 2,
+        },
+        _pictures_with_padding,
+    ),
+    "aya_vision": Case(
+        {
+            "vision_config": TOWER | {"model_type": "siglip_vision_model", "vision_use_head": False},
+            "text_config": TEXT | {"model_type": "cohere2", "sliding_window": 8, "logit_scale": 0.25},
+            "image_token_index": IMAGE,
+            "downsample_factor": 2,
+        },
+        _pictures_of_one_size,
     ),
     "gemma3": Case(
         {
@@ -218,9 +257,9 @@ def tiny_model(name: str) -> PreTrainedModel:
     config = tiny_config(name)
     has_pictures = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     auto: Any = AutoModelForImageTextToText if has_pictures else AutoModelForCausalLM
-    own_attention = "eager" if name == "gemma2" else "sdpa"  # sdpa knows no caps
+    own_attention = "eager" if name in ("gemma2", "gpt_oss") else "sdpa"  # sdpa knows no caps and sinks
     torch.manual_seed(0)
-    model = auto.from_config(config, attn_implementation=own_attention, dtype=torch.float32)
+    model = auto.from_config(config, attn_implementation=own_attention, dtype=torch.get_default_dtype())
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:

@@ -14,39 +14,23 @@ A model of text alone has no vision blocks and no prefixes of vision. Every para
 import inspect
 import re
 from collections import Counter
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from trainer.models.family import Parts
+
 PROJECTORS_IN_TOWER = ("merger", "deepstack_merger_list", "downsample")
 """Children of a vision tower that make language features; elsewhere they stand beside the tower."""
 
 
-@dataclass(frozen=True)
-class ModelParts:
-    """The named parts of a model."""
+def find_parts(model: PreTrainedModel) -> Parts:
+    """The parts of `model`, without the names and files of its folder.
 
-    language_blocks: str
-    """Dotted name of the ModuleList of language blocks, sharded one by one."""
-    vision_blocks: str | None
-    """The same for vision blocks."""
-    vision_embeddings: str | None
-    """Dotted name of a module between pixels and vision blocks that treats images [N, 3, H, W] one by one."""
-    vision: tuple[str, ...]
-    """Prefixes of the vision tower's parameters."""
-    projector: tuple[str, ...]
-    """Prefixes of the parameters between vision and language."""
-    unused: tuple[str, ...]
-    """Prefixes of parameters that get no gradient."""
-    lora_targets: tuple[str, ...]
-    """Patterns of names of the linear layers that LoRA adapts by default: those of the language blocks."""
-
-
-def find_parts(model: PreTrainedModel) -> ModelParts:
-    """The parts of `model`; ValueError if its language blocks are not found."""
+    ValueError if its language blocks are not found.
+    """
     names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
     decoder: Any = model.get_decoder()
     language_blocks = _blocks_of(decoder, names)
@@ -62,7 +46,7 @@ def find_parts(model: PreTrainedModel) -> ModelParts:
         language = (f"{names[id(decoder)]}.", f"{names[id(head)]}." if head is not None else ".")
         vision, projector = _prefixes(model, names[id(tower)], tower, language)
     tails = _linear_tails(model.get_submodule(language_blocks))
-    return ModelParts(
+    return Parts(
         language_blocks=language_blocks,
         vision_blocks=vision_blocks,
         vision_embeddings=None if tower is None else _embeddings_of(tower, names),
@@ -70,6 +54,7 @@ def find_parts(model: PreTrainedModel) -> ModelParts:
         projector=projector,
         unused=() if tower is None else _unused(model, names[id(tower)], tower, vision_blocks),
         lora_targets=(rf"{re.escape(language_blocks)}\.\d+\.({'|'.join(map(re.escape, tails))})",),
+        files=(),
     )
 
 

@@ -33,11 +33,24 @@ class _Given:
         return None
 
 
-def own_logits(model: nn.Module, own_class: type, hidden: Tensor, **replaced: Any) -> Tensor:
+class _Base:
+    """A base model that returns these hidden states whatever it is called with, and is `base` otherwise."""
+
+    def __init__(self, base: nn.Module, hidden: Tensor) -> None:
+        self._base, self._hidden = base, hidden
+
+    def __call__(self, *args: Any, **kwargs: Any) -> _Given:
+        return _Given(self._hidden)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._base, name)
+
+
+def own_logits(model: Any, own_class: type, hidden: Tensor, **replaced: Any) -> Tensor:
     """The logits that `own_class.forward` makes of hidden [B, T, D], with `replaced` children."""
     stand_in: Any = object.__new__(own_class)
-    base = {own_class.base_model_prefix: lambda *args, **kwargs: _Given(hidden)}  # type: ignore[attr-defined]
-    stand_in.__dict__.update(model.__dict__, **base, **replaced)
+    base = _Base(model.base_model, hidden)
+    stand_in.__dict__.update(model.__dict__, **{model.base_model_prefix: base}, **replaced)
     return own_class.forward(stand_in).logits  # type: ignore[attr-defined]
 
 
@@ -55,8 +68,8 @@ class OwnHead(nn.Module):
 def is_plain(model: Any, own_class: type) -> bool:
     """Whether the class does nothing behind the output layer; ValueError if that cannot be found out."""
     names = [name for name, child in model.named_children() if child is model.get_output_embeddings()]
-    if not names:
-        raise ValueError(f"{own_class.__name__} has no output layer of its own that could be trained on text")
+    if not names or model.base_model is model:
+        raise ValueError(f"{own_class.__name__} is not a base model and an output layer, as training needs")
     try:
         return torch.equal(own_logits(model, own_class, PROBE, **{names[0]: nn.Identity()}), PROBE)
     except (AttributeError, TypeError, RuntimeError, ValueError) as error:

@@ -28,7 +28,8 @@ height and width, [4, 1, T] in a row.
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -52,7 +53,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_MAPPING
 
-from trainer.models.families import family_of
+from trainer.models.answers import answers_of
 from trainer.models.model_parts import find_parts
 from trainer.models.own_head import OwnHead, is_plain
 from trainer.models.packed_attention import (
@@ -126,7 +127,8 @@ def _parameters(function: Callable[..., Any]) -> set[str]:
 
 def _mixes_tokens(module: nn.Module, config: PreTrainedConfig) -> bool:
     has_convolution = any(isinstance(child, nn.Conv1d) for child in module.children())
-    return has_convolution or type(module).__name__ in family_of(config).mixers
+    mixers = answers_of(config).mixers + answers_of(config.get_text_config()).mixers
+    return has_convolution or type(module).__name__ in mixers
 
 
 def _training_forward(
@@ -153,9 +155,12 @@ def _training_forward(
     supervised [M]: the positions in B · T before supervised tokens; targets [M]: those tokens.
     image_runs: runs of True in the flattened im_mask; without it, finding out whether there are slots waits
         for the device.
+    num_items_in_batch: what divides the sum of the losses; None leaves that to `loss_function`.
     vision: the processor's tensors; None where there is no picture.
+
+    ValueError if slots and pictures do not fit, or a packed row lacks the positions of its pictures.
     """
-    base, family = model.base_model, family_of(model.config)
+    base, answers = model.base_model, answers_of(model.config)
     taken = _parameters(base.forward)
     vision = {name: value for name, value in vision.items() if value is not None}
     arguments: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
@@ -173,7 +178,7 @@ def _training_forward(
         raise ValueError("im_mask has image slots, but there are no pictures")
     samples = Samples(sample_lengths, cu_seq_lens) if sample_lengths is not None else None
     lengths = samples.lengths if samples is not None else [input_ids.shape[1]]
-    arguments |= family.token_types(im_mask if has_slots else None, labels, lengths)
+    arguments |= answers.token_types(im_mask if has_slots else None, labels, lengths)
     if samples is None:
         arguments["attention_mask"] = attention_mask
     else:
@@ -182,11 +187,11 @@ def _training_forward(
         if has_slots and hasattr(base, "get_rope_index") and (position_ids is None or position_ids.ndim == 2):
             raise ValueError("a packed row of this model needs position_ids [4, 1, T]; see `positions`")
     if position_ids is not None:
-        arguments["position_ids"] = position_ids + (family.first_position if position_ids.ndim == 2 else 0)
+        arguments["position_ids"] = position_ids + (answers.first_position if position_ids.ndim == 2 else 0)
     elif has_slots and "mm_token_type_ids" in taken:
         assert im_mask is not None
         arguments |= {"mm_token_type_ids": im_mask.int()} | {k: v for k, v in vision.items() if "grid" in k}
-    with packed_row(samples):
+    with packed_row(samples), _added_to(base.get_input_embeddings(), anchor):
         hidden = base(**arguments).last_hidden_state
 
     loss, losses = None, None
@@ -196,8 +201,6 @@ def _training_forward(
         targets = following[supervised]
     if supervised is not None:
         rows = hidden.flatten(0, 1).index_select(0, supervised)
-        if anchor is not None:
-            rows = rows + anchor.to(rows.dtype)
         loss, losses = model.loss_function(rows, targets, lm_head=head, num_items_in_batch=num_items_in_batch)
     logits = head(hidden).float() if loss is None or not model.training else None
     return TrainingOutput(loss=loss, logits=logits, token_losses=losses)
@@ -219,6 +222,27 @@ TRAINING_ARGUMENTS = _parameters(_training_forward) - {
 def _image_features(base: Any, vision: dict[str, Any]) -> Any:
     taken = _parameters(base.get_image_features)
     return base.get_image_features(**{name: value for name, value in vision.items() if name in taken})
+
+
+@contextmanager
+def _added_to(embeddings: nn.Module, anchor: Tensor | None) -> Iterator[None]:
+    """Add the anchor to the token embeddings, where features of pictures would be.
+
+    There and not behind the blocks: FSDP reduces the gradients of a block when those of its input are there,
+    so on every rank the first block's input must need a gradient, or on none.
+    """
+    if anchor is None:
+        yield
+        return
+
+    def add(module: nn.Module, inputs: Any, rows: Any) -> Tensor:
+        return rows + anchor.to(rows.dtype)
+
+    hook = embeddings.register_forward_hook(add)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _anchor(features: Any) -> Tensor:
@@ -261,7 +285,10 @@ def image_token(config: Any) -> int:
 
 @torch.no_grad()
 def init_buffers(model: PreTrainedModel) -> None:
-    """Initialise the buffers, which checkpoints rarely contain, after `to_empty`; parameters stay."""
+    """Initialise the buffers, which checkpoints rarely contain, after `to_empty`; parameters stay.
+
+    ValueError if the class does not know how to.
+    """
     for parameter in model.parameters():
         parameter._is_hf_initialized = True  # type: ignore[attr-defined] (transformers' own mark)
 
@@ -270,10 +297,31 @@ def init_buffers(model: PreTrainedModel) -> None:
             owner = module
         for child in module.children():
             visit(child, owner)
-        if next(module.buffers(recurse=False), None) is not None:
+        buffers = dict(module.named_buffers(recurse=False))
+        for buffer in buffers.values():
+            buffer.fill_(_filler(buffer.dtype))
+        if buffers:
             owner._init_weights(module)
+        for name in buffers.keys() & module._non_persistent_buffers_set:
+            left = module.get_buffer(name)
+            if left.numel() and left.dtype != torch.bool and _is_filler(left):
+                raise ValueError(
+                    f"{type(model).__name__} does not initialise {name} of {type(module).__name__}, so it "
+                    "cannot be built on the meta device"
+                )
 
     visit(model, model)
+
+
+def _filler(dtype: torch.dtype) -> float | int:
+    """A value of which no buffer consists."""
+    if dtype.is_floating_point or dtype.is_complex:
+        return torch.nan
+    return 0 if dtype == torch.bool else torch.iinfo(dtype).min
+
+
+def _is_filler(buffer: Tensor) -> bool:
+    return bool((buffer.isnan() | (buffer == _filler(buffer.dtype))).all())
 
 
 def saved_names(model: PreTrainedModel) -> dict[str, str]:
@@ -293,4 +341,21 @@ def saved_names(model: PreTrainedModel) -> dict[str, str]:
         names[name], converted = rename_source_key(name, renamings, converters, reverse=True)
         if converted is not None:
             raise ValueError(f"{type(model).__name__} saves {name} in another form, which is not supported")
+    return names
+
+
+def loaded_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
+    """Keys of published weights → the names of the model's parameters, as `from_pretrained` renames them.
+
+    ValueError for a model that reads parameters in another form than it has them.
+    """
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    own: Any = model.state_dict(keep_vars=True)
+    names = {}
+    for key in sorted(keys):
+        names[key], converted = rename_source_key(key, renamings, converters, model.base_model_prefix, own)
+        if converted is not None:
+            raise ValueError(f"{type(model).__name__} reads {key} in another form, which is not supported")
     return names

@@ -1,8 +1,8 @@
 """What a model family of transformers answers itself, where what holds for nearly all of them does not.
 
-    family_of(config).token_types(slots, labels, samples)    # PaliGemma: {"token_type_ids": 0 for the prompt}
+    answers_of(config).token_types(slots, labels, samples)   # PaliGemma: {"token_type_ids": 0 for the prompt}
 
-Everything has a default, so a family that is not in `FAMILIES` is an ordinary one.
+Everything has a default, so a family that is not in `ANSWERS` is an ordinary one.
 """
 
 from collections.abc import Callable
@@ -32,24 +32,28 @@ def prefix_types(slots: Tensor | None, labels: Tensor | None, lengths: list[int]
 
 
 @dataclass(frozen=True)
-class Family:
+class Answers:
     """The answers of one family."""
 
     token_types: TokenTypes = no_types
     """(slots [B, T] or None, labels [B, T], a row's sample lengths) → further arguments of the base model."""
     first_position: int = 0
     """The position of a sample's first token."""
+    final_end: str | None = None
+    """The token that ends an answer, where the chat template leaves the last one open."""
     mixers: tuple[str, ...] = ()
     """Classes of modules that mix tokens, beside attention and modules with a convolution of their own."""
 
 
-FAMILIES = {
-    "gemma3": Family(token_types=image_types),
-    "paligemma": Family(token_types=prefix_types, first_position=1),
-    "minimax": Family(mixers=("MiniMaxLightningAttention",)),
+ANSWERS = {
+    "gemma3": Answers(token_types=image_types),
+    "glm4v": Answers(final_end="<|user|>"),
+    "llava": Answers(final_end="</s>"),
+    "paligemma": Answers(token_types=prefix_types, first_position=1),
+    "minimax": Answers(mixers=("MiniMaxLightningAttention",)),
 }
 """By the configuration's model_type."""
 
 
-def family_of(config: PreTrainedConfig) -> Family:
-    return FAMILIES.get(config.model_type, Family())
+def answers_of(config: PreTrainedConfig) -> Answers:
+    return ANSWERS.get(config.model_type, Answers())
