@@ -31,6 +31,9 @@ class DataConfig:
     # --- model and data ------------------------------------------------------------------------------
     model_name_or_path: str = may_change("")
     """Folder of the model to start from: config.json, *.safetensors and a tokenizer."""
+    chat_template: str | None = may_change(None)
+    """File of a Jinja chat template, for a model of transformers that has none, or instead of its own; the
+    trained model's folder keeps it. XComposer2 has its own format."""
     img_size: int | None = None
     """Side of the square that images are resized to, in pixels; the checkpoint's own by default."""
     hd_num: int | None = None
@@ -81,6 +84,8 @@ class DataConfig:
             found.append(f"--data_path {self.data_path}: there is no such file")
         if self.image_root is not None and not Path(self.image_root).is_dir():
             found.append(f"--image_root {self.image_root}: there is no such folder")
+        if self.chat_template is not None and not Path(self.chat_template).is_file():
+            found.append(f"--chat_template {self.chat_template}: there is no such file")
         if self.on_long_sample not in ("truncate", "skip", "error"):
             found.append(f"--on_long_sample {self.on_long_sample}: choose one of truncate, skip, error")
         if self.hd_num is not None and self.hd_num < 1 and self.hd_num != -1:

@@ -158,7 +158,7 @@ class SampleReader:
     ) -> Iterator[tuple[Sample, list[Image.Image], SizeOf]]:
         """The sample, its images opened so far, and the size of its i-th image, which opens images up to it.
 
-        DataErrors raised within name the record, and the images are closed at the end.
+        Errors raised within become DataErrors that name the record, and the images are closed at the end.
         """
         source = self.sources[source_number]
         sample = source.sample(index, needs_answer)
@@ -171,7 +171,7 @@ class SampleReader:
 
         try:
             yield sample, images, size
-        except DataError as error:
+        except ValueError as error:  # also of a chat template or a processor that refuses it
             raise DataError(f"{source.where(index)} {error}") from error
         finally:
             for image in images:

@@ -12,6 +12,7 @@ import importlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar, cast
 
 from data.config import DataConfig
@@ -57,7 +58,7 @@ def open_reader(
     model_config = models.load_config(
         folder, config.img_size, config.hd_num, config.images_as_viewed, adapter_preprocessing
     )
-    conversation = models.load_conversation(folder)
+    conversation = models.load_conversation(folder, config.chat_template)
     models.set_options(model_config, conversation_format=conversation.format)
     reader = SampleReader(
         sources,
@@ -65,6 +66,7 @@ def open_reader(
         models.load_image_processor(model_config),
         cast(OnLongSample, config.on_long_sample),
         config.fit_images,
+        positions=partial(models.positions_of, model_config),
     )
     return reader, model_config
 

@@ -71,7 +71,7 @@ def _qwen(processor: str) -> Callable[[], ProcessorMixin]:
 
 
 def _glm4v() -> ProcessorMixin:
-    special = ["<|image|>", "<|video|>"]
+    special = ["<|image|>", "<|video|>", "<|user|>"]
     special += [f"<|{side}_of_{what}|>" for what in ("image", "video") for side in ("begin", "end")]
     return _with_video(
         "Glm4vProcessor",

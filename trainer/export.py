@@ -69,7 +69,8 @@ class _Merge:
     """Merged tensors of a base and an adapter, computed one at a time."""
 
     folder: Path
-    base_files: dict[str, Path]
+    base: dict[str, tuple[Path, str]]
+    """By tensor, its file of the base and its key there."""
     layers: dict[str, tuple[str, float]]
     """By layer, the key in the adapter's file up to `.lora_`, and the layer's scale."""
     whole: dict[str, str]
@@ -78,7 +79,7 @@ class _Merge:
     def tensor(self, name: str) -> Tensor:
         """The merged tensor: in float32 if the adapter changes it, else the base's own."""
         replaced = name in self.whole
-        tensor = self._adapter(self.whole[name]) if replaced else _read(self.base_files[name], name)
+        tensor = self._adapter(self.whole[name]) if replaced else _read(*self.base[name])
         for kind in ("Plora_B.weight", "weight", "bias"):
             layer = name.removesuffix(f".{kind}")
             if layer != name and layer in self.layers:
@@ -94,7 +95,7 @@ class _Merge:
         is_dora = self._has(magnitude)
         if kind == "Plora_B.weight" and not is_dora:
             return tensor
-        weight = tensor if kind == "weight" else _read(self.base_files[f"{layer}.weight"], f"{layer}.weight")
+        weight = tensor if kind == "weight" else _read(*self.base[f"{layer}.weight"])
         down, up = self._adapter(f"{key}.lora_A.weight"), self._adapter(f"{key}.lora_B.weight")
         weight = torch.addmm(weight.float(), up, down, alpha=scale)
         if not is_dora:
@@ -128,21 +129,23 @@ def merge(adapter: Path, out: Path, base: Path | None = None, dtype: torch.dtype
     config = load_config(base, adapter_preprocessing=adapter_preprocessing(adapter))
     tokenizer = load_tokenizer(base)
     model, names_in_file = adapted_model(adapter, base)
+    parts = parts_of(config)
     base_files = tensor_files(base)
+    in_base = {name: (base_files[key], key) for key, name in parts.names.loaded(base_files).items()}
     layers = {
         name: (file_key(name), module.scaling["default"])
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer)
     }
-    if peft_config.lora_bias and (bare := [n for n in layers if f"{n}.bias" not in base_files]):
+    if peft_config.lora_bias and (bare := [n for n in layers if f"{n}.bias" not in in_base]):
         raise DataError(f"{adapter}: lora_bias cannot be merged into {bare[0]}, which has no bias")
     whole = {checkpoint_name(name): file_key(name) for name in names_in_file if not is_adapter(name)}
-    merged = _Merge(adapter, base_files, layers, whole)
+    merged = _Merge(adapter, in_base, layers, whole)
 
     dtypes: dict[str, torch.dtype] = {}
     sizes: dict[str, int] = {}
-    for name in dict.fromkeys([*base_files, *whole]):
-        path, key = (base_files[name], name) if name in base_files else (adapter / WEIGHTS_FILE, whole[name])
+    for name in dict.fromkeys([*in_base, *whole]):
+        path, key = in_base[name] if name in in_base else (adapter / WEIGHTS_FILE, whole[name])
         with safe_open(path, framework="pt") as file:
             entry = file.get_slice(key)
             stored = SAFETENSORS_DTYPES.get(entry.get_dtype())  # None: not floating
@@ -150,15 +153,17 @@ def merge(adapter: Path, out: Path, base: Path | None = None, dtype: torch.dtype
             sizes[name] = math.prod(entry.get_shape()) * dtypes[name].itemsize
     temporary = create_temporary(_new(out))
     files = split_into_files(sizes)
+    saved = {tensor: parts.names.saved(tensor) for tensor in sizes}
     with tqdm(total=len(sizes), unit="tensor", desc="merging", dynamic_ncols=True) as bar:
         for file_name, names in files.items():
             tensors = {}
             for name in names:
-                tensors[name] = merged.tensor(name).to(dtypes[name]).contiguous()
+                tensors[saved[name]] = merged.tensor(name).to(dtypes[name]).contiguous()
                 bar.update()
             save_file(tensors, temporary / file_name, metadata={"format": "pt"})
-    write_index(temporary, files, sum(sizes.values()))
-    save_small_files(config, tokenizer, parts_of(config), temporary, dtype or weights_dtype(base))
+    by_key = {file_name: [saved[name] for name in names] for file_name, names in files.items()}
+    write_index(temporary, by_key, sum(sizes.values()))
+    save_small_files(config, tokenizer, parts, temporary, dtype or weights_dtype(base))
     _finish(temporary, out)
 
 

@@ -18,7 +18,7 @@ same command continues an interrupted run from it. The answer to a single `--que
 import json
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -28,7 +28,7 @@ import torch.distributed as dist
 import transformers
 from peft import PeftModel
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from data.errors import DataError
 from data.files import replace_file
@@ -55,7 +55,14 @@ from trainer.distributed import (
     tell_failure,
 )
 from trainer.lora import adapted_model
-from trainer.models import load_config, load_conversation, load_image_processor, parts_of
+from trainer.models import (
+    answering_class,
+    load_config,
+    load_conversation,
+    load_image_processor,
+    parts_of,
+    prompt_arguments,
+)
 from trainer.parallelize import split_tiles
 
 SECONDS_BETWEEN_LINES = 30.0
@@ -70,6 +77,8 @@ class Questions:
     """Folder of a model, or of an adapter."""
     base_model: str | None = None
     """Folder of an adapter's base; by default the one that the adapter names."""
+    chat_template: str | None = None
+    """File of the chat template that an adapter was trained with, if it was not its base's own."""
     data_path: str | None = None
     """.json or .jsonl file of samples."""
     image_root: str | None = None
@@ -165,7 +174,7 @@ def load_model(
         adapter_preprocessing=preprocessing,
     )
     load_image_processor(config)  # rejects a bad hd_num before the weights are read
-    model = AutoModelForCausalLM.from_pretrained(model_folder, config=config, dtype=dtype)
+    model = answering_class(config).from_pretrained(model_folder, config=config, dtype=dtype)
     parts = parts_of(model.config)
     in_tiles = {type(module) for module in parts.tiled(model)}
     if model_folder != folder:
@@ -183,10 +192,10 @@ def answer(
     model: PreTrainedModel,
     encoder: SampleEncoder,
     prompts: Sequence[Encoded],
-    pixels: Sequence[torch.Tensor],
+    pictures: Mapping[str, Any],
     **options: Any,
 ) -> list[str]:
-    """Answer a batch of prompts, padded on the left; pixels: those of all their images, in order."""
+    """Answer a batch of prompts, padded on the left; pictures: the model's arguments for all their images."""
     width = max(len(prompt.input_ids) for prompt in prompts)
     shape, device = (len(prompts), width), model.device
     input_ids = torch.full(shape, encoder.pad_id, device=device)
@@ -196,12 +205,20 @@ def answer(
         input_ids[row, offset:] = torch.from_numpy(prompt.input_ids)
         im_mask[row, offset:] = torch.from_numpy(prompt.im_mask)
         attention_mask[row, offset:] = 1
-    images = {"pixel_values": [image.to(device) for image in pixels], "im_mask": im_mask} if pixels else {}
+    images: dict[str, Any] = {}
+    if pictures:
+        images = prompt_arguments(model.config, im_mask)
+        images |= {name: _moved(value, device) for name, value in pictures.items()}
     generated = cast(Any, model).generate(
         input_ids=input_ids, attention_mask=attention_mask, **images, **options
     )
     texts = encoder.tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
     return [text.strip() for text in texts]
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Tensors, or a list of them, on the device."""
+    return [item.to(device) for item in value] if isinstance(value, list) else value.to(device)
 
 
 def is_correct(prediction: str, expected: str) -> bool:
@@ -235,7 +252,7 @@ def answer_some(
         options |= {"temperature": questions.temperature, "top_p": questions.top_p}
     rows: list[dict[str, Any]] = []
     prompts: list[Encoded] = []
-    pixels: list[torch.Tensor] = []
+    pixels: list[Any] = []
     asked: list[dict[str, Any]] = []
     for index in indices:
         try:
@@ -252,7 +269,8 @@ def answer_some(
         asked.append(rows[-1])
         prompts.append(prompt)
         pixels += images
-    predictions = answer(model, reader.encoder, prompts, pixels, **options) if prompts else []
+    given = reader.image_processor.batch(pixels) if pixels else {}
+    predictions = answer(model, reader.encoder, prompts, given, **options) if prompts else []
     for row, prediction in zip(asked, predictions, strict=True):
         row["prediction"] = prediction
         if "answer" in row:
@@ -355,7 +373,7 @@ def open_all(questions: Questions) -> tuple[PreTrainedModel, SampleReader, Parti
         questions.hd_num,
         questions.images_as_viewed,
     )
-    conversation = load_conversation(model_folder)
+    conversation = load_conversation(model_folder, questions.chat_template)
     if (trained_with := getattr(model.config, "conversation_format", None)) not in (
         None,
         conversation.format,

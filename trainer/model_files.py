@@ -21,7 +21,8 @@ from trainer.weights import LoadReport, load_weights, save_model_folder
 def load_model(model: Any, plan: Plan, config: Config) -> LoadReport:
     """Fill parameters and buffers from the base and, with LoRA, set the adapters; ValueError if the base's
     tensors do not fit."""
-    loaded = load_weights(model, Path(config.model_name_or_path), optional=plan.parts.unused)
+    parts = plan.parts
+    loaded = load_weights(model, Path(config.model_name_or_path), parts.unused, parts.names)
     if plan.adapters:
         load_adapters(model, plan.adapters, config.seed)
     model.init_buffers()

@@ -182,6 +182,8 @@ def _describe_model(config: Config, ranks: Ranks, sources: list[Source]) -> Plan
                 f"--shard_frozen_vision False: {base} does not store the vision tower in bfloat16, so it "
                 "would not compute in bfloat16 either: use --shard_frozen_vision True"
             )
+    if config.measure_mfu and not parts.counts_flops:
+        raise ValueError("--measure_mfu: this model's operations cannot be counted; remove the flag")
     # Whole on every rank, a frozen tower has no collectives, so a rank without images need not run it.
     reader.needs_images = vision_trains or (config.shard_frozen_vision and config.sharding != "none")
     global_batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * ranks.world
@@ -248,7 +250,7 @@ def log_plan(plan: Plan, config: Config, ranks: Ranks, loaded: LoadReport) -> No
                 f"max_length={config.max_length} and {outcome}"
             )
     rows = (
-        f"packed into rows of at most {config.max_length:,} tokens"
+        f"packed into rows of at most {config.row_tokens:,} tokens"
         if plan.packing
         else f"{config.per_device_train_batch_size} per padded micro-batch"
     )

@@ -40,6 +40,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from trainer.atomic import Jobs, write_json
 from trainer.distributed import is_main
 from trainer.models import Parts
+from trainer.models.family import SAME_NAMES, Names
 from trainer.trainable import checkpoint_name, is_adapter
 
 INDEX = "model.safetensors.index.json"
@@ -138,14 +139,18 @@ def _local_slices(
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, folder: Path, optional: tuple[str, ...] = ()) -> LoadReport:
+def load_weights(
+    model: nn.Module, folder: Path, optional: tuple[str, ...] = (), names: Names = SAME_NAMES
+) -> LoadReport:
     """Fill the model's parameters from `folder`, each rank its own shards, in the parameters' dtype.
 
     `optional`: substrings of the names of parameters that a checkpoint may lack; they get their initial
-    values. A tensor of another shape goes through `model.resize_for_load`. ValueError names the first tensors
-    that are missing or do not fit.
+    values. `names`: what the folder calls them. A tensor of another shape goes through
+    `model.resize_for_load`. ValueError names the first tensors that are missing or do not fit.
     """
-    files = tensor_files(folder)
+    published = tensor_files(folder)
+    key_of = {name: key for key, name in names.loaded(published).items()}
+    files = {name: published[key] for name, key in key_of.items()}
     parameters = {checkpoint_name(n): p for n, p in model.named_parameters() if not is_adapter(n)}
     missing = [name for name in parameters if name not in files]
     needed = [name for name in missing if not any(substring in name for substring in optional)]
@@ -160,12 +165,12 @@ def load_weights(model: nn.Module, folder: Path, optional: tuple[str, ...] = ())
         target, where = local_rows(parameter)
         # Opened for each tensor: closing frees the pages of the mapped file that were read.
         with safe_open(files[name], framework="pt") as file:
-            entry = file.get_slice(name)
+            entry = file.get_slice(key_of[name])
             if tuple(entry.get_shape()) == tuple(parameter.shape):
                 if target.numel():
                     target.copy_(entry[where])
                 continue
-            whole = cast(Any, model).resize_for_load(name, file.get_tensor(name))
+            whole = cast(Any, model).resize_for_load(name, file.get_tensor(key_of[name]))
         if whole.shape != parameter.shape:
             raise ValueError(
                 f"{files[name]}: {name} has shape {list(whole.shape)}, "
@@ -176,7 +181,8 @@ def load_weights(model: nn.Module, folder: Path, optional: tuple[str, ...] = ())
         # Only the vectors of a norm may be missing; their initial values need no random numbers.
         target, _ = local_rows(parameters[name])
         target.fill_(1.0 if name.endswith("weight") else 0.0)
-    return LoadReport(missing, {name: path for name, path in files.items() if name not in parameters})
+    unknown = [name for name in files if name not in parameters and not names.is_tied(name)]
+    return LoadReport(missing, {key_of[name]: files[name] for name in unknown})
 
 
 def split_into_files(sizes: Mapping[str, int], max_file_bytes: int = 10**9) -> dict[str, list[str]]:
@@ -218,7 +224,7 @@ def save_model_folder(
     dtype: of the saved weights; carried: `LoadReport.carried` of the base; jobs: does the writing. Files
     contain whole tensors in the model's order and are byte for byte the same for any number of ranks.
     """
-    parameters = dict(model.named_parameters())
+    parameters = {parts.names.saved(name): parameter for name, parameter in model.named_parameters()}
     sizes = {name: parameter.numel() * dtype.itemsize for name, parameter in parameters.items()}
     for name, path in carried.items():
         with safe_open(path, framework="pt") as file:

@@ -15,15 +15,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+import numpy as np
+import transformers
+from torch import Tensor
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from data.images import ImageProcessor
 from data.tokens import Conversation
 from trainer.models.family import Family, Parts
+from trainer.models.transformers_family import TransformersFamily
 from trainer.models.xcomposer2.family import MODEL_TYPES, XComposer2
 
 __all__ = [
     "Parts",
+    "answering_class",
     "build_model",
     "cost_sizes",
     "load_config",
@@ -31,12 +36,14 @@ __all__ = [
     "load_image_processor",
     "load_tokenizer",
     "parts_of",
+    "positions_of",
     "preprocessing_of",
+    "prompt_arguments",
     "set_options",
 ]
 
-FAMILIES: dict[str, Family] = dict.fromkeys(MODEL_TYPES, XComposer2())
-"""model_type of a config.json → the family."""
+OWN_FAMILIES: dict[str, Family] = dict.fromkeys(MODEL_TYPES, XComposer2())
+"""model_type of a config.json → the family of a model that is none of transformers' own."""
 
 
 def _family_in(folder: Path) -> Family:
@@ -44,13 +51,20 @@ def _family_in(folder: Path) -> Family:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no config.json; is this the folder of a model?")
     model_type = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
-    if model_type not in FAMILIES:
-        raise ValueError(f"{folder}: model_type is {model_type}, not one of {', '.join(FAMILIES)}")
-    return FAMILIES[model_type]
+    if model_type not in OWN_FAMILIES and model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"{folder}: model_type is {model_type}, which is neither {MODEL_TYPES[0]} nor a model of "
+            f"transformers {transformers.__version__}"
+        )
+    return _family(model_type)
+
+
+def _family(model_type: str | None) -> Family:
+    return OWN_FAMILIES.get(model_type or "") or TransformersFamily()
 
 
 def _family_of(config: PreTrainedConfig) -> Family:
-    return FAMILIES[config.model_type]
+    return _family(config.model_type)
 
 
 def load_config(
@@ -96,14 +110,36 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     return _family_in(Path(folder)).tokenizer(Path(folder))
 
 
-def load_conversation(folder: str | Path) -> Conversation:
-    """The conversation format with the tokenizer of a model folder; ValueError as in `load_tokenizer`."""
-    return _family_in(Path(folder)).conversation(Path(folder))
+def load_conversation(folder: str | Path, chat_template: str | Path | None = None) -> Conversation:
+    """The conversation format with the tokenizer of a model folder; ValueError as in `load_tokenizer`.
+
+    chat_template: file of a template, instead of the folder's own; ValueError or OSError if it cannot be
+        used.
+    """
+    text = None if chat_template is None else Path(chat_template).read_text(encoding="utf-8")
+    return _family_in(Path(folder)).conversation(Path(folder), text)
 
 
 def load_image_processor(config: PreTrainedConfig) -> ImageProcessor:
     """The image processor of a model; ValueError if its configuration holds a value that it cannot take."""
     return _family_of(config).image_processor(config)
+
+
+def positions_of(
+    config: PreTrainedConfig, input_ids: np.ndarray, pictures: Mapping[str, Any]
+) -> np.ndarray | None:
+    """The positions [k, T] of a sample's tokens, int64 [T], where they are not 0, 1, 2, …"""
+    return _family_of(config).positions(config, input_ids, pictures)
+
+
+def answering_class(config: PreTrainedConfig) -> Any:
+    """The class of transformers whose `from_pretrained` gives a model that generates answers."""
+    return _family_of(config).answering_class(config)
+
+
+def prompt_arguments(config: PreTrainedConfig, im_mask: Tensor) -> dict[str, Any]:
+    """The arguments of `generate` for a prompt's image slots [B, T], beside those for its pictures."""
+    return _family_of(config).prompt_arguments(config, im_mask)
 
 
 def cost_sizes(config: PreTrainedConfig) -> dict[str, Any]:

@@ -6,7 +6,7 @@ which ask the `Family` that a configuration belongs to. A new family is a class 
 Input: the folder of a model, or its configuration. Output: the model, the names of its parts, its
 conversation format, its image processor, and the sizes that tell what a sample costs.
 
-    family = family_of(config)
+    family = TransformersFamily()
     with torch.device("meta"):
         model = family.build(config)                       # no weights yet
     family.parts(config).language_blocks                   # "model.layers"
@@ -20,21 +20,36 @@ float32, and `token_losses` [M], without a graph, of the M supervised positions.
     resize_for_load(name, tensor)    a checkpoint's tensor of another shape → that of this model
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import nn
+import numpy as np
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from data.images import ImageProcessor
 from data.tokens import Conversation
 
 
-def as_it_is(name: str) -> str:
-    """The name of a parameter in a checkpoint that calls it as the model does."""
-    return name
+class Names:
+    """What the parameters of a model are called in its files; here, as in the model."""
+
+    def saved(self, parameter: str) -> str:
+        """Name of a parameter → its key in a folder that is saved."""
+        return parameter
+
+    def loaded(self, keys: Iterable[str]) -> dict[str, str]:
+        """Keys of a published folder → the names of their parameters."""
+        return {key: key for key in keys}
+
+    def is_tied(self, key: str) -> bool:
+        """Whether a published key without a parameter is another one under a second name."""
+        return False
+
+
+SAME_NAMES = Names()
 
 
 @dataclass(frozen=True)
@@ -59,10 +74,9 @@ class Parts:
     files: tuple[Path, ...]
     """Files that a saved folder needs beside its configuration, weights and tokenizer: the model's code, or
     its processor's settings."""
-    saved_name: Callable[[str], str] = as_it_is
-    """Name of a parameter → its name in a checkpoint."""
-    tied: tuple[str, ...] = ()
-    """Names in a checkpoint of tensors that are another parameter under a second name."""
+    names: Names = SAME_NAMES
+    counts_flops: bool = False
+    """Whether trainer/extras/flops.py knows the model's layers."""
 
     def blocks(self, model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
         """The language blocks and the vision blocks of `model`, in order."""
@@ -100,12 +114,32 @@ class Family(Protocol):
         """The tokenizer of a model folder; ValueError if it has none, or one that cannot be used."""
         ...
 
-    def conversation(self, folder: Path) -> Conversation:
-        """The conversation format, with the folder's tokenizer; ValueError as in `tokenizer`."""
+    def conversation(self, folder: Path, chat_template: str | None = None) -> Conversation:
+        """The conversation format, with the folder's tokenizer; ValueError as in `tokenizer`.
+
+        chat_template: a template's text, instead of the folder's own; ValueError if it cannot be used.
+        """
         ...
 
     def image_processor(self, config: PreTrainedConfig) -> ImageProcessor:
         """ValueError if the configuration holds a value that it cannot take."""
+        ...
+
+    def positions(
+        self, config: PreTrainedConfig, input_ids: np.ndarray, pictures: Mapping[str, Any]
+    ) -> np.ndarray | None:
+        """The positions [k, T] of a sample's tokens, int64 [T], where they are not 0, 1, 2, …
+
+        pictures: the model's arguments for the sample's pictures.
+        """
+        ...
+
+    def answering_class(self, config: PreTrainedConfig) -> Any:
+        """The class of transformers whose `from_pretrained` gives a model that generates answers."""
+        ...
+
+    def prompt_arguments(self, config: PreTrainedConfig, im_mask: Tensor) -> dict[str, Any]:
+        """The arguments of `generate` for a prompt's image slots [B, T], beside those for its pictures."""
         ...
 
     def cost_sizes(self, config: PreTrainedConfig) -> dict[str, Any]:

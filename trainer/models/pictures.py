@@ -139,6 +139,10 @@ class Pictures:
             batch["batch_num_images"] = _images_per_sample(batch["batch_num_images"])
         return batch
 
+    @property
+    def hd_num(self) -> None:
+        """None: pictures have no number of tiles that could be lowered one by one."""
+
     def dummy(self) -> dict[str, torch.Tensor]:
         """The inputs of a black picture, with few pixels for the model."""
         return {name: value.clone() for name, value in self._dummy.items()}
@@ -197,6 +201,10 @@ class Pictures:
     def rgb(self, image: Image.Image) -> Image.Image:
         """The RGB picture of an image of any mode, before resizing; ValueError as in `to_rgb`."""
         return to_rgb(image, self.as_viewed)
+
+    def resize(self, image: Image.Image) -> Image.Image:
+        """`rgb(image)`: a model may see patches or tiles of it, which are no picture."""
+        return self.rgb(image)
 
     def size(self, image: Image.Image) -> tuple[int, int]:
         """(width, height) of `rgb(image)`, from the header alone."""

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -62,6 +64,7 @@ class XComposer2:
             unused=("vit.vision_tower.vision_model.post_layernorm.",),
             lora_targets=tuple(PLORA_LAYERS.values()),
             files=tuple(sorted(Path(__file__).parent.glob("*_xcomposer2.py"))),
+            counts_flops=True,
         )
 
     def tokenizer(self, folder: Path) -> PreTrainedTokenizerFast:
@@ -82,11 +85,25 @@ class XComposer2:
         tokenizer.chat_template = CHAT_TEMPLATE
         return tokenizer
 
-    def conversation(self, folder: Path) -> Conversation:
+    def conversation(self, folder: Path, chat_template: str | None = None) -> Conversation:
+        if chat_template is not None:
+            raise ValueError(
+                "--chat_template: this model has a format of its own, CHAT_TEMPLATE in "
+                "trainer/models/xcomposer2/conversation_xcomposer2.py; edit that, and leave the flag out"
+            )
         return Conversation(self.tokenizer(folder))
 
     def image_processor(self, config: PreTrainedConfig) -> ImageProcessor:
         return image_processor_for(config)
+
+    def positions(self, config: PreTrainedConfig, input_ids: np.ndarray, pictures: Mapping[str, Any]) -> None:
+        """None: 0, 1, 2, …"""
+
+    def answering_class(self, config: PreTrainedConfig) -> Any:
+        return AutoModelForCausalLM
+
+    def prompt_arguments(self, config: PreTrainedConfig, im_mask: Tensor) -> dict[str, Any]:
+        return {"im_mask": im_mask}
 
     def cost_sizes(self, config: PreTrainedConfig) -> dict[str, Any]:
         own = cast(InternLMXcomposer2Config, config)

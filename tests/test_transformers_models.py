@@ -1,0 +1,213 @@
+"""Training models of transformers by the trainer's own loop: as transformers computes, on any number of
+ranks, and into folders that transformers and peft load without this project."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoConfig
+
+from data.config import DataConfig
+from data.errors import DataError
+from data.mixture import read_mixture
+from data.reader import open_reader
+from data.sampler import StepSampler
+from tests.tiny import flags, read_metrics, run_ranks, tiny_data
+from tests.tiny_models import tiny_folder
+from trainer import models
+from trainer.export import main as export
+from trainer.generate import main as generate
+from trainer.main import main
+
+IN_THE_FAST_SUITE = ("qwen3", "qwen2_5_vl", "gemma3")
+FAMILIES = [
+    pytest.param(name, marks=() if name in IN_THE_FAST_SUITE else pytest.mark.slow)
+    for name in (
+        *("qwen3", "llama", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "internvl", "llava", "llava_onevision"),
+        *("gemma3", "glm4v", "paligemma"),
+    )
+]
+TEXT = ("qwen3", "llama")
+STEPS = 3
+
+
+def world_of(family: str, folder: Path) -> Path:
+    """A folder with a tiny `model`, and the `data` of other tests, without pictures for a model of text."""
+    tiny_folder(family, folder / "model")
+    data = tiny_data(folder / "data")
+    if family in TEXT:
+        data.write_text("text.json 0.024\n")
+    return folder
+
+
+def train(world: Path, name: str, ranks: int = 1, **changes: Any) -> Path:
+    options = {"max_steps": STEPS, "seed": 0, "per_device_train_batch_size": 4 // ranks, "packing": True}
+    options |= {"max_length": 256, "plora_dropout": None, "save_strategy": "no", **changes}
+    run_ranks(ranks, main, flags(world, name, **options))
+    return world / name
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(run)]
+
+
+def plain_model(folder: Path) -> Any:
+    """The class's own model, as a user of transformers loads it."""
+    config = AutoConfig.from_pretrained(folder)
+    return models.answering_class(config).from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def first_loss_by_transformers(world: Path) -> float:
+    """The mean loss over the first global batch, a sample at a time, by the class's own forward."""
+    config = DataConfig(
+        data_path=str(world / "data" / "data.txt"), model_name_or_path=str(world / "model"), max_length=256
+    )
+    reader, model_config = open_reader(config, read_mixture(config.data_path), models)
+    model, total, count = plain_model(world / "model"), 0.0, 0
+    for source, index in StepSampler(reader.sources, 0, 4).samples(0):
+        encoded, pictures = reader.read(int(source), int(index))
+        slots = torch.from_numpy(encoded.im_mask)[None]
+        inputs = {"input_ids": encoded.input_ids, "labels": encoded.labels}
+        inputs = {name: torch.from_numpy(ids)[None] for name, ids in inputs.items()}
+        if pictures:
+            inputs |= reader.image_processor.batch(pictures) | models.prompt_arguments(model_config, slots)
+        if model_config.model_type == "gemma3":
+            inputs["token_type_ids"] = slots.long()
+        elif model_config.model_type == "paligemma":
+            inputs["token_type_ids"] = (inputs["labels"] != -100).long().cummax(dim=1).values
+        with torch.no_grad():
+            total += model(**inputs).loss.item() * encoded.num_supervised
+        count += encoded.num_supervised
+    return total / count
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_losses_are_those_of_transformers_and_of_two_ranks_and_the_folder_loads_in_transformers(
+    family, tmp_path
+):
+    world = world_of(family, tmp_path)
+    run = train(world, "one")
+    found = losses(run)
+    assert found[0] == pytest.approx(first_loss_by_transformers(world), rel=1e-5)
+    assert len(set(found)) == STEPS
+    assert losses(train(world, "two", ranks=2)) == pytest.approx(found, rel=1e-5)
+    assert losses(train(world, "padded", packing=False)) == pytest.approx(found, rel=1e-5)
+
+    model = plain_model(run)
+    trained = load_file(run / "model.safetensors")
+    assert set(trained) == set(load_file(world / "model" / "model.safetensors"))
+    assert model.generation_config.eos_token_id == plain_model(world / "model").generation_config.eos_token_id
+    for name in ("chat_template.jinja", "preprocessor_config.json", "processor_config.json"):
+        assert (run / name).exists() == (world / "model" / name).exists(), name
+    models.load_conversation(run)
+    models.load_image_processor(models.load_config(run))
+    # What was written is what was trained: a run of no rate from there begins where this one ended.
+    again = train(world, "again", model_name_or_path=run, max_steps=1)
+    straight = train(world, "straight", max_steps=1)
+    assert losses(again)[0] < losses(straight)[0]
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", pytest.param("gemma3", marks=pytest.mark.slow)])
+def test_an_adapter_of_two_ranks_answers_in_peft_as_in_the_merged_model(family, tmp_path):
+    world = world_of(family, tmp_path)
+    lora = {"use_lora": True, "lora_r": 4, "lora_dropout": 0, "learning_rate": "1e-2"}
+    run = train(world, "one", **lora)
+    assert losses(train(world, "two", ranks=2, **lora)) == pytest.approx(losses(run), rel=1e-5)
+
+    ids = torch.randint(5, 200, (1, 24), generator=torch.Generator().manual_seed(0))
+    adapted = PeftModel.from_pretrained(plain_model(world / "model"), str(world / "two"))
+    assert export(["--merge", str(world / "two"), str(world / "merged")]) == 0
+    with torch.no_grad():
+        base, merged = (plain_model(world / name)(input_ids=ids).logits for name in ("model", "merged"))
+        logits = adapted(input_ids=ids).logits
+    torch.testing.assert_close(merged, logits, rtol=0, atol=1e-5)
+    assert (logits - base).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", pytest.param("gemma3", marks=pytest.mark.slow)])
+def test_a_resumed_run_is_the_uninterrupted_one_also_on_another_number_of_ranks(family, tmp_path):
+    world = world_of(family, tmp_path)
+    steps = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+    straight = train(world, "straight", **steps)
+    checkpoint = straight / "checkpoint-2"
+    resumed = train(world, "resumed", resume_from_checkpoint=checkpoint, **steps)
+    ours, theirs = (load_file(run / "model.safetensors") for run in (resumed, straight))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    wider = train(world, "wider", ranks=2, resume_from_checkpoint=checkpoint, **steps)
+    assert losses(wider) == pytest.approx(losses(straight)[2:], rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2_5_vl"])
+def test_answers_are_those_of_transformers(family, tmp_path):
+    world = world_of(family, tmp_path)
+    records = world / "data" / ("text.json" if family in TEXT else "both.json")
+    asked = ["--data_path", str(records), "--output", str(tmp_path / "answers.json")]
+    asked += ["--model_name_or_path", str(world / "model"), "--max_new_tokens", "6", "--bf16", "False"]
+    assert generate([*asked, "--batch_size", "3"]) == 0
+    answers = [json.loads(line) for line in (tmp_path / "answers.json").read_text().splitlines()]
+
+    config = models.load_config(world / "model")
+    model, tokenizer = plain_model(world / "model"), models.load_tokenizer(world / "model")
+    data = DataConfig(data_path=str(records), model_name_or_path=str(world / "model"))
+    reader, _ = open_reader(data, read_mixture(records), models)
+    for index, answer in enumerate(answers):
+        _, prompt, pictures = reader.read_prompt(0, index)
+        ids = torch.from_numpy(prompt.input_ids)[None]
+        slots = torch.from_numpy(prompt.im_mask)[None]
+        given = reader.image_processor.batch(pictures) | models.prompt_arguments(config, slots)
+        found = model.generate(
+            input_ids=ids, **(given if pictures else {}), max_new_tokens=6, do_sample=False
+        )
+        text = tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
+        assert answer["prediction"] == text.strip()
+
+
+def test_a_picture_for_a_model_of_text_is_a_sentence_that_names_the_record(tmp_path):
+    world = world_of("qwen3", tmp_path)
+    config = DataConfig(
+        data_path=str(world / "data" / "colour.json"), model_name_or_path=str(world / "model")
+    )
+    reader, _ = open_reader(config, read_mixture(config.data_path), models)
+    with pytest.raises(
+        DataError, match=r"colour.json: record 0 .* has a picture, but the model takes only text"
+    ):
+        reader.read(0, 0)
+
+
+def test_a_model_that_stores_its_weights_in_another_form_is_refused_in_a_sentence(tmp_path):
+    tiny_folder("qwen3_vl_moe", tmp_path / "model")
+    with pytest.raises(ValueError, match="in another form, which is not supported"):
+        models.parts_of(models.load_config(tmp_path / "model"))
+
+
+def test_a_given_chat_template_trains_and_is_kept_and_a_model_without_one_asks_for_it(tmp_path):
+    world = world_of("qwen3", tmp_path)
+    template = tmp_path / "given.jinja"
+    template.write_text((world / "model" / "chat_template.jinja").read_text().replace(": ", " says: "))
+    own = losses(train(world, "own", max_steps=1))
+    run = train(world, "given", max_steps=1, chat_template=template)
+    assert losses(run) != own
+    assert (run / "chat_template.jinja").read_text() == template.read_text()
+    assert losses(train(world, "again", max_steps=1, model_name_or_path=run)) != own
+
+    (world / "model" / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match="no chat template; give one with --chat_template FILE"):
+        models.load_conversation(world / "model")
+
+
+def test_flags_that_mean_nothing_for_a_model_of_transformers_are_refused_together_with_a_reason(tmp_path):
+    world = world_of("qwen3", tmp_path)
+
+    def refused(**changes):
+        options = {"plora_dropout": None, "max_steps": 1, **changes}
+        (output,) = run_ranks(1, main, flags(world, "run", **options), status=2)
+        return " ".join(output.split())
+
+    assert "--img_size 70: this model's pictures are processed as its preprocessor" in refused(img_size=70)
+    assert "--measure_mfu: this model's operations cannot be counted" in refused(measure_mfu=True)
+    flash = refused(attn_implementation="flash_attention_2")
+    assert "--attn_implementation flash_attention_2: flash_attention_2 is not for this model" in flash
