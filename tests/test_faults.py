@@ -118,7 +118,7 @@ def stop_file(output_dir: Path) -> None:
     (output_dir / "STOP").touch()
 
 
-@pytest.mark.parametrize("request_", ["SIGTERM", "SIGUSR1", "STOP"])
+@pytest.mark.parametrize("request_", ["SIGTERM", pytest.param("SIGUSR1", marks=pytest.mark.slow), "STOP"])
 def test_a_request_to_stop_ends_all_ranks_after_the_same_step(world, tmp_path, request_):
     def run(argv: list[str]) -> int:
         if request_ == "STOP":
@@ -314,7 +314,15 @@ def test_a_run_whose_folder_was_taken_over_while_it_was_suspended_ends_and_write
     assert_same_model(output_dir, world / "straight")
 
 
-@pytest.mark.parametrize("end", ["raised", "bad steps", "interrupted", "signalled twice"])
+@pytest.mark.parametrize(
+    "end",
+    [
+        "raised",
+        "bad steps",
+        pytest.param("interrupted", marks=pytest.mark.slow),
+        pytest.param("signalled twice", marks=pytest.mark.slow),
+    ],
+)
 def test_the_lock_is_removed_however_a_run_ends(world, tmp_path, end):
     output_dir, held = tmp_path / "run", tmp_path / "held"
 
@@ -350,7 +358,9 @@ def test_the_lock_is_removed_however_a_run_ends(world, tmp_path, end):
 # --- raised, hung -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("launcher", ["trainer.launch", "torch.distributed.run"])
+@pytest.mark.parametrize(
+    "launcher", ["trainer.launch", pytest.param("torch.distributed.run", marks=pytest.mark.slow)]
+)
 def test_a_rank_that_raises_ends_the_job_soon_and_its_traceback_is_shown_once(world, tmp_path, launcher):
     hook = """
     if (step, rank) == (3, 1):

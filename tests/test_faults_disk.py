@@ -157,7 +157,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("asynchronous", ["True", "False"])
+@pytest.mark.parametrize("asynchronous", ["True", pytest.param("False", marks=pytest.mark.slow)])
 def test_a_full_disk_costs_a_save_and_not_the_run(world, small_disk, asynchronous):
     def fill() -> None:
         kept, old = (small_disk / "run" / f"checkpoint-{step}" for step in (3, 1))

@@ -50,7 +50,9 @@ def check_both(group, members):
             assert torch.equal(output, expected)
 
 
-@pytest.mark.parametrize(("ranks", "members"), [(2, None), (3, None), (4, None), (4, [1, 3])])
+@pytest.mark.parametrize(
+    ("ranks", "members"), [(2, None), pytest.param(3, None, marks=pytest.mark.slow), (4, None), (4, [1, 3])]
+)
 def test_every_rank_gets_the_whole_and_its_part_of_the_sum_in_the_order_of_ranks(ranks, members):
     run_ranks(ranks, both_collectives, members)
 

@@ -195,7 +195,8 @@ def test_the_slurm_script_of_the_readme_is_queued_again_after_a_stop(world, tmp_
     assert (tmp_path / "asked").read_text().splitlines() == ["show hostnames node[1-2]", "requeue 42"]
 
 
-@pytest.mark.parametrize("editable", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("editable", [False, True])
 def test_the_installed_project_works_where_there_is_a_folder_named_data(world, tmp_path, editable):
     python = install(tmp_path, editable)
     here = tmp_path / "here"

@@ -158,7 +158,9 @@ def race(folder: Path, barrier: Any, results: Any) -> None:
     lock.release()
 
 
-@pytest.mark.parametrize("stale", ["none", "dead", "dead in mid-takeover"])
+@pytest.mark.parametrize(
+    "stale", ["none", pytest.param("dead", marks=pytest.mark.slow), "dead in mid-takeover"]
+)
 def test_of_many_that_come_at_the_same_moment_exactly_one_wins(start, tmp_path, stale):
     context = multiprocessing.get_context("fork")
     for number in range(8):

@@ -8,7 +8,8 @@ from PIL import Image
 
 from tests.model_cases import FAMILIES, SAMPLES, golden, padded, samples
 from tests.tiny import GOLDEN, word_tokenizer
-from trainer.models import load_image_processor, load_tokenizer
+from trainer.models import load_image_processor
+from trainer.models.xcomposer2.family import XComposer2
 from trainer.models.xcomposer2.generation_xcomposer2 import prompt_ids
 
 GREEDY = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": 320}
@@ -28,7 +29,7 @@ def models():
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     word_tokenizer(folder)
-    return load_tokenizer(folder)
+    return XComposer2().tokenizer(folder)
 
 
 def prompts(family):

@@ -23,7 +23,7 @@ from trainer.export import main as export
 from trainer.generate import main as generate
 from trainer.main import main
 
-IN_THE_FAST_SUITE = ("qwen3", "qwen2_5_vl", "gemma3")
+IN_THE_FAST_SUITE = ("qwen3", "qwen2_5_vl")
 FAMILIES = [
     pytest.param(name, marks=() if name in IN_THE_FAST_SUITE else pytest.mark.slow)
     for name in (
