@@ -19,7 +19,7 @@ import signal
 import sys
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import copy
@@ -68,9 +68,8 @@ class SampleReader:
     """First try to make a long sample fit by lowering the hd_num of its images, as little as needed."""
     needs_images: bool = True
     """The vision tower has collectives, so if any sample has an image, every micro-batch must have one."""
-    positions: Callable[[np.ndarray, Mapping[str, Any]], np.ndarray | None] | None = None
-    """A sample's ids and the model's arguments for its images → its positions [k, T], where they are not
-    0, 1, 2, …"""
+    positions: Callable[[np.ndarray, Sequence[Any]], np.ndarray | None] | None = None
+    """A sample's ids and its pictures → its positions [k, T]; None where they are 0, 1, 2, …"""
 
     def __post_init__(self) -> None:
         if self.fit_images and self.image_processor.hd_num is None:
@@ -89,8 +88,7 @@ class SampleReader:
             used = images[: len(encoded.image_tokens)] if decode and encoded.num_supervised else []
             pictures = [process(image, processor) for image in used]
             if self.positions and decode:
-                given = self.image_processor.batch(pictures) if pictures else {}
-                encoded = replace(encoded, position_ids=self.positions(encoded.input_ids, given))
+                encoded = replace(encoded, position_ids=self.positions(encoded.input_ids, pictures))
             return encoded, pictures
 
     def batch(self, pictures: list[Any]) -> dict[str, Any]:
@@ -128,8 +126,8 @@ class SampleReader:
         """The pictures of a sample before its cut, as the model sees them; encoded: what `read` returned."""
         resize = self._processor_of(encoded).resize
         with self._open(source_number, index) as (_, images, size):
-            for number in range(len(encoded.image_tokens)):
-                size(number)  # opens it
+            if encoded.image_tokens:
+                size(len(encoded.image_tokens) - 1)  # opens all of them
             return [process(image, resize) for image in images]
 
     def _processor_of(self, encoded: Encoded) -> ImageProcessor:

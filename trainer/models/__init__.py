@@ -11,7 +11,7 @@ The trainer uses only what this file exposes, which asks the family of the model
     parts_of(config).language_blocks                      # "model.layers"
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,9 +126,9 @@ def load_image_processor(config: PreTrainedConfig) -> ImageProcessor:
 
 
 def positions_of(
-    config: PreTrainedConfig, input_ids: np.ndarray, pictures: Mapping[str, Any]
+    config: PreTrainedConfig, input_ids: np.ndarray, pictures: Sequence[Any]
 ) -> np.ndarray | None:
-    """The positions [k, T] of a sample's tokens, int64 [T], where they are not 0, 1, 2, …"""
+    """The positions [k, T] of a sample's tokens, int64 [T]; None where they are 0, 1, 2, …"""
     return _family_of(config).positions(config, input_ids, pictures)
 
 

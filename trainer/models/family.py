@@ -20,7 +20,7 @@ float32, and `token_losses` [M], without a graph, of the M supervised positions.
     resize_for_load(name, tensor)    a checkpoint's tensor of another shape → that of this model
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -126,11 +126,11 @@ class Family(Protocol):
         ...
 
     def positions(
-        self, config: PreTrainedConfig, input_ids: np.ndarray, pictures: Mapping[str, Any]
+        self, config: PreTrainedConfig, input_ids: np.ndarray, pictures: Sequence[Any]
     ) -> np.ndarray | None:
-        """The positions [k, T] of a sample's tokens, int64 [T], where they are not 0, 1, 2, …
+        """The positions [k, T] of a sample's tokens, int64 [T]; None where they are 0, 1, 2, …
 
-        pictures: the model's arguments for the sample's pictures.
+        pictures: what the image processor returned for each of the sample's images.
         """
         ...
 

@@ -122,9 +122,11 @@ class TransformersFamily:
         return Pictures(config._name_or_path) if _takes_pictures(config) else NoPictures()
 
     def positions(
-        self, config: PreTrainedConfig, input_ids: np.ndarray, pictures: Mapping[str, Any]
+        self, config: PreTrainedConfig, input_ids: np.ndarray, pictures: Sequence[Any]
     ) -> np.ndarray | None:
-        found = transformers_vlm.positions(config, torch.from_numpy(input_ids), **pictures)
+        names = [name for name in pictures[0] if "grid" in name] if pictures else []
+        grids = {name: torch.cat([picture[name] for picture in pictures]) for name in names}
+        found = transformers_vlm.positions(config, torch.from_numpy(input_ids), **grids)
         return None if found is None else found.numpy()
 
     def answering_class(self, config: PreTrainedConfig) -> Any:

@@ -8,7 +8,7 @@
 No code of the folder is run: tokenizer.json is read, whatever class tokenizer_config.json names.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -96,7 +96,7 @@ class XComposer2:
     def image_processor(self, config: PreTrainedConfig) -> ImageProcessor:
         return image_processor_for(config)
 
-    def positions(self, config: PreTrainedConfig, input_ids: np.ndarray, pictures: Mapping[str, Any]) -> None:
+    def positions(self, config: PreTrainedConfig, input_ids: np.ndarray, pictures: Sequence[Any]) -> None:
         """None: 0, 1, 2, …"""
 
     def answering_class(self, config: PreTrainedConfig) -> Any:
