@@ -78,14 +78,15 @@ class MicroBatch:
 
     def _map(self, change: Callable[[Any], Any]) -> "MicroBatch":
         """A copy with `change` applied to every array and tensor."""
+        inputs = {name: map_tensors(value, change) for name, value in self.inputs.items()}
+        return replace(self, inputs=inputs, source_of_target=change(self.source_of_target))
 
-        def changed(value: Any) -> Any:
-            if isinstance(value, list | tuple):
-                return type(value)(changed(item) for item in value)
-            return change(value) if isinstance(value, torch.Tensor | np.ndarray) else value
 
-        inputs = {name: changed(value) for name, value in self.inputs.items()}
-        return replace(self, inputs=inputs, source_of_target=changed(self.source_of_target))
+def map_tensors(value: Any, change: Callable[[Any], Any]) -> Any:
+    """The value with `change` applied to every array and tensor, also in lists and tuples."""
+    if isinstance(value, list | tuple):
+        return type(value)(map_tensors(item, change) for item in value)
+    return change(value) if isinstance(value, torch.Tensor | np.ndarray) else value
 
 
 def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -123,8 +124,8 @@ def collate(
     for number, (sample, begin, length) in enumerate(zip(samples, begins, lengths, strict=True)):
         span = (0 if packed else number, slice(begin, begin + length))
         input_ids[span], labels[span], im_mask[span] = sample.input_ids, sample.labels, sample.im_mask
-        own_positions = np.arange(length) if sample.position_ids is None else sample.position_ids
-        position_ids[:, *span] = own_positions
+        own = sample.position_ids
+        position_ids[:, *span] = np.arange(length) if own is None else own
         attention_mask[span] = 1
     is_padded = bool(samples) and not attention_mask.all()
     sources = [
@@ -136,12 +137,12 @@ def collate(
     supervised = np.flatnonzero(following != IGNORED)
     sample_lengths = (lengths or [width]) if packed else None
     bounds = np.cumsum([0, *sample_lengths], dtype=np.int32) if sample_lengths else None
+    if not kinds:
+        position_ids = position_ids[0]
     inputs = {
         "input_ids": torch.from_numpy(input_ids),
         "attention_mask": torch.from_numpy(attention_mask) if is_padded else None,
-        "position_ids": torch.from_numpy(position_ids if kinds else position_ids[0])
-        if packed or kinds
-        else None,
+        "position_ids": torch.from_numpy(position_ids) if packed or kinds else None,
         "im_mask": torch.from_numpy(im_mask),
         "labels": torch.from_numpy(labels),
         "image_runs": _runs(im_mask.reshape(-1)),

@@ -30,6 +30,7 @@ from peft import PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from data.batch import map_tensors
 from data.errors import DataError
 from data.files import replace_file
 from data.flags import ConfigError, parse_flags
@@ -208,17 +209,12 @@ def answer(
     images: dict[str, Any] = {}
     if pictures:
         images = prompt_arguments(model.config, im_mask)
-        images |= {name: _moved(value, device) for name, value in pictures.items()}
+        images |= {name: map_tensors(value, lambda t: t.to(device)) for name, value in pictures.items()}
     generated = cast(Any, model).generate(
         input_ids=input_ids, attention_mask=attention_mask, **images, **options
     )
     texts = encoder.tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
     return [text.strip() for text in texts]
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    """Tensors, or a list of them, on the device."""
-    return [item.to(device) for item in value] if isinstance(value, list) else value.to(device)
 
 
 def is_correct(prediction: str, expected: str) -> bool:
@@ -374,10 +370,8 @@ def open_all(questions: Questions) -> tuple[PreTrainedModel, SampleReader, Parti
         questions.images_as_viewed,
     )
     conversation = load_conversation(model_folder, questions.chat_template)
-    if (trained_with := getattr(model.config, "conversation_format", None)) not in (
-        None,
-        conversation.format,
-    ):
+    trained_with = getattr(model.config, "conversation_format", None)
+    if trained_with not in (None, conversation.format):
         log(
             f"warning: {questions.model_name_or_path} was trained with another conversation format "
             f"({trained_with}) than this code has ({conversation.format}); its answers may suffer"

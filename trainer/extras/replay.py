@@ -32,7 +32,7 @@ from torch.nn.utils import get_total_norm
 from transformers import AutoModelForCausalLM
 
 import trainer.models
-from data.batch import MicroBatch
+from data.batch import MicroBatch, map_tensors
 from data.mixture import read_mixture
 from data.reader import open_reader
 from trainer.adapter_folder import adapter_preprocessing
@@ -75,11 +75,9 @@ def run_batch(model: nn.Module, batch: MicroBatch) -> tuple[float, float, str | 
     model.zero_grad(set_to_none=True)
     parameter = next(model.parameters())
     batch = batch.to(parameter.device)
-    pixels = batch.inputs.get("pixel_values")
-    if isinstance(pixels, Tensor):
-        batch.inputs["pixel_values"] = pixels.to(parameter.dtype)
-    elif pixels is not None:
-        batch.inputs["pixel_values"] = [image.to(parameter.dtype) for image in pixels]
+    if "pixel_values" in batch.inputs:
+        pixels = map_tensors(batch.inputs["pixel_values"], lambda images: images.to(parameter.dtype))
+        batch.inputs["pixel_values"] = pixels
     loss = model(**batch.inputs).loss / max(1, batch.num_supervised)
     loss.backward()
     for hook in hooks:

@@ -82,8 +82,10 @@ def load_config(
     """
     folder = Path(folder)
     family = _family_in(folder)
+    flags = {"img_size": img_size, "hd_num": hd_num, "images_as_viewed": images_as_viewed}
+    given = {name: value for name, value in flags.items() if value is not None}
     try:
-        return family.load_config(folder, img_size, hd_num, images_as_viewed, adapter_preprocessing or {})
+        return family.load_config(folder, given, adapter_preprocessing or {})
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
 

@@ -28,11 +28,12 @@ import hashlib
 import re
 from collections.abc import Collection, Iterator, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-IMAGE = "<ImageHere>"
+from trainer.models.xcomposer2.conversation_xcomposer2 import IMAGE, Piece
+
 ROLES = ("control", "system", "user", "assistant")
 """A token that overlaps two of them belongs to the later one."""
 CONTROL, ASSISTANT = 0, 3
@@ -48,16 +49,6 @@ PROBES = (
     [("user", f"{IMAGE}b{IMAGE}"), ("assistant", "c")],
 )
 """Conversations whose pieces differ between two formats."""
-
-
-class Piece(NamedTuple):
-    """A picture or consecutive token ids of a conversation."""
-
-    ids: list[int] | None
-    """None: a picture."""
-    role: str
-    """user, assistant or system for the text of a turn; control for what the template adds."""
-    trained: bool
 
 
 class TemplateConversation:
@@ -253,9 +244,8 @@ class TemplateConversation:
         The text is cut inside each control token that overlaps a turn's text, until there is none.
         """
         cuts = [0, len(text)]
-        ends_before = np.zeros(
-            (len(ROLES), len(text) + 1), dtype=np.int64
-        )  # characters of a role before each
+        # Characters of each role before a place in the text.
+        ends_before = np.zeros((len(ROLES), len(text) + 1), dtype=np.int64)
         for role in range(len(ROLES)):
             np.cumsum(np.frombuffer(owners, dtype=np.uint8) == role, out=ends_before[role, 1:])
         while True:

@@ -94,21 +94,21 @@ class Family(Protocol):
     """A family of models that train alike."""
 
     def load_config(
-        self,
-        folder: Path,
-        img_size: int | None,
-        hd_num: int | None,
-        images_as_viewed: bool | None,
-        adapter_preprocessing: Mapping[str, Any],
+        self, folder: Path, flags: Mapping[str, Any], adapter_preprocessing: Mapping[str, Any]
     ) -> PreTrainedConfig:
-        """The configuration of the model in `folder`; ValueError for a value that it cannot take."""
+        """The configuration of the model in `folder`; ValueError for a value that it cannot take.
+
+        flags: those of `img_size`, `hd_num` and `images_as_viewed` that are given.
+        """
         ...
 
     def build(self, config: PreTrainedConfig) -> PreTrainedModel:
         """The model with random weights, or with none under `torch.device("meta")`."""
         ...
 
-    def parts(self, config: PreTrainedConfig) -> Parts: ...
+    def parts(self, config: PreTrainedConfig) -> Parts:
+        """The parts of the model that `config` describes."""
+        ...
 
     def tokenizer(self, folder: Path) -> PreTrainedTokenizerBase:
         """The tokenizer of a model folder; ValueError if it has none, or one that cannot be used."""

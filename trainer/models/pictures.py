@@ -40,12 +40,11 @@ import torch
 from PIL import Image
 from transformers import PreTrainedConfig, ProcessorMixin
 
+from data.tokens import SLOT
 from trainer.models.load_processor import load_processor
 from trainer.models.picture_shapes import shapes_alone
-from trainer.models.xcomposer2.image_processing_xcomposer2 import EXIF_ORIENTATION, to_rgb
+from trainer.models.xcomposer2.image_processing_xcomposer2 import rgb_size, to_rgb
 
-SLOT = -1
-"""Stands for the slots in `tokens`."""
 CACHED_TOKENS, CACHED_COUNTS = 1_000, 100_000
 """Picture sizes whose tokens, and whose number of tokens, are kept. A picture takes thousands of tokens."""
 TEXT_INPUTS = (
@@ -208,8 +207,7 @@ class Pictures:
 
     def size(self, image: Image.Image) -> tuple[int, int]:
         """(width, height) of `rgb(image)`, from the header alone."""
-        turned = self.as_viewed and image.getexif().get(EXIF_ORIENTATION) in (5, 6, 7, 8)
-        return (image.height, image.width) if turned else image.size
+        return rgb_size(image, self.as_viewed)
 
     @functools.cached_property
     def fingerprint(self) -> str:

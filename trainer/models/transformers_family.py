@@ -1,7 +1,7 @@
 """Any model of transformers, with or without pictures: what `trainer.models.family` asks, answered.
 
     family = TransformersFamily()
-    config = family.load_config(Path("Qwen2.5-VL-3B-Instruct"), None, None, None, {})
+    config = family.load_config(Path("Qwen2.5-VL-3B-Instruct"), {}, {})
     model = family.build(config)                                   # its training forward in place
     family.parts(config).vision_blocks                             # "model.visual.blocks"
     family.conversation(Path("Qwen2.5-VL-3B-Instruct"))            # the folder's own chat template
@@ -28,14 +28,11 @@ from torch import Tensor
 from transformers import (
     MODEL_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from data.errors import DataError
 from data.images import ImageProcessor
@@ -45,6 +42,7 @@ from trainer.models.chat import TemplateConversation
 from trainer.models.family import Names, Parts
 from trainer.models.model_parts import find_parts
 from trainer.models.pictures import Pictures
+from trainer.models.transformers_vlm import takes_pictures
 
 FOLDER_FILES = (
     "preprocessor_config.json",
@@ -52,27 +50,20 @@ FOLDER_FILES = (
     "video_preprocessor_config.json",
     "generation_config.json",
 )
-"""Files that a saved folder takes over from its base: how pictures become the model's input, for example."""
+"""Files that a saved folder takes over from its base: the settings of its processor and of generation."""
 
 
 class TransformersFamily:
     """Models whose classes, tokenizers and processors are transformers' own."""
 
     def load_config(
-        self,
-        folder: Path,
-        img_size: int | None,
-        hd_num: int | None,
-        images_as_viewed: bool | None,
-        adapter_preprocessing: Mapping[str, Any],
+        self, folder: Path, flags: Mapping[str, Any], adapter_preprocessing: Mapping[str, Any]
     ) -> PreTrainedConfig:
-        given = {"img_size": img_size, "hd_num": hd_num, "images_as_viewed": images_as_viewed}
-        for name, value in given.items():
-            if value is not None:
-                raise ValueError(
-                    f"--{name} {value}: this model's pictures are processed as its preprocessor_config.json "
-                    "says; change that file, and leave the flag out"
-                )
+        for name, value in flags.items():
+            raise ValueError(
+                f"--{name} {value}: this model's pictures are processed as its preprocessor_config.json "
+                "says; change that file, and leave the flag out"
+            )
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
     def build(self, config: PreTrainedConfig) -> PreTrainedModel:
@@ -107,7 +98,7 @@ class TransformersFamily:
         if (folder / "generation_config.json").is_file():
             ends = _read_json(folder / "generation_config.json").get("eos_token_id", ends)
         ends = [] if ends is None else [ends] if isinstance(ends, int) else ends
-        pictures = Pictures(folder) if _takes_pictures(config) else None
+        pictures = Pictures(folder) if takes_pictures(config) else None
         conversation = TemplateConversation(
             tokenizer,
             image_token=pictures.image_token if pictures else None,
@@ -119,7 +110,7 @@ class TransformersFamily:
         return conversation
 
     def image_processor(self, config: PreTrainedConfig) -> ImageProcessor:
-        return Pictures(config._name_or_path) if _takes_pictures(config) else NoPictures()
+        return Pictures(config._name_or_path) if takes_pictures(config) else NoPictures()
 
     def positions(
         self, config: PreTrainedConfig, input_ids: np.ndarray, pictures: Sequence[Any]
@@ -130,7 +121,7 @@ class TransformersFamily:
         return None if found is None else found.numpy()
 
     def answering_class(self, config: PreTrainedConfig) -> Any:
-        return AutoModelForImageTextToText if _takes_pictures(config) else AutoModelForCausalLM
+        return transformers_vlm.auto_class(config)
 
     def prompt_arguments(self, config: PreTrainedConfig, im_mask: Tensor) -> dict[str, Any]:
         base_class: Any = MODEL_MAPPING[type(config)]
@@ -149,7 +140,7 @@ class TransformersFamily:
             "patches_per_image": 0,
             "patches_per_slot": 1,
         }
-        if not _takes_pictures(config):
+        if not takes_pictures(config):
             return sizes
         vision: Any = getattr(config, "vision_config", None)
         hidden = _first(vision, "embed_dim", "hidden_size")
@@ -188,6 +179,9 @@ class TransformersNames(Names):
         return key in self._tied
 
 
+NO_PICTURES = "has images, but this model takes text alone; leave them out, or train another model"
+
+
 class NoPictures:
     """The image processor of a model of text alone: a DataError for a sample with a picture."""
 
@@ -197,7 +191,7 @@ class NoPictures:
         return "NoPictures()"
 
     def __call__(self, image: Image.Image) -> Any:
-        raise DataError("has images, but this model takes text alone; leave them out, or train another model")
+        raise DataError(NO_PICTURES)
 
     def rgb(self, image: Image.Image) -> Image.Image:
         return image.convert("RGB")
@@ -212,7 +206,7 @@ class NoPictures:
         return len(self.tokens(width, height))
 
     def tokens(self, width: int, height: int) -> np.ndarray:
-        return self(Image.new("RGB", (1, 1)))
+        raise DataError(NO_PICTURES)
 
     def batch(self, pictures: Sequence[Any]) -> dict[str, Any]:
         return {}
@@ -235,10 +229,6 @@ def _template_in(folder: Path) -> str | None:
     if (folder / "chat_template.json").is_file():
         return _read_json(folder / "chat_template.json")["chat_template"]
     return None
-
-
-def _takes_pictures(config: PreTrainedConfig) -> bool:
-    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
 def _first(config: Any, *names: str) -> Any:

@@ -30,12 +30,10 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -50,7 +48,6 @@ from transformers.core_model_loading import (
     WeightRenaming,
     rename_source_key,
 )
-from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_MAPPING
 
 from trainer.models.answers import answers_of
@@ -64,24 +61,26 @@ from trainer.models.packed_attention import (
     rope_types,
     rotate_by_sample,
 )
-from trainer.models.xcomposer2.modeling_xcomposer2 import supervised_cross_entropy
+from trainer.models.xcomposer2.modeling_xcomposer2 import (
+    OutputWithTokenLosses,
+    supervised_cross_entropy,
+    supervised_positions,
+)
 
-__all__ = ["build", "find_parts", "init_buffers", "positions", "prepare_for_training", "saved_names"]
+
+def takes_pictures(config: PreTrainedConfig) -> bool:
+    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """The class of transformers that builds and loads models of this configuration."""
+    return AutoModelForImageTextToText if takes_pictures(config) else AutoModelForCausalLM
 
 
 def build(config: PreTrainedConfig) -> PreTrainedModel:
     """The model with random weights in the default dtype, or with none under `torch.device("meta")`."""
-    has_pictures = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    auto: Any = AutoModelForImageTextToText if has_pictures else AutoModelForCausalLM
-    return auto.from_config(config, attn_implementation=ATTENTION, dtype=torch.get_default_dtype())
-
-
-@dataclass
-class TrainingOutput(CausalLMOutputWithPast):
-    """The result of a training forward."""
-
-    token_losses: Tensor | None = None
-    """[M], of each supervised position, row by row; without a graph."""
+    dtype = torch.get_default_dtype()
+    return auto_class(config).from_config(config, attn_implementation=ATTENTION, dtype=dtype)
 
 
 def prepare_for_training(model: PreTrainedModel) -> None:
@@ -146,7 +145,7 @@ def _training_forward(
     image_runs: Sequence[tuple[int, int]] | None = None,
     num_items_in_batch: int | Tensor | None = None,
     **vision: Any,
-) -> TrainingOutput:
+) -> OutputWithTokenLosses:
     """The training forward; see the module's docstring and data/batch.py.
 
     input_ids, labels, im_mask, attention_mask [B, T]: im_mask is True at image slots, by default where the
@@ -196,14 +195,12 @@ def _training_forward(
 
     loss, losses = None, None
     if supervised is None and labels is not None:
-        following = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()
-        supervised = (following != -100).nonzero()[:, 0]
-        targets = following[supervised]
+        supervised, targets = supervised_positions(labels)
     if supervised is not None:
         rows = hidden.flatten(0, 1).index_select(0, supervised)
         loss, losses = model.loss_function(rows, targets, lm_head=head, num_items_in_batch=num_items_in_batch)
     logits = head(hidden).float() if loss is None or not model.training else None
-    return TrainingOutput(loss=loss, logits=logits, token_losses=losses)
+    return OutputWithTokenLosses(loss=loss, logits=logits, token_losses=losses)
 
 
 TRAINING_ARGUMENTS = _parameters(_training_forward) - {
@@ -334,8 +331,7 @@ def saved_names(model: PreTrainedModel) -> dict[str, str]:
         for transform in reversed(get_model_conversion_mapping(model, add_legacy=False))
         if not isinstance(transform, PrefixChange)
     ]
-    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    renamings, converters = _by_kind(transforms)
     names = {}
     for name, _ in model.named_parameters():
         names[name], converted = rename_source_key(name, renamings, converters, reverse=True)
@@ -349,9 +345,7 @@ def loaded_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
 
     ValueError for a model that reads parameters in another form than it has them.
     """
-    transforms = get_model_conversion_mapping(model)
-    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    renamings, converters = _by_kind(get_model_conversion_mapping(model))
     own: Any = model.state_dict(keep_vars=True)
     names = {}
     for key in sorted(keys):
@@ -359,3 +353,12 @@ def loaded_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
         if converted is not None:
             raise ValueError(f"{type(model).__name__} reads {key} in another form, which is not supported")
     return names
+
+
+def _by_kind(transforms: Iterable[Any]) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+    """What transformers does to keys alone, and what it does to tensors."""
+    known = list(transforms)
+    return (
+        [transform for transform in known if isinstance(transform, WeightRenaming)],
+        [transform for transform in known if isinstance(transform, WeightConverter)],
+    )

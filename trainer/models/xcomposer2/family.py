@@ -35,20 +35,13 @@ class XComposer2:
     """2.0 (vl-7b, 7b, vl-1.8b), 4KHD and 2.5; the variant is told by configuration and weights."""
 
     def load_config(
-        self,
-        folder: Path,
-        img_size: int | None,
-        hd_num: int | None,
-        images_as_viewed: bool | None,
-        adapter_preprocessing: Mapping[str, Any],
+        self, folder: Path, flags: Mapping[str, Any], adapter_preprocessing: Mapping[str, Any]
     ) -> PreTrainedConfig:
+        """An hd_num of -1 is the model's own."""
         config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if img_size is not None:
-            config.img_size = img_size
-        flags = {"hd_num": None if hd_num == -1 else hd_num, "images_as_viewed": images_as_viewed}
-        given = {name: value for name, value in flags.items() if value is not None}
-        for name, value in {**adapter_preprocessing, **given}.items():
-            setattr(config, name, value)
+        for name, value in {**adapter_preprocessing, **flags}.items():
+            if (name, value) != ("hd_num", -1):
+                setattr(config, name, value)
         return config
 
     def build(self, config: PreTrainedConfig) -> PreTrainedModel:
@@ -72,9 +65,7 @@ class XComposer2:
         if (folder / "tokenizer.json").is_file():
             try:
                 tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-            except (
-                Exception
-            ) as error:  # `tokenizers` raises no narrower class for a file that it cannot parse
+            except Exception as error:  # `tokenizers` raises no narrower class for a broken file
                 raise ValueError(f"the tokenizer files of {folder} cannot be read: {error}") from error
         elif (folder / "tokenizer.model").is_file():
             tokenizer = tokenizer_from_sentencepiece(folder / "tokenizer.model")

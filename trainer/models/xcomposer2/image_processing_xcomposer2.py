@@ -59,6 +59,12 @@ def to_rgb(image: Image.Image, as_viewed: bool = False) -> Image.Image:
     return image.convert("RGB")
 
 
+def rgb_size(image: Image.Image, as_viewed: bool = False) -> tuple[int, int]:
+    """(width, height) of `to_rgb(image, as_viewed)`, from the header alone."""
+    turned = as_viewed and image.getexif().get(EXIF_ORIENTATION) in (5, 6, 7, 8)
+    return (image.height, image.width) if turned else image.size
+
+
 def _to_8_bits(image: Image.Image) -> Image.Image:
     levels = np.asarray(image)
     if levels.min() < 0 or levels.max() > 65535:
@@ -81,8 +87,7 @@ class _Views:
 
     def size(self, image: Image.Image) -> tuple[int, int]:
         """(width, height) of `rgb(image)`, from the header alone."""
-        turned = self.as_viewed and image.getexif().get(EXIF_ORIENTATION) in (5, 6, 7, 8)
-        return (image.height, image.width) if turned else image.size
+        return rgb_size(image, self.as_viewed)
 
     def batch(self, pictures: Sequence[torch.Tensor]) -> dict[str, Any]:
         """pixel_values: [N, 3, H, W], or a list of [3, H, W] where the sizes differ."""

@@ -279,8 +279,18 @@ def supervised_cross_entropy(
     return total, losses.detach()
 
 
+def supervised_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The positions in B · T before the trained tokens of labels [B, T], and those tokens: [M] both.
+
+    Waits for the device.
+    """
+    following = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()
+    supervised = (following != -100).nonzero()[:, 0]
+    return supervised, following[supervised]
+
+
 @dataclass
-class XComposer2Output(CausalLMOutputWithPast):
+class OutputWithTokenLosses(CausalLMOutputWithPast):
     """The result of a forward pass."""
 
     token_losses: Tensor | None = None
@@ -377,7 +387,7 @@ class InternLMXComposer2ForCausalLM(XComposer2GenerationMixin, PreTrainedModel):
         cu_seq_lens: Tensor | None = None,
         supervised: Tensor | None = None,
         targets: Tensor | None = None,
-    ) -> XComposer2Output:
+    ) -> OutputWithTokenLosses:
         """Logits, float32; with `labels` the loss, and then logits in evaluation mode only.
 
         input_ids [B, T] or inputs_embeds [B, T, D].
@@ -425,9 +435,7 @@ class InternLMXComposer2ForCausalLM(XComposer2GenerationMixin, PreTrainedModel):
         )
         hidden, loss, losses, logits = outputs.last_hidden_state, None, None, None
         if supervised is None and labels is not None:
-            following = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()
-            supervised = (following != -100).nonzero()[:, 0]
-            targets = following[supervised]
+            supervised, targets = supervised_positions(labels)
         if supervised is not None:
             with record_function("loss"):
                 loss, losses = self.loss_function(
@@ -439,7 +447,7 @@ class InternLMXComposer2ForCausalLM(XComposer2GenerationMixin, PreTrainedModel):
         if loss is None or not self.training:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.output(hidden[:, kept]).float()
-        return XComposer2Output(
+        return OutputWithTokenLosses(
             loss=loss,
             logits=logits,
             cache=outputs.cache,
