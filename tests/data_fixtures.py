@@ -20,6 +20,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from data.mixture import Source, read_mixture
 from data.tokens import SLOT, SampleEncoder
 from trainer.models.xcomposer2.conversation_xcomposer2 import CHAT_TEMPLATE, Conversation
+from trainer.models.xcomposer2.image_processing_xcomposer2 import SquareImageProcessor
 
 START, END, BOS, EOS, NEWLINE = 92543, 92542, 1, 2, 364
 HEADERS = {"user\n": [1008, NEWLINE], "assistant\n": [525, 11353, NEWLINE], "system\n": [77, NEWLINE]}
@@ -72,9 +73,7 @@ class NumberTokenizer:
 
 def pixel_values(pictures: Sequence[torch.Tensor]) -> dict[str, Any]:
     """The model's arguments for pictures, none without any."""
-    if len({picture.shape for picture in pictures}) > 1:
-        return {"pixel_values": list(pictures)}
-    return {"pixel_values": torch.stack(list(pictures))} if pictures else {}
+    return SquareImageProcessor(2, 1).batch(pictures) if pictures else {}
 
 
 @dataclass(frozen=True)

@@ -105,10 +105,9 @@ def test_losses_are_those_of_transformers_and_of_two_ranks_and_the_folder_loads_
         assert (run / name).exists() == (world / "model" / name).exists(), name
     models.load_conversation(run)
     models.load_image_processor(models.load_config(run))
-    # What was written is what was trained: a run of no rate from there begins where this one ended.
+    # The saved weights are the trained ones: the same first batch has a lower loss.
     again = train(world, "again", model_name_or_path=run, max_steps=1)
-    straight = train(world, "straight", max_steps=1)
-    assert losses(again)[0] < losses(straight)[0]
+    assert losses(again)[0] < found[0]
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", pytest.param("gemma3", marks=pytest.mark.slow)])

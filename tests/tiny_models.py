@@ -16,6 +16,7 @@ from transformers import (
 
 from tests.processor_cases import TILE, make_processor, make_tokenizer
 from tests.vlm_cases import CASES, TEXT_ONLY
+from trainer.models.pictures import Pictures
 
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
@@ -37,8 +38,9 @@ SIZES: dict[str, dict[str, Any]] = {
     "glm4v": {"patch_size": 14, "image_size": TILE},
     "internvl": {"patch_size": [7, 7], "image_size": [TILE, TILE]},
 }
-SAME_PROCESSOR = {"qwen3_vl_moe": "qwen3_vl", "qwen3_5": "qwen3_vl"}
 """Of the vision tower, to go with the processors; other towers take tiles of TILE pixels in four patches."""
+SAME_PROCESSOR = {"qwen3_vl_moe": "qwen3_vl", "qwen3_5": "qwen3_vl"}
+"""Families without a processor of their own."""
 
 
 def tiny_folder(family: str, folder: Path, **changes: Any) -> Path:
@@ -54,13 +56,10 @@ def tiny_folder(family: str, folder: Path, **changes: Any) -> Path:
     else:
         processor = make_processor(SAME_PROCESSOR.get(family, family), folder)
         tokenizer, image = processor.tokenizer, processor.image_token
-        slot = getattr(processor, "image_token_id", None) or tokenizer.convert_tokens_to_ids(image)
-        if family == "gemma3":
-            slot = tokenizer.convert_tokens_to_ids("<image_soft_token>")
         name = "image_token_index" if "image_token_index" in config else "image_token_id"
         tower = {"patch_size": 14, "image_size": TILE} if "image_size" in config["vision_config"] else {}
         config |= {
-            name: slot,
+            name: Pictures(folder).slot_id,
             "vision_config": config["vision_config"] | tower | SIZES.get(family, {}),
             "text_config": config["text_config"] | {"vocab_size": len(tokenizer)} | changes,
         }

@@ -15,15 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    CONFIG_MAPPING,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    PreTrainedModel,
-)
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
-from trainer.models.transformers_vlm import image_token, positions
+from trainer.models.transformers_vlm import auto_class, image_token, positions
+from trainer.models.xcomposer2.modeling_xcomposer2 import supervised_positions
 
 VOCABULARY, IMAGE = 96, 90
 WIDTHS: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48}
@@ -42,6 +37,7 @@ TOWER: dict[str, Any] = WIDTHS | {
     "image_size": 16,
     "patch_size": 4,
 }
+SIGLIP: dict[str, Any] = TOWER | {"model_type": "siglip_vision_model", "vision_use_head": False}
 PATCHES: dict[str, Any] = {"depth": 2, "num_heads": 4, "patch_size": 4, "out_hidden_size": 32}
 """Of towers that take patches of any grid."""
 MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
@@ -121,6 +117,17 @@ LONG = {
     "original_max_position_embeddings": 16,
 }
 
+TILES_IN_A_ROW = Case(
+    {
+        "vision_config": TOWER,
+        "text_config": TEXT | {"model_type": "llama"},
+        "image_token_id": IMAGE,
+        "scale_factor": 2,
+    },
+    _pictures_in_a_row,
+    join_dim=1,
+)
+
 CASES: dict[str, Case] = {
     "llama": Case(TEXT),
     "llama_dynamic": Case(
@@ -161,7 +168,7 @@ CASES: dict[str, Case] = {
     ),
     "llava_onevision": Case(
         {
-            "vision_config": TOWER | {"model_type": "siglip_vision_model", "vision_use_head": False},
+            "vision_config": SIGLIP,
             "text_config": TEXT | {"model_type": "qwen2"},
             "image_token_index": IMAGE,
             "video_token_index": 91,
@@ -169,26 +176,8 @@ CASES: dict[str, Case] = {
         },
         _tiles,
     ),
-    "smolvlm": Case(
-        {
-            "vision_config": TOWER,
-            "text_config": TEXT | {"model_type": "llama"},
-            "image_token_id": IMAGE,
-            "scale_factor": 2,
-        },
-        _pictures_in_a_row,
-        join_dim=1,
-    ),
-    "idefics3": Case(
-        {
-            "vision_config": TOWER,
-            "text_config": TEXT | {"model_type": "llama"},
-            "image_token_id": IMAGE,
-            "scale_factor": 2,
-        },
-        _pictures_in_a_row,
-        join_dim=1,
-    ),
+    "smolvlm": TILES_IN_A_ROW,
+    "idefics3": TILES_IN_A_ROW,
     "mistral3": Case(
         {
             "vision_config": TOWER | {"model_type": "pixtral", "head_dim": 8},
@@ -200,7 +189,7 @@ CASES: dict[str, Case] = {
     ),
     "aya_vision": Case(
         {
-            "vision_config": TOWER | {"model_type": "siglip_vision_model", "vision_use_head": False},
+            "vision_config": SIGLIP,
             "text_config": TEXT | {"model_type": "cohere2", "sliding_window": 8, "logit_scale": 0.25},
             "image_token_index": IMAGE,
             "downsample_factor": 2,
@@ -209,7 +198,7 @@ CASES: dict[str, Case] = {
     ),
     "gemma3": Case(
         {
-            "vision_config": TOWER | {"model_type": "siglip_vision_model", "vision_use_head": False},
+            "vision_config": SIGLIP,
             "text_config": TEXT
             | {
                 "sliding_window": 8,
@@ -224,7 +213,7 @@ CASES: dict[str, Case] = {
     ),
     "paligemma": Case(
         {
-            "vision_config": TOWER | {"model_type": "siglip_vision_model", "vision_use_head": False},
+            "vision_config": SIGLIP,
             "text_config": TEXT | {"model_type": "gemma"},
             "image_token_index": IMAGE,
             "projection_dim": 32,
@@ -255,11 +244,11 @@ def tiny_config(name: str) -> Any:
 def tiny_model(name: str) -> PreTrainedModel:
     """The class's own model, with weights large enough that every part matters; do not change it."""
     config = tiny_config(name)
-    has_pictures = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    auto: Any = AutoModelForImageTextToText if has_pictures else AutoModelForCausalLM
     own_attention = "eager" if name in ("gemma2", "gpt_oss") else "sdpa"  # sdpa knows no caps and sinks
     torch.manual_seed(0)
-    model = auto.from_config(config, attn_implementation=own_attention, dtype=torch.get_default_dtype())
+    model = auto_class(config).from_config(
+        config, attn_implementation=own_attention, dtype=torch.get_default_dtype()
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -354,21 +343,20 @@ def packed(name: str, config: Any, samples: Sequence[Sample]) -> dict[str, Any]:
     own = [positions(config, sample.input_ids, **sample.vision) for sample in samples]
     places = [torch.arange(n)[None] if p is None else p for n, p in zip(lengths, own, strict=True)]
     position_ids = torch.cat(places, dim=1)
-    labels = torch.cat([sample.labels for sample in samples])
-    following = torch.cat([labels[1:], torch.tensor([-100])])
-    supervised = (following != -100).nonzero()[:, 0]
+    labels = torch.cat([sample.labels for sample in samples])[None]
+    supervised, targets = supervised_positions(labels)
     slots = torch.cat([sample.slots for sample in samples])
     edges = torch.nn.functional.pad(slots.int(), (1, 1)).diff().nonzero()[:, 0].tolist()
     return {
         "input_ids": torch.cat([sample.input_ids for sample in samples])[None],
-        "labels": labels[None],
+        "labels": labels,
         "im_mask": slots[None],
         "image_runs": list(zip(edges[::2], edges[1::2], strict=True)),
         "position_ids": position_ids if len(position_ids) == 1 else position_ids[:, None],
         "sample_lengths": lengths,
         "cu_seq_lens": torch.tensor([0, *lengths]).cumsum(0).int(),
         "supervised": supervised,
-        "targets": following[supervised],
+        "targets": targets,
         "attention_mask": None,
         "num_items_in_batch": 1,
         **join_pictures(name, samples),
@@ -377,14 +365,14 @@ def packed(name: str, config: Any, samples: Sequence[Sample]) -> dict[str, Any]:
 
 def alone(sample: Sample) -> dict[str, Any]:
     """The training forward's arguments: one sample, unpacked."""
-    following = torch.cat([sample.labels[1:], torch.tensor([-100])])
-    supervised = (following != -100).nonzero()[:, 0]
+    labels = sample.labels[None]
+    supervised, targets = supervised_positions(labels)
     return {
         "input_ids": sample.input_ids[None],
-        "labels": sample.labels[None],
+        "labels": labels,
         "im_mask": sample.slots[None],
         "supervised": supervised,
-        "targets": following[supervised],
+        "targets": targets,
         "num_items_in_batch": 1,
         **sample.vision,
     }
@@ -397,15 +385,14 @@ def padded(name: str, samples: Sequence[Sample]) -> dict[str, Any]:
         return torch.nn.utils.rnn.pad_sequence(list(values), batch_first=True, padding_value=filler)
 
     labels = rows([sample.labels for sample in samples], -100)
-    following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100).flatten()
-    supervised = (following != -100).nonzero()[:, 0]
+    supervised, targets = supervised_positions(labels)
     return {
         "input_ids": rows([sample.input_ids for sample in samples], 0),
         "labels": labels,
         "im_mask": rows([sample.slots for sample in samples], 0),
         "attention_mask": rows([torch.ones_like(sample.labels) for sample in samples], 0),
         "supervised": supervised,
-        "targets": following[supervised],
+        "targets": targets,
         "num_items_in_batch": 1,
         **join_pictures(name, samples),
     }
