@@ -133,7 +133,6 @@ def _row(reader: SampleReader, batch: MicroBatch, number: int, room: int) -> str
             numbers += f"; <b>cut at max_length: {len(ids):,} of {whole:,} tokens</b>"
         images = "".join(map(_picture, reader.views(source_number, index, encoded)))
         owners: list[str] = []  # of each token: the role of its text, or its image
-
         numbered = enumerate(encoded.image_tokens)
         for piece in reader.encoder.pieces(source.sample(index)):
             if piece.ids is not None:

@@ -102,7 +102,7 @@ def start(timeout_seconds: float = 1800, host_collectives: bool = False) -> Rank
         torch.accelerator.set_device_index(local_rank)
     # torch prefers cuDNN's attention on H100 and B200, which spends 0.4 to 1 s on a plan for every new shape.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    # Float32 means float32: torch rounds what convolutions multiply to TF32, and what matrix products do not.
+    # By default torch rounds the inputs of float32 convolutions to TF32, though not those of matrix products.
     torch.backends.cudnn.allow_tf32 = False
     store, rank, world = next(rendezvous("env://"))
     store: Any = store_of_attempt(store, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
