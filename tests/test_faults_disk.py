@@ -68,15 +68,16 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
 
 
 @pytest.fixture(scope="module")
-def stopped(world) -> Path:
+def stopped(world, tmp_path_factory) -> Path:
     """checkpoint-2 and checkpoint-3 of a run that stopped."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
 
     def run(argv: list[str]) -> int:
         at_step(3, 0, lambda: send(signal.SIGTERM))
         return main(argv)
 
-    run_ranks(2, run, fault_flags(world, world / "stopped"), status=STOPPED)
-    return world / "stopped"
+    run_ranks(2, run, fault_flags(world, folder), status=STOPPED)
+    return folder
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
