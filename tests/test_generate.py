@@ -16,6 +16,7 @@ from data.tokens import SampleEncoder
 from tests.tiny import ROOT, run_ranks, tiny_data, tiny_model
 from trainer.generate import is_correct, load_model, main
 from trainer.models import load_conversation, load_image_processor
+from trainer.scores import scores
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +99,7 @@ def test_drawing_depends_on_the_seed_alone(folder, tmp_path):
         (["--question", "why?"], "give either --data_path or --question"),
         (["--temperature", "2"], "no effect without --do_sample"),
         (["--bach_size", "2"], "did you mean --batch_size?"),
+        (["--metrics", "anls", "token_f2"], "--metrics: 'token_f2' is no metric; did you mean token_f1?"),
     ],
 )
 def test_bad_flags_are_a_sentence(folder, change, said):
@@ -112,6 +114,21 @@ def test_a_question_that_does_not_fit_is_named_and_never_cut(folder, tmp_path):
     assert "both-0" in output
     assert "longer than max_length=40" in output
     assert not (tmp_path / "p.jsonl").exists()
+
+
+def test_metrics_are_in_every_row_with_an_answer_and_their_means_in_the_last_line(folder, tmp_path):
+    more = ("--metrics", "exact_match", "token_f1,anls", "--output", tmp_path / "p.jsonl")
+    (said,) = run_ranks(1, main, flags(folder, *more))
+    rows = predictions(tmp_path / "p.jsonl")
+    answered = [row for row in rows if "answer" in row]
+    assert "scores" not in rows[-1]
+    names = ("exact_match", "token_f1", "anls")
+    for row in answered:
+        assert row["scores"] == scores(row["prediction"], [row["answer"]], names)
+        assert row["scores"]["exact_match"] == float(row["correct"])
+    f1 = sum(row["scores"]["token_f1"] for row in answered) / len(answered)
+    assert f", exact_match {sum(row['correct'] for row in answered) / len(answered):.1%}" in said
+    assert f", token_f1 {f1:.1%}, anls " in said
 
 
 def test_an_answer_counts_whatever_its_case_space_and_full_stop():

@@ -10,9 +10,10 @@ last answer. Output: the file `--output`, one JSON object a line in the order of
     {"id": "pets-7", "question": "Breed?", "answer": "a tabby", "prediction": "A tabby", "correct": true}
     {"id": "pets-8", "error": "img/8.jpg does not exist; …"}                        # --on_bad_sample skip
 
-and the share of correct predictions, where samples have an answer: equal except for case, outer white space
-and a final full stop. Every batch is appended to `<output>.partial`, which becomes `<output>` at the end; the
-same command continues an interrupted run from it. The answer to a single `--question` goes to stdout.
+and the share of correct predictions, where samples have an answer (`exact_match` in trainer/scores.py). With
+`--metrics anls token_f1` such a row also has `"scores": {"anls": 0.6, "token_f1": 0.8}`, and their means are
+logged. Every batch is appended to `<output>.partial`, which becomes `<output>` at the end; the same command
+continues an interrupted run from it. The answer to a single `--question` goes to stdout.
 """
 
 import json
@@ -65,6 +66,7 @@ from trainer.models import (
     prompt_arguments,
 )
 from trainer.parallelize import split_tiles
+from trainer.scores import exact_match, mean_scores, parse_metrics, scores
 
 SECONDS_BETWEEN_LINES = 30.0
 """Progress is logged this often where there is no progress bar."""
@@ -90,6 +92,9 @@ class Questions:
     """The image of that question, or several."""
     output: str = "predictions.jsonl"
     """File for the predictions of data_path."""
+    metrics: tuple[str, ...] = ()
+    """Metrics of the predictions, where samples have an answer: exact_match, choice (of a letter), anls,
+    relaxed_accuracy, token_f1 or rouge_l."""
     on_bad_sample: str = "error"
     """For a sample that cannot be read or is too long: `error` ends the run, `skip` writes the problem
     instead of a prediction."""
@@ -118,6 +123,11 @@ class Questions:
     bf16: bool = True
     """Compute in bfloat16; False: float32."""
 
+    def chosen_metrics(self) -> tuple[str, ...]:
+        """The names in `metrics`; ValueError with a line for each that cannot be used."""
+        source = Path(self.data_path or "").stem
+        return parse_metrics(self.metrics, [source])[source]
+
     def problems(self) -> list[str]:
         """Problems with the values of the flags, a sentence each."""
         problems = []
@@ -129,6 +139,12 @@ class Questions:
             problems.append(f"--data_path {self.data_path}: there is no such file")
         if self.data_path is not None and Path(self.data_path).suffix not in (".json", ".jsonl"):
             problems.append(f"--data_path {self.data_path}: must be a .json or .jsonl file of samples")
+        if self.metrics and self.data_path is None:
+            problems.append("--metrics needs --data_path, whose samples hold the answers to compare with")
+        try:
+            self.chosen_metrics()
+        except ValueError as error:
+            problems += [f"--metrics: {line}" for line in str(error).splitlines()]
         if self.image and self.question is None:
             problems.append("--image needs --question; samples of --data_path name their own images")
         if self.on_bad_sample not in ("error", "skip"):
@@ -218,9 +234,8 @@ def answer(
 
 
 def is_correct(prediction: str, expected: str) -> bool:
-    """Whether both are equal except for case, outer white space and a final full stop."""
-    ours, theirs = (text.strip().rstrip(".。").casefold() for text in (prediction, expected))
-    return ours == theirs
+    """Whether both are the same answer, by `exact_match`."""
+    return exact_match(prediction, [expected]) == 1.0
 
 
 class OneQuestion(Source):
@@ -271,6 +286,8 @@ def answer_some(
         row["prediction"] = prediction
         if "answer" in row:
             row["correct"] = is_correct(prediction, row["answer"])
+            if metrics := questions.chosen_metrics():
+                row["scores"] = scores(prediction, [row["answer"]], metrics)
     return rows
 
 
@@ -417,7 +434,9 @@ def ask(questions: Questions, ranks: Ranks) -> int:
         skipped = sum("error" in row for row in output.rows)
         share = f", {sum(answered) / len(answered):.1%} of {len(answered):,} correct" if answered else ""
         left_out = f", {skipped:,} samples left out" if skipped else ""
-        log(f"{len(output.rows) - skipped:,} predictions in {questions.output}{share}{left_out}")
+        means = mean_scores(("", row["scores"]) for row in output.rows if "scores" in row).get("", {})
+        by_metric = "".join(f", {metric} {mean:.1%}" for metric, mean in means.items())
+        log(f"{len(output.rows) - skipped:,} predictions in {questions.output}{share}{by_metric}{left_out}")
     return 0
 
 
