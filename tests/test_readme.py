@@ -119,4 +119,4 @@ def test_both_languages_give_the_same_figures():
 
 
 def test_the_readme_is_short_enough_to_be_read_from_top_to_bottom():
-    assert len(read(ENGLISH).splitlines()) <= 250
+    assert len(read(ENGLISH).splitlines()) <= 300

@@ -155,10 +155,11 @@ def move_into(source: Path, folder: Path) -> None:
     source.rmdir()
 
 
-def link_model(checkpoint: Path, folder: Path) -> None:
+def link_model(checkpoint: Path, folder: Path, content: Mapping[str, Any]) -> None:
     """Create the complete model folder `folder` from `checkpoint`, without writing its weights again.
 
     Weights are hard links, if the file system supports them; small files, which users may edit, are copies.
+    content: of the marker, beside the list of files.
     """
     marker = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
     files = {
@@ -170,7 +171,7 @@ def link_model(checkpoint: Path, folder: Path) -> None:
     for name in files:
         (temporary / name).parent.mkdir(parents=True, exist_ok=True)
         _link_or_copy(checkpoint / name, temporary / name)
-    write_json(temporary / MARKER, {"step": marker["step"], "files": files})
+    write_json(temporary / MARKER, {**content, "files": files})
     put_in_place(temporary, folder)
 
 
@@ -195,10 +196,10 @@ def numbered(output_dir: Path) -> dict[int, Path]:
     return dict(sorted(found.items(), reverse=True))
 
 
-def remove_old_checkpoints(output_dir: Path, keep: int | None) -> None:
+def remove_old_checkpoints(output_dir: Path, keep: int | None, best_step: int | None = None) -> None:
     """Delete all `checkpoint-<step>` folders except the `keep` newest (None: keep all), and those older than
-    the newest that are marked `until_next`."""
-    older = list(numbered(output_dir).values())[1:]
+    the newest that are marked `until_next`; that of `best_step` stays."""
+    older = [folder for step, folder in list(numbered(output_dir).items())[1:] if step != best_step]
     permanent = [folder for folder in older if not _is_until_next(folder)]
     kept = permanent if keep is None else permanent[: keep - 1]
     for folder in older:

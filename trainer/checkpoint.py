@@ -122,10 +122,12 @@ class Checkpoints:
         tensors: Mapping[str, Tensor],
         notes: Mapping[str, Any],
         until_next: bool = False,
+        best_step: int | None = None,
     ) -> None:
         """Write `checkpoint-<step>` once the previous save is done.
 
         notes: added to `complete.json`; until_next: the next checkpoint replaces this one.
+        best_step: step of the best evaluation, whose checkpoint is kept.
         """
         self.wait()
         self._begun = time.monotonic()
@@ -151,7 +153,7 @@ class Checkpoints:
                 if device is not None:
                     # A new thread is on device 0, where its first call would create a context of this rank.
                     torch.accelerator.set_device_index(device)
-                self._finish(temporary, folder, jobs, content)
+                self._finish(temporary, folder, jobs, content, best_step)
                 self.failed, self.newest = False, folder
             except SaveError as error:
                 self._warn(folder, error)
@@ -185,18 +187,30 @@ class Checkpoints:
                 return f"{folder} holds step {step}, and the same command resumes from it"
         return f"{self.output_dir} holds no checkpoint, and the same command starts from scratch"
 
-    def save_final_model(self, step: int, write_model: WriteModel) -> None:
+    def save_final_model(
+        self,
+        step: int,
+        write_model: WriteModel,
+        notes: Mapping[str, Any],
+        best_step: int | None = None,
+    ) -> None:
         """Put the trained model into output_dir itself, from the last step's checkpoint if this run has
-        written one; SaveError if that fails."""
+        written one, or from that of `best_step`; SaveError if that fails.
+
+        notes: added to `complete.json`.
+        """
         self.wait()
-        checkpoint, folder = self.output_dir / f"checkpoint-{step}", self.output_dir / FINAL
+        checkpoint, folder = self.output_dir / f"checkpoint-{best_step or step}", self.output_dir / FINAL
+        content = {"step": step, "best_step": best_step, **notes}
         try:
-            if self.newest == checkpoint:
-                self._on_main(lambda: link_model(checkpoint, folder))
+            if self.newest == checkpoint or (best_step and (checkpoint / MARKER).is_file()):
+                self._on_main(lambda: link_model(checkpoint, folder, content))
             else:
+                if best_step:
+                    log(f"warning: {checkpoint}, the best one, was not saved: the last step's model is taken")
                 jobs = Jobs()
                 temporary = self._begin(folder, write_model, jobs)
-                self._finish(temporary, folder, jobs, {"step": step})
+                self._finish(temporary, folder, jobs, content)
             self._on_main(lambda: move_into(folder, self.output_dir))
         except SaveError as error:
             raise SaveError(
@@ -225,7 +239,14 @@ class Checkpoints:
         write_model(temporary, jobs)
         return temporary
 
-    def _finish(self, temporary: Path, folder: Path, jobs: Jobs, content: dict[str, Any]) -> None:
+    def _finish(
+        self,
+        temporary: Path,
+        folder: Path,
+        jobs: Jobs,
+        content: dict[str, Any],
+        best_step: int | None = None,
+    ) -> None:
         """Run the deferred jobs, write the marker, and rename the folder."""
         self._together(jobs.finish)
         content["files"] = {}
@@ -235,7 +256,7 @@ class Checkpoints:
         def complete() -> None:
             write_json(temporary / MARKER, content)
             put_in_place(temporary, folder)
-            remove_old_checkpoints(self.output_dir, self.keep)  # including those of a killed run
+            remove_old_checkpoints(self.output_dir, self.keep, best_step)  # including those of a killed run
 
         self._on_main(complete)
 

@@ -166,6 +166,34 @@ class Config(DataConfig):
     report_to: str = may_change("none")
     """none, or tensorboard: event files in output_dir/tensorboard (pip install -e '.[tensorboard]')."""
 
+    # --- validation ----------------------------------------------------------------------------------
+    eval_data_path: str | None = may_change(None)
+    """Samples to validate on, in the format of data_path; a number draws a fixed part of the file, the same
+    at every evaluation."""
+    eval_strategy: str = may_change("epoch")
+    """When to evaluate: epoch or steps, and after the last step; no: never."""
+    eval_steps: int = may_change(500)
+    """Steps between evaluations when eval_strategy is steps."""
+    eval_on_start: bool = may_change(False)
+    """Also evaluate before the first step: the model that training starts from."""
+    eval_generate: int = may_change(0)
+    """Samples of each source that the model answers at every evaluation, always the same ones; the answers
+    and their scores go to output_dir/eval/step-<step>.jsonl."""
+    eval_metrics: tuple[str, ...] = may_change(())
+    """Scores of the answers: exact_match, choice, anls, relaxed_accuracy, token_f1, rouge_l; for all sources,
+    or for one, as in exact_match docs=anls,token_f1. By default choice where every answer is a letter, and
+    otherwise exact_match and token_f1."""
+    eval_max_new_tokens: int = may_change(128)
+    """Most tokens of a generated answer."""
+    metric_for_best_model: str = may_change("loss")
+    """What makes an evaluation the best: loss or a score, of all sources or of one, as in anls/docs."""
+    greater_is_better: bool | None = may_change(None)
+    """Whether a greater value is better; by default of everything but losses."""
+    load_best_model_at_end: bool = may_change(False)
+    """The trained model is that of the best evaluation; each evaluation that is the best so far is saved."""
+    early_stopping_patience: int | None = may_change(None)
+    """End the training after this many evaluations in a row that are not the best."""
+
     # --- stopping and resuming -----------------------------------------------------------------------
     resume_from_checkpoint: str = may_change("auto")
     """auto: the newest complete checkpoint in output_dir, if any; none; or a checkpoint's folder."""
@@ -209,7 +237,12 @@ class Config(DataConfig):
     @property
     def makes_checkpoints(self) -> bool:
         """Whether the run may write checkpoints in addition to the trained model."""
-        return self.save_strategy != "no" or self.save_minutes is not None
+        return self.save_strategy != "no" or self.save_minutes is not None or self.load_best_model_at_end
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether the run evaluates at all."""
+        return self.eval_data_path is not None and self.eval_strategy != "no"
 
     @property
     def traced_steps(self) -> range:
@@ -232,6 +265,7 @@ class Config(DataConfig):
             "gradient_checkpointing": (True, False, "selective"),
             "vision_checkpointing": (None, True, False, "selective"),
             "save_strategy": ("no", "steps", "epoch"),
+            "eval_strategy": ("no", "steps", "epoch"),
             "save_dtype": ("auto", "float32", "bfloat16"),
             "report_to": ("none", "tensorboard"),
         }.items():
@@ -246,6 +280,10 @@ class Config(DataConfig):
             logging_steps=1,
             save_steps=1,
             save_total_limit=1,
+            eval_steps=1,
+            eval_generate=0,
+            eval_max_new_tokens=1,
+            early_stopping_patience=1,
             max_bad_steps=1,
             learning_rate=0,
             vit_learning_rate=0,
@@ -317,6 +355,18 @@ class Config(DataConfig):
                 "--use_dora needs --lora_dropout 0: with dropout, peft's DoRA trains another function than "
                 "it applies at inference, in layers that are more than a weight (PLoRA)"
             )
+        if self.eval_data_path is not None and not Path(self.eval_data_path).is_file():
+            found.append(f"--eval_data_path {self.eval_data_path}: there is no such file")
+        needs = "--eval_data_path" if self.eval_data_path is None else "--eval_strategy epoch or steps"
+        if not self.evaluates:
+            for name in (
+                *("eval_on_start", "eval_generate", "eval_metrics", "metric_for_best_model"),
+                *("greater_is_better", "load_best_model_at_end", "early_stopping_patience"),
+            ):
+                if getattr(self, name) != getattr(Config, name):
+                    found.append(f"--{name} has no effect without {needs}")
+        elif self.eval_metrics and not self.eval_generate:
+            found.append("--eval_metrics scores generated answers: it needs --eval_generate, such as 32")
         if not self.makes_checkpoints and self.save_total_limit is not None:
             found.append("--save_total_limit has no effect while --save_strategy is no")
         return found
@@ -330,7 +380,8 @@ REPLACED = {
     "fp16": "train with --bf16 True, which needs no loss scaling",
     "batch_size": "use --per_device_train_batch_size; any batch size mixes images and text",
     "local_rank": "torchrun sets it in the environment; remove the flag",
-    "evaluation_strategy": "evaluate a saved model after training; remove the flag",
+    "evaluation_strategy": "use --eval_strategy, with --eval_data_path",
+    "per_device_eval_batch_size": "evaluation takes rows as training does; remove the flag",
     "torch_compile": "use --compile",
     "tf32": "call torch.set_float32_matmul_precision in trainer/main.py",
     "optim": "AdamW is built in trainer/main.py: edit it there",

@@ -204,17 +204,18 @@ def load_model(
     return cast(PreTrainedModel, model).eval(), model_folder
 
 
-@torch.inference_mode()
+@torch.no_grad()  # and not inference_mode, whose tensors a model in training could not use afterwards
 def answer(
     model: PreTrainedModel,
     encoder: SampleEncoder,
     prompts: Sequence[Encoded],
     pictures: Mapping[str, Any],
+    device: torch.device,
     **options: Any,
 ) -> list[str]:
     """Answer a batch of prompts, padded on the left; pictures: the model's arguments for all their images."""
     width = max(len(prompt.input_ids) for prompt in prompts)
-    shape, device = (len(prompts), width), model.device
+    shape = (len(prompts), width)
     input_ids = torch.full(shape, encoder.pad_id, device=device)
     attention_mask, im_mask = torch.zeros_like(input_ids), torch.zeros(shape, dtype=torch.bool, device=device)
     for row, prompt in enumerate(prompts):
@@ -255,21 +256,26 @@ def one_question(questions: Questions) -> Source:
 
 
 def answer_some(
-    questions: Questions, reader: SampleReader, model: PreTrainedModel, indices: Sequence[int]
+    reader: SampleReader,
+    model: PreTrainedModel,
+    questions: Sequence[tuple[int, int]],
+    metrics: Sequence[Sequence[str]],
+    device: torch.device,
+    **options: Any,
 ) -> list[dict[str, Any]]:
-    """One row of the output for each of these records, with `error` for those that cannot be read."""
-    options: dict[str, Any] = {"max_new_tokens": questions.max_new_tokens, "do_sample": questions.do_sample}
-    if questions.do_sample:
-        options |= {"temperature": questions.temperature, "top_p": questions.top_p}
+    """One row of the output for each (source, record), with `error` for those that cannot be read.
+
+    metrics: the scores of each source's answers; options: of transformers' `generate`.
+    """
     rows: list[dict[str, Any]] = []
     prompts: list[Encoded] = []
     pixels: list[Any] = []
-    asked: list[dict[str, Any]] = []
-    for index in indices:
+    asked: list[tuple[dict[str, Any], Sequence[str]]] = []
+    for source, index in questions:
         try:
-            sample, prompt, images = reader.read_prompt(0, index)
+            sample, prompt, images = reader.read_prompt(source, index)
         except DataError as error:
-            rows.append({"id": reader.sources[0].record_id(index), "error": str(error)})
+            rows.append({"id": reader.sources[source].record_id(index), "error": str(error)})
             continue
         *_, (role, text) = sample.turns
         has_answer = role == "assistant"
@@ -277,17 +283,17 @@ def answer_some(
         rows.append({"id": sample.id, "question": question.replace(PLACEHOLDER, "").strip()})
         if has_answer:
             rows[-1]["answer"] = text
-        asked.append(rows[-1])
+        asked.append((rows[-1], metrics[source]))
         prompts.append(prompt)
         pixels += images
     given = reader.image_processor.batch(pixels) if pixels else {}
-    predictions = answer(model, reader.encoder, prompts, given, **options) if prompts else []
-    for row, prediction in zip(asked, predictions, strict=True):
+    predictions = answer(model, reader.encoder, prompts, given, device, **options) if prompts else []
+    for (row, names), prediction in zip(asked, predictions, strict=True):
         row["prediction"] = prediction
         if "answer" in row:
             row["correct"] = is_correct(prediction, row["answer"])
-            if metrics := questions.chosen_metrics():
-                row["scores"] = scores(prediction, [row["answer"]], metrics)
+            if names:
+                row["scores"] = scores(prediction, [row["answer"]], names)
     return rows
 
 
@@ -342,10 +348,15 @@ def answer_all(
     total, batch = len(reader.sources[0].records), questions.batch_size * ranks.world
     bar = tqdm(total=total, initial=first, unit="question", leave=False, disable=no_bar() or total < 2)
     last_line = time.monotonic()
+    options: dict[str, Any] = {"max_new_tokens": questions.max_new_tokens, "do_sample": questions.do_sample}
+    if questions.do_sample:
+        options |= {"temperature": questions.temperature, "top_p": questions.top_p}
     for offset in range(first, total, batch):
         indices = range(offset, min(offset + batch, total))
         torch.manual_seed(step_seed(questions.seed, offset, ranks.rank))
-        shares = [answer_some(questions, reader, model, indices[ranks.rank :: ranks.world])] * ranks.world
+        mine = [(0, index) for index in indices[ranks.rank :: ranks.world]]
+        metrics = [questions.chosen_metrics()]
+        shares = [answer_some(reader, model, mine, metrics, ranks.device, **options)] * ranks.world
         if ranks.world > 1:
             dist.all_gather_object(shares, shares[ranks.rank])
         rows = [shares[number % ranks.world][number // ranks.world] for number in range(len(indices))]

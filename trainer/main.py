@@ -50,6 +50,7 @@ from trainer.distributed import (
     step_seed,
     tell_failure,
 )
+from trainer.evaluate import Evaluation
 from trainer.lock import Lock
 from trainer.loss import chunked_cross_entropy
 from trainer.metrics import MetricsFile, Window, sum_over_ranks, summary, write_capsule
@@ -71,7 +72,7 @@ def train(config: Config, ranks: Ranks, lock: Lock) -> int:
     plan = make_plan(config, ranks)
     if plan is None:
         return BAD_INPUT
-    sources, total_steps = plan.sources, plan.total_steps
+    sources, total_steps, steps_per_epoch = plan.sources, plan.total_steps, plan.sampler.steps_per_epoch
     run = describe_run(config, plan, ranks)
     if agree_on_problems(lock.take() if ranks.rank == 0 else []):
         return BAD_INPUT
@@ -109,9 +110,15 @@ def train(config: Config, ranks: Ranks, lock: Lock) -> int:
 
     # --- the loop ----------------------------------------------------------------------------------------
     loader = open_loader(plan, config, ranks, start_point.step)
-    checkpoints = Checkpoints(run, config, lock, plan.sampler.steps_per_epoch, total_steps)
+    checkpoints = Checkpoints(run, config, lock, steps_per_epoch, total_steps)
     log(checkpoints.first_save(start_point.step))
     stop = StopRequest(output_dir)
+    evaluation = None
+    if plan.evaluation:
+        state = start_point.notes.get("evaluation", {})
+        evaluation = Evaluation(model, plan.evaluation, config, ranks, steps_per_epoch, state)
+        if evaluation.has_stalled:
+            total_steps = start_point.step
     flops = peak = tracer = None
     if config.measure_mfu:
         from trainer.extras.flops import count_flops, matmul_peak
@@ -124,6 +131,8 @@ def train(config: Config, ranks: Ranks, lock: Lock) -> int:
     if config.rehearse:
         for largest in largest_micro_batches(plan.reader, config.per_device_train_batch_size, plan.packing):
             rehearse(model, largest, device, config)
+    if evaluation and config.eval_on_start and start_point.step == 0:
+        metrics.write("eval", 0, **evaluation.run(0))
     batches = iter(loader)
     # leave=False: the last output of a run that ends early is the reason, not the bar.
     options = {"unit": "step", "dynamic_ncols": True, "leave": False}
@@ -179,7 +188,7 @@ def train(config: Config, ranks: Ranks, lock: Lock) -> int:
             metrics.write(
                 "train",
                 step,
-                epoch=step / plan.sampler.steps_per_epoch,
+                epoch=step / steps_per_epoch,
                 learning_rate=config.learning_rate * rate,
                 planned_idle_share=loader.idle_share(step - 1),
                 **line,
@@ -188,21 +197,31 @@ def train(config: Config, ranks: Ranks, lock: Lock) -> int:
             bar.set_postfix_str(text)
             if no_bar():
                 log(f"step {step} of {total_steps}: {text}")
-        if step % plan.sampler.steps_per_epoch == 0:
-            epoch = step // plan.sampler.steps_per_epoch - 1
+        if step % steps_per_epoch == 0:
+            epoch = step // steps_per_epoch - 1
             log(metrics.write_epoch(step, epoch, sources, window.flush_epoch()))
         if window.bad_steps >= config.max_bad_steps:
             log(f"\nerror: {window.bad_steps} steps in a row were not finite: see trainer/extras/replay.py")
             checkpoints.wait()
             return FAILED
 
-        # --- save, or stop --------------------------------------------------------------------------------
+        # --- evaluate, save, or stop ----------------------------------------------------------------------
+        is_best = False
+        if evaluation and (evaluation.is_due(step) or step == total_steps):
+            with window.timed("evaluating"):
+                metrics.write("eval", step, **evaluation.run(step))
+            is_best = evaluation.best_step == step and config.load_best_model_at_end
+            if evaluation.has_stalled and step < total_steps:
+                log(f"early stopping after step {step} of {total_steps}")
+                total_steps = checkpoints.last_step = step
         stopping = result.stop and step < total_steps
         due = checkpoints.is_due(step) or stopping
-        if due or (result.save and step < total_steps):
+        if due or is_best or (result.save and step < total_steps):
             with window.timed("saving"):
-                state = window.state()
-                checkpoints.save(step, write_model, resumable(trained, optimizer), state, until_next=not due)
+                state = window.state() | {"evaluation": evaluation.state() if evaluation else {}}
+                best_step = evaluation.best_step if evaluation else None
+                tensors = resumable(trained, optimizer)
+                checkpoints.save(step, write_model, tensors, state, until_next=not due, best_step=best_step)
         if tracer:
             tracer.end(step, is_last=stopping or step == total_steps)
         if stopping:
@@ -210,14 +229,19 @@ def train(config: Config, ranks: Ranks, lock: Lock) -> int:
             stop.honoured()
             log(f"\nstopped after step {step} of {total_steps}, as asked; {checkpoints.resume_hint()}")
             return FAILED if checkpoints.failed else STOPPED
+        if step == total_steps:
+            break
     bar.leave = True
     bar.close()
 
     # --- the final model, in output_dir itself -----------------------------------------------------------
     faulthandler.cancel_dump_traceback_later()
-    checkpoints.save_final_model(total_steps, write_model)
+    notes = {"evaluation": evaluation.state()} if evaluation else {}
+    best_step = evaluation.best_step if evaluation and config.load_best_model_at_end else None
+    checkpoints.save_final_model(total_steps, write_model, notes, best_step)
     stop.honoured()
-    log(f"the trained {'adapter' if plan.adapters else 'model'} is in {output_dir}")
+    which = f", that of step {best_step}," if best_step else ""
+    log(f"the trained {'adapter' if plan.adapters else 'model'}{which} is in {output_dir}")
     return 0
 
 

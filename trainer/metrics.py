@@ -171,7 +171,7 @@ class Window:
         peak_flops: peak operations per second of all ranks; None if not measured.
         """
         samples, left_out, supervised, loss = self.sums.sum(1).tolist()
-        seconds = time.perf_counter() - self.started
+        seconds = self._training_seconds()
         by_source = zip(self.sources, *self.sums[2:].tolist(), strict=True)
         line = {
             "loss": loss / supervised if supervised else math.nan,
@@ -211,8 +211,12 @@ class Window:
             "epoch": self.epoch.tolist(),
             "work": [self.tokens, *self.flops],
             "counts": [self.skipped_steps, self.bad_steps],
-            "clock": [time.perf_counter() - self.started, self.steps],
+            "clock": [self._training_seconds(), self.steps],
         }
+
+    def _training_seconds(self) -> float:
+        """Seconds since the window began, without evaluations."""
+        return time.perf_counter() - self.started - self.seconds["evaluating"]
 
 
 def summary(line: Mapping[str, Any], learning_rate: float) -> str:

@@ -16,7 +16,8 @@ a parameter is sharded over 8 ranks, and 4 ranks hold the same shard.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -102,6 +103,29 @@ def set_communication(model: Any, config: Config, is_last: bool) -> None:
     model.set_reshard_after_backward(is_last or config.reshard_after_forward)
 
 
+def reshard(model: nn.Module) -> None:
+    """Free all gathered parameters: of what a forward pass keeps for a backward pass that does not follow."""
+    for group in model.modules():
+        if isinstance(group, FSDPModule):
+            group.reshard()
+
+
+@contextmanager
+def gathered(model: nn.Module, whole: bool) -> Iterator[None]:
+    """Within it every rank has the whole model, so that forward passes have no collectives; whole False: as
+    always."""
+    groups: list[Any] = [module for module in model.modules() if isinstance(module, FSDPModule) and whole]
+    for group in groups:
+        group.unshard()
+        group.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for group in groups:
+            group.set_reshard_after_forward(group.reshards_after_forward, recurse=False)
+            group.reshard()
+
+
 def gather_ahead(blocks: Sequence[Any]) -> None:
     """Prefetch the next block's parameters while a block computes; the backward pass already does so."""
     for block, following in itertools.pairwise(blocks):
@@ -148,7 +172,13 @@ def parallelize(model: PreTrainedModel, mesh: DeviceMesh, parts: Parts, config: 
     offload = OffloadPolicy()
     if config.cpu_offload:
         offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
-    shard: Any = functools.partial(fully_shard, mesh=mesh, offload_policy=offload)
+
+    def shard(module: Any, mp_policy: MixedPrecisionPolicy, reshards: bool, **options: Any) -> Any:
+        options |= {"mesh": mesh, "mp_policy": mp_policy, "offload_policy": offload}
+        fully_shard(module, reshard_after_forward=reshards, **options)
+        module.reshards_after_forward = reshards
+        return module
+
     whole: set[nn.Parameter] = set()
     shard_frozen = config.sharding != "none"
     if not shard_frozen:
@@ -160,19 +190,19 @@ def parallelize(model: PreTrainedModel, mesh: DeviceMesh, parts: Parts, config: 
         vision_blocks = []
     for block in vision_blocks:
         # The backward pass never reaches a frozen tower, so it need not stay gathered.
-        reshards = config.reshard_after_forward or not vision_trains
-        shard(block, mp_policy=inner, reshard_after_forward=reshards)
+        shard(block, inner, reshards=config.reshard_after_forward or not vision_trains)
     for block in language_blocks:
-        shard(block, mp_policy=inner, reshard_after_forward=config.reshard_after_forward)
+        shard(block, inner, reshards=config.reshard_after_forward)
     modules: list[Any] = [*vision_blocks, *language_blocks]
     embeddings: Any = model.get_input_embeddings()
     output: Any = model.get_output_embeddings()
     is_tied = output.weight is embeddings.weight
     if shard_frozen and type(embeddings) is nn.Embedding and not is_tied:
         # Its gradient does not need the weight, which is therefore gathered once, in the forward pass.
-        modules.append(shard(embeddings, mp_policy=inner, reshard_after_forward=True))
+        modules.append(shard(embeddings, inner, reshards=True))
         modules[-1].set_unshard_in_backward(False)
-    sharded: Any = shard(model, mp_policy=policy, ignored_params=whole)
+    # Its parameters are needed again at once, by the backward pass.
+    sharded = shard(model, policy, reshards=False, ignored_params=whole)
     modules.append(sharded)
     if config.forward_prefetch:
         gather_ahead(language_blocks)

@@ -22,13 +22,14 @@ from data.errors import DataError
 from data.lengths import bad_samples, measure_lengths, needed_records, num_cut
 from data.loader import SampleReader, StepLoader
 from data.mixture import Source, read_mixture
-from data.packing import Packing
+from data.packing import CostModel, Packing
 from data.reader import cost_model, open_reader
 from data.sampler import StepSampler
 from trainer.adapter_folder import adapter_preprocessing, loads_by_itself
 from trainer.atomic import output_dir_problems
 from trainer.config import Config
-from trainer.distributed import Ranks, agree_on_problems, log, rank_zero_first
+from trainer.distributed import Ranks, agree_on_problems, is_main, log, rank_zero_first
+from trainer.evaluate import EvalPlan, plan_evaluation
 from trainer.lora import Adapters, add_adapters
 from trainer.models import Parts, build_model, parts_of, set_options
 from trainer.trainable import model_table, set_trainable, trained_names
@@ -52,6 +53,7 @@ class Plan:
     reader: SampleReader
     sampler: StepSampler
     packing: Packing | None
+    evaluation: EvalPlan | None
     global_batch: int
     """Samples per optimizer step."""
     total_steps: int
@@ -65,22 +67,29 @@ class Plan:
 def make_plan(config: Config, ranks: Ranks) -> Plan | None:
     """Read all files except weights; every rank calls it. None if rank 0 has logged problems."""
     problems = _machine_problems(config, ranks)
-    sources: list[Source] = []
+    sources, eval_sources = list[Source](), list[Source]()
     plan = None
-    try:
-        with rank_zero_first():
-            sources = read_mixture(
-                config.data_path,
-                config.given_num,
-                config.image_root,
-                skip_bad=config.on_bad_sample == "skip",
-                show_progress=ranks.rank == 0,
-            )
-    except DataError as error:
-        problems += str(error).splitlines()
+    files = [(config.data_path, sources)]
+    if config.eval_data_path is not None and config.evaluates:
+        files.append((config.eval_data_path, eval_sources))
+    for path, found in files:
+        try:
+            with rank_zero_first():
+                found += read_mixture(
+                    path,
+                    config.given_num,
+                    config.image_root,
+                    skip_bad=config.on_bad_sample == "skip",
+                    show_progress=ranks.rank == 0,
+                )
+        except DataError as error:
+            problems += str(error).splitlines()
     try:
         plan = _describe_model(config, ranks, sources)
         problems += _text_only_problems(plan, config)
+        if eval_sources:
+            evaluation = plan_evaluation(config, plan.reader, eval_sources, plan.global_batch)
+            plan = replace(plan, evaluation=evaluation)
     except (ValueError, OSError) as error:
         problems += str(error).splitlines()
     if agree_on_problems(problems):
@@ -88,19 +97,31 @@ def make_plan(config: Config, ranks: Ranks) -> Plan | None:
     assert plan is not None
     if not config.packing:
         return plan
-    needed = needed_records(plan.sampler, range(plan.total_steps))
-    lengths = []
+    cost = cost_model(trainer.models, plan.model_config, config.fix_vit)
+    packing, problems = _pack(plan.reader, plan.sampler, plan.total_steps, cost, config)
+    plan = replace(plan, packing=packing)
+    if plan.evaluation:
+        reader, sampler = plan.evaluation.reader, plan.evaluation.sampler
+        packing, more_problems = _pack(reader, sampler, sampler.steps_per_epoch, cost, config)
+        plan = replace(plan, evaluation=replace(plan.evaluation, packing=packing))
+        problems += more_problems
+    return None if agree_on_problems(problems) else plan
+
+
+def _pack(
+    reader: SampleReader, sampler: StepSampler, num_steps: int, cost: CostModel, config: Config
+) -> tuple[Packing, list[str]]:
+    """Measure the samples of the first `num_steps` steps; also returns the problems of bad ones."""
+    needed = needed_records(sampler, range(num_steps))
+    lengths, problems = [], []
     try:
         with rank_zero_first():
-            lengths = measure_lengths(plan.reader, needed, show_progress=ranks.rank == 0)
+            lengths = measure_lengths(reader, needed, show_progress=is_main())
         if config.on_bad_sample == "error":
-            problems = bad_samples(plan.reader, lengths)
+            problems = bad_samples(reader, lengths)
     except DataError as error:  # a file changed while it was read
         problems = str(error).splitlines()
-    if agree_on_problems(problems):
-        return None
-    cost = cost_model(trainer.models, plan.model_config, config.fix_vit)
-    return replace(plan, packing=Packing(lengths, config.row_tokens, cost))
+    return Packing(lengths, config.row_tokens, cost), problems
 
 
 def _machine_problems(config: Config, ranks: Ranks) -> list[str]:
@@ -202,6 +223,7 @@ def _describe_model(config: Config, ranks: Ranks, sources: list[Source]) -> Plan
         reader=reader,
         sampler=sampler,
         packing=None,
+        evaluation=None,
         global_batch=global_batch,
         total_steps=total_steps,
         warmup_steps=math.ceil(config.warmup_ratio * total_steps),
@@ -249,6 +271,10 @@ def log_plan(plan: Plan, config: Config, ranks: Ranks, loaded: LoadReport) -> No
                 f"warning: {source.name}: {cut:,} of {measured:,} measured samples are over "
                 f"max_length={config.max_length} and {outcome}"
             )
+    if plan.evaluation:
+        parts = [f"{s.num_samples:,} samples of {s.name}" for s in plan.evaluation.reader.sources]
+        asked = f", {len(plan.evaluation.questions):,} of them questions" if config.eval_generate else ""
+        log(f"evaluation on {', '.join(parts)}{asked}")
     rows = (
         f"packed into rows of at most {config.row_tokens:,} tokens"
         if plan.packing

@@ -68,6 +68,7 @@ def prepare_output_dir(
             drop_later_lines(output_dir / "metrics.jsonl", start.step)
         else:
             set_aside(output_dir / "metrics.jsonl")
+            set_aside(output_dir / "eval")
         write_json(output_dir / "run.json", run)
     except OSError as error:
         return [

@@ -90,8 +90,10 @@ def choose_start(config: Config, run: Mapping[str, Any]) -> Start:
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     wanted = "auto" if restarted and found else config.resume_from_checkpoint
     if wanted == "auto" and (output_dir / MARKER).is_file():
-        start = Start(read_marker(output_dir)["step"], output_dir, finished=True)
-        if start.step >= run["total_steps"]:
+        marker = read_marker(output_dir)
+        start = Start(marker["step"], output_dir, finished=True)
+        patience, since_best = config.early_stopping_patience, _since_best(marker)
+        if start.step >= run["total_steps"] or (patience is not None and since_best >= patience):
             _compare(output_dir, run, config.resume_anyway)
             log(f"{output_dir} holds the finished model of this run, after step {start.step}: nothing to do")
             return start
@@ -138,6 +140,11 @@ def choose_start(config: Config, run: Mapping[str, Any]) -> Start:
     return start
 
 
+def _since_best(marker: Mapping[str, Any]) -> int:
+    """Evaluations of a finished run since its best one."""
+    return marker.get("evaluation", {}).get("since_best", 0)
+
+
 def _finish_move(output_dir: Path) -> None:
     """Finish a move of the final model into output_dir that a killed run left half done."""
     if (output_dir / FINAL / MARKER).is_file():
@@ -161,8 +168,9 @@ def drop_later_lines(path: Path, step: int) -> None:
 
 
 def set_aside(path: Path) -> None:
-    """Rename the metrics.jsonl of an earlier attempt to metrics-1.jsonl, or to the next free number."""
-    if path.is_file() and path.stat().st_size:
+    """Rename the metrics.jsonl of an earlier attempt to metrics-1.jsonl, or to the next free number; a folder
+    of its answers too."""
+    if path.exists() and path.stat().st_size:
         names = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(1))
         free = next(name for name in names if not name.exists())
         path.rename(free)

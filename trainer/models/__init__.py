@@ -40,6 +40,7 @@ __all__ = [
     "preprocessing_of",
     "prompt_arguments",
     "set_options",
+    "use_generation_defaults",
 ]
 
 OWN_FAMILIES: dict[str, Family] = dict.fromkeys(MODEL_TYPES, XComposer2())
@@ -137,6 +138,22 @@ def positions_of(
 def answering_class(config: PreTrainedConfig) -> Any:
     """The class of transformers whose `from_pretrained` gives a model that generates answers."""
     return _family_of(config).answering_class(config)
+
+
+def use_generation_defaults(model: Any, folder: str | Path) -> None:
+    """Set how the model in training generates: as the model in `folder` does when it is loaded."""
+    nothing = {"cache_dir": None, "force_download": False, "proxies": None, "token": None}
+    model.adjust_generation_fn(
+        generation_config=None,
+        from_auto_class=False,
+        from_pipeline=False,
+        pretrained_model_name_or_path=str(folder),
+        local_files_only=True,
+        revision="main",
+        subfolder="",
+        trust_remote_code=False,
+        **nothing,
+    )
 
 
 def prompt_arguments(config: PreTrainedConfig, im_mask: Tensor) -> dict[str, Any]:
