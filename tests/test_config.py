@@ -88,10 +88,24 @@ def test_help_describes_every_flag():
 
 
 def test_a_tracker_that_is_not_installed_is_named_before_anything_is_read(usable, monkeypatch):
-    assert parse([*usable, "--report_to", "tensorboard"]).report_to == "tensorboard"
+    assert parse(usable).report_to == ("none",)
+    assert parse([*usable, "--report_to", "tensorboard"]).report_to == ("tensorboard",)
     monkeypatch.setattr("trainer.config.find_spec", lambda name: None)
     (problem,) = problems_of([*usable, "--report_to", "tensorboard"])
     assert problem == "--report_to tensorboard needs tensorboard: pip install -e '.[tensorboard]'"
+    assert problems_of([*usable, "--report_to", "wandb", "trackio"]) == [
+        "--report_to wandb needs wandb: pip install -e '.[wandb]'",
+        "--report_to trackio needs trackio: pip install -e '.[trackio]'",
+    ]
+
+
+def test_trackers_are_known_ones_or_none(usable):
+    assert problems_of([*usable, "--report_to", "mlflow"]) == [
+        "--report_to mlflow: choose from none, tensorboard, wandb, trackio"
+    ]
+    assert problems_of([*usable, "--report_to", "none,tensorboard"]) == [
+        "--report_to none excludes the trackers beside it"
+    ]
 
 
 def test_a_whole_vision_tower_must_be_frozen_and_stays_on_the_device(usable):

@@ -21,6 +21,7 @@ from data.config import DataConfig, may_change
 from data.flags import ConfigError as ConfigError
 from data.flags import parse_flags
 from trainer.optim import SCHEDULES
+from trainer.trackers import TRACKERS
 
 
 @dataclass
@@ -163,8 +164,9 @@ class Config(DataConfig):
     profile: str | None = may_change(None)
     """START:STOP, both included: trace these steps, with named ranges, into output_dir/profile/, and print a
     table of where their time went."""
-    report_to: str = may_change("none")
-    """none, or tensorboard: event files in output_dir/tensorboard (pip install -e '.[tensorboard]')."""
+    report_to: tuple[str, ...] = may_change(("none",))
+    """Trackers of the metrics, each with a package of its own (pip install -e '.[wandb]'): tensorboard (event
+    files in output_dir/tensorboard), wandb, trackio; or none."""
 
     # --- validation ----------------------------------------------------------------------------------
     eval_data_path: str | None = may_change(None)
@@ -267,7 +269,6 @@ class Config(DataConfig):
             "save_strategy": ("no", "steps", "epoch"),
             "eval_strategy": ("no", "steps", "epoch"),
             "save_dtype": ("auto", "float32", "bfloat16"),
-            "report_to": ("none", "tensorboard"),
         }.items():
             if getattr(self, name) not in choices:
                 found.append(f"--{name} {getattr(self, name)}: choose one of {', '.join(map(str, choices))}")
@@ -309,6 +310,9 @@ class Config(DataConfig):
             found.append(f"--profile {self.profile}: the last step comes before the first")
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
             found.append("nothing to train: --num_train_epochs or --max_steps must be above 0")
+        for name in self.report_to:
+            if name not in ("none", *TRACKERS):
+                found.append(f"--report_to {name}: choose from none, {', '.join(TRACKERS)}")
         found += self._contradictions()
         return found
 
@@ -346,8 +350,12 @@ class Config(DataConfig):
             found.append(
                 f"--optim_state bfloat16 cannot express --adam_beta2 {self.adam_beta2}: use 0.996 or less"
             )
-        if self.report_to == "tensorboard" and find_spec("tensorboard") is None:
-            found.append("--report_to tensorboard needs tensorboard: pip install -e '.[tensorboard]'")
+        if "none" in self.report_to and len(self.report_to) > 1:
+            found.append("--report_to none excludes the trackers beside it")
+        for name in [name for name in TRACKERS if name in self.report_to]:
+            spec = find_spec(name)
+            if spec is None or spec.origin is None:  # without an origin: a folder, such as wandb's own
+                found.append(f"--report_to {name} needs {name}: pip install -e '.[{name}]'")
         if self.optim_state == "8bit" and find_spec("torchao") is None:
             found.append("--optim_state 8bit needs torchao: pip install 'torchao==0.18.*'")
         if self.use_dora and self.lora_dropout > 0:

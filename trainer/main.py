@@ -61,10 +61,11 @@ from trainer.prepare import log_plan, make_plan, open_loader
 from trainer.rehearsal import bytes_of_a_save, largest_micro_batches, prepare_output_dir, rehearse
 from trainer.resume import choose_start, describe_run
 from trainer.stopping import StopRequest, wait_for_the_end
+from trainer.trackers import Trackers
 from trainer.trainable import part_of, refuse_idle
 
 
-def train(config: Config, ranks: Ranks, lock: Lock) -> int:
+def train(config: Config, ranks: Ranks, lock: Lock, trackers: Trackers) -> int:
     """Run a checked configuration, with the lock of its output_dir; returns the exit status."""
     device, output_dir = ranks.device, Path(config.output_dir)
 
@@ -105,7 +106,7 @@ def train(config: Config, ranks: Ranks, lock: Lock) -> int:
     space = bytes_of_a_save(model, trained, resumable(trained, optimizer), plan.save_dtype, config)
     if agree_on_problems(prepare_output_dir(output_dir, run, start_point, space) if ranks.rank == 0 else []):
         return BAD_INPUT
-    metrics = MetricsFile(output_dir if ranks.rank == 0 else None, config.report_to == "tensorboard")
+    metrics = MetricsFile(output_dir if ranks.rank == 0 else None, trackers)
     write_model = functools.partial(save_model, model, plan, loaded)
 
     # --- the loop ----------------------------------------------------------------------------------------
@@ -256,8 +257,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         make_deterministic()
     ranks = start(60 * config.hang_minutes + 60, host_collectives=config.cpu_offload)  # after the watchdog
     try:
-        with Lock(Path(config.output_dir)) as lock:
-            status = train(config, ranks, lock)
+        output_dir = Path(config.output_dir)
+        with Lock(output_dir) as lock, Trackers(config.report_to, output_dir, vars(config)) as trackers:
+            status = train(config, ranks, lock, trackers)
         finish()
         return status
     except SaveError as error:  # the same on every rank

@@ -30,44 +30,43 @@ from data.ledger import ledger_rows, ledger_table, tally
 from data.mixture import Source
 from trainer.atomic import write_json
 from trainer.distributed import all_max, all_sum, is_main, log, step_seed
+from trainer.trackers import Trackers
 
 
 class MetricsFile:
     """`metrics.jsonl` in a folder: one JSON object per line, flushed, so that a killed run keeps every line.
 
-    folder: None writes nothing, so that all ranks run the same code; tensorboard: also write the metrics to
-    event files in `folder`/tensorboard (needs the package of that name).
+    folder: None writes nothing, so that all ranks run the same code; trackers: get every line, too.
     """
 
-    def __init__(self, folder: Path | None, tensorboard: bool = False) -> None:
+    def __init__(self, folder: Path | None, trackers: Trackers | None = None) -> None:
         self.file = (folder / "metrics.jsonl").open("a", encoding="utf-8") if folder else None
-        self.board = None
-        if folder and tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(folder / "tensorboard")
+        self.trackers = trackers if folder else None
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Write one line; floats keep full precision, for exact comparisons of runs, and NaN becomes null."""
-        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        values = _finite(values)
         if self.file:
             try:
                 self.file.write(json.dumps({"kind": kind, "step": step, **values}, ensure_ascii=False) + "\n")
                 self.file.flush()
             except OSError as error:  # a full disk; the buffer keeps the line for the next flush
                 log(f"\nwarning: metrics.jsonl cannot be written now; its lines are kept in memory: {error}")
-        if self.board:
-            for name, value in values.items():
-                for key, number in (value if isinstance(value, dict) else {"": value}).items():
-                    if isinstance(number, int | float):
-                        self.board.add_scalar("/".join(filter(None, (kind, name, key))), number, step)
-            self.board.flush()
+        if self.trackers:
+            self.trackers.log(kind, step, values)
 
     def write_epoch(self, step: int, epoch: int, sources: Sequence[Source], sums: Tensor) -> str:
         """Write the line of an epoch (from 0), given the sums for `ledger_rows`; returns its table."""
         rows = ledger_rows(sources, sums, epoch)
         self.write("epoch", step, epoch=epoch, sources=rows)
         return f"\nepoch {epoch}\n{ledger_table(rows)}"
+
+
+def _finite(value: Any) -> Any:
+    """A JSON value with null for numbers that JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def sum_over_ranks(

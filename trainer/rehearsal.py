@@ -25,6 +25,7 @@ from trainer.atomic import MARKER, sweep, write_json
 from trainer.config import Config
 from trainer.parallelize import set_communication
 from trainer.resume import Start, drop_later_lines, set_aside
+from trainer.trackers import ID_FILE
 
 PROBED = 64
 """Records of each source that are measured; a record must be tokenised to know its length."""
@@ -69,6 +70,7 @@ def prepare_output_dir(
         else:
             set_aside(output_dir / "metrics.jsonl")
             set_aside(output_dir / "eval")
+            (output_dir / ID_FILE).unlink(missing_ok=True)
         write_json(output_dir / "run.json", run)
     except OSError as error:
         return [
