@@ -8,6 +8,8 @@ The model's `ImageProcessor` computes the pixels. Images over MAX_PIXELS, broken
 formats not in FORMATS are rejected, and nothing is decoded before the header is checked.
 """
 
+import base64
+import io
 import stat
 import warnings
 from collections.abc import Callable, Sequence
@@ -123,6 +125,13 @@ def size_of(image: Image.Image, processor: ImageProcessor) -> tuple[int, int]:
             return processor.size(image)
     except Exception as error:
         raise DataError(f"{getattr(image, 'filename', '')} has broken EXIF data: {_reason(error)}") from error
+
+
+def jpeg_uri(image: Image.Image, quality: int) -> str:
+    """An RGB picture as the address of a picture in an HTML page that needs no other file."""
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=quality)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def _reason(error: Exception) -> str:

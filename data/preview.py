@@ -5,10 +5,8 @@ rows as they are packed, pictures as the model sees them, tokens coloured by rol
 trained. A menu selects one source; `preview.html#source=pets` opens with that selection.
 """
 
-import base64
 import codecs
 import html
-import io
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,6 +18,7 @@ from PIL import Image
 
 from data.batch import MicroBatch
 from data.errors import DataError
+from data.images import jpeg_uri
 from data.lengths import measure_lengths
 from data.loader import SampleReader, StepLoader
 from data.packing import CostModel, Packing
@@ -182,10 +181,7 @@ def _tokens(
 
 def _picture(image: Image.Image) -> str:
     """The picture as HTML."""
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=90)
-    data = base64.b64encode(file.getvalue()).decode()
-    return f'<img alt="{image.width}×{image.height}" src="data:image/jpeg;base64,{data}">'
+    return f'<img alt="{image.width}×{image.height}" src="{jpeg_uri(image, quality=90)}">'
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -167,6 +167,9 @@ class Config(DataConfig):
     report_to: tuple[str, ...] = may_change(("none",))
     """Trackers of the metrics, each with a package of its own (pip install -e '.[wandb]'): tensorboard (event
     files in output_dir/tensorboard), wandb, trackio; or none."""
+    report: bool = may_change(True)
+    """At every evaluation and at the end, write output_dir/report.html, the run on one page; with pip install -e '.[report]', it has
+    curves."""
 
     # --- validation ----------------------------------------------------------------------------------
     eval_data_path: str | None = may_change(None)

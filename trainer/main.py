@@ -3,10 +3,10 @@
     torchrun --nproc_per_node 8 -m trainer.main --model_name_or_path MODEL --data_path data.txt
 
 Input: a Hugging Face folder and a data.txt (trainer/config.py lists the flags). Output in `output_dir`: the
-trained model as a Hugging Face folder, `checkpoint-<step>/`, `metrics.jsonl` (one line per logged step) and
-`run.json`. In a step on 2 ranks with 2 micro-batches of 4 samples each, every rank computes 8 of the step's
-16 samples; the summed losses are divided once, by the number of supervised tokens in all 16; gradients are
-summed over the ranks in the last micro-batch.
+trained model as a Hugging Face folder, `checkpoint-<step>/`, `metrics.jsonl` (one line per logged step),
+`run.json` and `report.html`. In a step on 2 ranks with 2 micro-batches of 4 samples each, every rank computes
+8 of the step's 16 samples; the summed losses are divided once, by the number of supervised tokens in all 16;
+gradients are summed over the ranks in the last micro-batch.
 
 Exit status: 0 finished; 2 bad input, nothing trained; 75 stopped on request, resumable; 1 any other failure.
 """
@@ -59,6 +59,7 @@ from trainer.optim import adamw, learning_rate_factor, parameter_groups
 from trainer.parallelize import allocate, parallelize, set_communication
 from trainer.prepare import log_plan, make_plan, open_loader
 from trainer.rehearsal import bytes_of_a_save, largest_micro_batches, prepare_output_dir, rehearse
+from trainer.report import try_report
 from trainer.resume import choose_start, describe_run
 from trainer.stopping import StopRequest, wait_for_the_end
 from trainer.trackers import Trackers
@@ -211,6 +212,8 @@ def train(config: Config, ranks: Ranks, lock: Lock, trackers: Trackers) -> int:
         if evaluation and (evaluation.is_due(step) or step == total_steps):
             with window.timed("evaluating"):
                 metrics.write("eval", step, **evaluation.run(step))
+                if config.report and ranks.rank == 0:
+                    try_report(output_dir)
             is_best = evaluation.best_step == step and config.load_best_model_at_end
             if evaluation.has_stalled and step < total_steps:
                 log(f"early stopping after step {step} of {total_steps}")
@@ -260,6 +263,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         output_dir = Path(config.output_dir)
         with Lock(output_dir) as lock, Trackers(config.report_to, output_dir, vars(config)) as trackers:
             status = train(config, ranks, lock, trackers)
+            if config.report and status != BAD_INPUT and ranks.rank == 0:
+                try_report(output_dir)
         finish()
         return status
     except SaveError as error:  # the same on every rank

@@ -13,6 +13,7 @@ With packing, the length of every sample is measured here on all cores; the next
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -32,7 +33,7 @@ from trainer.distributed import Ranks, agree_on_problems, is_main, log, rank_zer
 from trainer.evaluate import EvalPlan, plan_evaluation
 from trainer.lora import Adapters, add_adapters
 from trainer.models import Parts, build_model, parts_of, set_options
-from trainer.trainable import model_table, set_trainable, trained_names
+from trainer.trainable import model_table, parameter_rows, set_trainable, trained_names
 from trainer.weights import LoadReport, weights_dtype
 
 
@@ -62,6 +63,11 @@ class Plan:
     @property
     def sources(self) -> list[Source]:
         return list(self.reader.sources)
+
+    def parameter_rows(self, config: Config) -> list[dict[str, Any]]:
+        """The rows of the table at the start: which parameters train, at which rate, and in which dtype."""
+        in_adapter = self.adapters.saved if self.adapters else None
+        return parameter_rows(self.model, self.parts, config.learning_rates, in_adapter)
 
 
 def make_plan(config: Config, ranks: Ranks) -> Plan | None:
@@ -249,7 +255,7 @@ def open_loader(plan: Plan, config: Config, ranks: Ranks, first_step: int) -> St
 def log_plan(plan: Plan, config: Config, ranks: Ranks, loaded: LoadReport) -> None:
     """Log which parameters train, the sources and the batch arithmetic; `loaded`: the report on the base."""
     adapters, base = plan.adapters, Path(config.model_name_or_path)
-    log(model_table(plan.model, plan.parts, config.learning_rates, adapters.saved if adapters else None))
+    log(model_table(plan.parameter_rows(config)))
     if adapters and not loads_by_itself(base, plan.parts):
         log(
             f"{base} has no code that today's transformers can run: to use the adapter without this "

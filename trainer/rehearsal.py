@@ -24,7 +24,7 @@ from data.packing import Packing
 from trainer.atomic import MARKER, sweep, write_json
 from trainer.config import Config
 from trainer.parallelize import set_communication
-from trainer.resume import Start, drop_later_lines, set_aside
+from trainer.resume import Start, drop_later_lines, set_aside, with_starts
 from trainer.trackers import ID_FILE
 
 PROBED = 64
@@ -71,7 +71,7 @@ def prepare_output_dir(
             set_aside(output_dir / "metrics.jsonl")
             set_aside(output_dir / "eval")
             (output_dir / ID_FILE).unlink(missing_ok=True)
-        write_json(output_dir / "run.json", run)
+        write_json(output_dir / "run.json", with_starts(run, output_dir, start))
     except OSError as error:
         return [
             f"--output_dir {output_dir}: cannot be written: {error}; make it writable, or name another folder"

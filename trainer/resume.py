@@ -19,6 +19,7 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from trainer.atomic import FINAL, MARKER, move_into, numbered
 from trainer.checkpoint import damage, read_marker
 from trainer.config import Config
 from trainer.distributed import Ranks, barrier, is_main, log
+from trainer.models import answering_class
 from trainer.prepare import Plan
 from trainer.weights import base_checksum
 
@@ -51,7 +53,12 @@ def describe_run(config: Config, plan: Plan, ranks: Ranks) -> dict[str, Any]:
     samples = sum(source.num_samples for source in plan.sources)
     return {
         "config": json.loads(json.dumps(dataclasses.asdict(config))),  # as json.loads will return it
+        "model_type": plan.model_config.model_type,
+        "loads_with": answering_class(plan.model_config).__name__,
+        "has_own_code": any(path.suffix == ".py" for path in plan.parts.files),
+        "parameters": plan.parameter_rows(config),
         "global_batch": plan.global_batch,
+        "steps_per_epoch": plan.sampler.steps_per_epoch,
         "total_steps": plan.total_steps,
         "warmup_steps": plan.warmup_steps,
         "data_plan": [
@@ -70,12 +77,36 @@ def describe_run(config: Config, plan: Plan, ranks: Ranks) -> dict[str, Any]:
         "base_checksum": base_checksum(Path(config.model_name_or_path)),
         "ranks": ranks.world,
         "device": ranks.device.type,
+        "device_name": torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else None,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
     }
+
+
+def with_starts(run: Mapping[str, Any], output_dir: Path, start: Start) -> dict[str, Any]:
+    """`run` with "starts": when, after which step and on what the run was started, this time and before.
+
+    The starts before are those in output_dir's run.json whose steps were not dropped from metrics.jsonl; none
+    if this run does not go on from a checkpoint there.
+    """
+    earlier: list[dict[str, Any]] = []
+    if start.folder and start.folder.resolve().parent == output_dir.resolve():
+        try:
+            content = json.loads((output_dir / "run.json").read_text(encoding="utf-8"))
+            earlier = [entry for entry in content["starts"] if entry["step"] <= start.step]
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # a lack of history is no reason not to train
+    this = {
+        "step": start.step,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "from": str(start.folder) if start.folder else None,
+        "started_in": str(Path.cwd()),
+        **{name: run[name] for name in ("ranks", "device", "device_name", "versions")},
+    }
+    return {**run, "starts": [*earlier, this]}
 
 
 def choose_start(config: Config, run: Mapping[str, Any]) -> Start:

@@ -17,8 +17,8 @@ peft puts an adapted layer one level down: `wo.weight` is `wo.base_layer.weight`
 `checkpoint_name` takes that back, so the flags, a checkpoint and the model speak of the same layer.
 """
 
-from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -133,13 +133,13 @@ def _group_of(name: str, parts: Parts) -> str:
     )
 
 
-def model_table(
+def parameter_rows(
     model: nn.Module,
     parts: Parts,
     learning_rates: Mapping[str, float],
     in_adapter: Collection[str] | None = None,
-) -> str:
-    """Group of modules → parameters, whether they train, peak learning rate, dtype, and if they are saved.
+) -> list[dict[str, Any]]:
+    """A row per group of modules: parameters, peak learning rate (None if frozen), dtype, and if it is saved.
 
     in_adapter: names of the parameters that an adapter's folder holds; None where the whole model is saved.
     """
@@ -151,16 +151,30 @@ def model_table(
             saved = "in the adapter" if name in in_adapter else "no"
         key = (_group_of(name, parts), part_of(name, parts), trains, parameter.dtype, saved)
         rows[key] = rows.get(key, 0) + parameter.numel()
+    return [
+        {
+            "part": group,
+            "parameters": count,
+            "learning_rate": learning_rates[part] if trains else None,
+            "stored_as": str(dtype).removeprefix("torch."),
+            "saved": saved,
+        }
+        for (group, part, trains, dtype, saved), count in rows.items()
+    ]
+
+
+def model_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """`parameter_rows` as aligned text."""
     lines = [
         f"{'part':<28}{'parameters':>15}  {'trains':<8}{'learning rate':<15}{'stored as':<11}saved",
     ]
-    for (group, part, trains, dtype, saved), count in rows.items():
-        rate = f"{learning_rates[part]:.2e}" if trains else "-"
+    for row in rows:
+        trains, rate = ("no", "-") if row["learning_rate"] is None else ("yes", f"{row['learning_rate']:.2e}")
         lines.append(
-            f"{group:<28}{count:>15,}  {'yes' if trains else 'no':<8}{rate:<15}"
-            f"{str(dtype).removeprefix('torch.'):<11}{saved}"
+            f"{row['part']:<28}{row['parameters']:>15,}  {trains:<8}{rate:<15}"
+            f"{row['stored_as']:<11}{row['saved']}"
         )
-    total = sum(rows.values())
-    trained = sum(count for (_, _, trains, *_), count in rows.items() if trains)
+    total = sum(row["parameters"] for row in rows)
+    trained = sum(row["parameters"] for row in rows if row["learning_rate"] is not None)
     lines.append(f"{'all':<28}{total:>15,}  {trained:,} train")
     return "\n".join(lines)

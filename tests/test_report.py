@@ -1,0 +1,405 @@
+"""report.html: written by real runs, and looked at in a real browser."""
+
+import json
+import os
+import random
+import re
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import trainer.report
+from tests.browser import Browser
+from tests.fault_cases import in_every_step, send
+from tests.tiny import flags, read_metrics, run_ranks, tiny_world
+from trainer.config import parse
+from trainer.main import main
+from trainer.report import report, write_report
+from trainer.report.answers import MOST_QUESTIONS, read_questions
+from trainer.report.commands import commands
+from trainer.report.curves import thin
+from trainer.report.run import read_run
+
+MEGABYTE = 1_000_000
+TEXTS = """(() => {
+  const found = [];
+  const walk = root => {
+    for (const element of root.querySelectorAll("*")) {
+      if (element.shadowRoot) walk(element.shadowRoot);
+      for (const node of element.childNodes) {
+        const box = element.getBoundingClientRect();
+        if (node.nodeType === 3 && node.textContent.trim() && box.width && root !== document)
+          found.push([node.textContent.trim(), box.left, box.top]);
+      }
+    }
+  };
+  walk(document);
+  return found;
+})()"""
+"""What can be read in Bokeh's figures, with its place in the window: legends, and values on hover."""
+
+
+def killed_after(step: int, argv: list[str]) -> int:
+    in_every_step(lambda number, rank: send(signal.SIGKILL) if number == step + 1 else None)
+    return main(argv)
+
+
+def write_evaluations(folder: Path, steps: list[int], source: str = "colour", attack: str = "") -> None:
+    """Lines of kind "eval" and the answers to four questions, of which more and more are right."""
+    (folder / "eval").mkdir(exist_ok=True)
+    lines = []
+    for place, step in enumerate(steps):
+        right = place / (len(steps) - 1)
+        scores = {"exact_match": right, "token_f1": right}
+        line = {
+            "kind": "eval",
+            "step": step,
+            "epoch": step / 4,
+            "loss": 3 - right,
+            "samples": 4,
+            "seconds": 0.5,
+        }
+        line |= {"loss_by_source": {source: 3 - right}, "supervised_tokens": 20, "metrics": {source: scores}}
+        lines.append(line)
+        rows = []
+        for record in range(4):
+            is_right = record / 4 < right
+            rows.append(
+                {
+                    "source": source,
+                    "record": record,
+                    "id": f"sample-{record}",
+                    "question": f"what colour is number {record}? {attack}",
+                    "answer": "red",
+                    "prediction": "red" if is_right and record < 3 else f"never {attack}",
+                    "scores": {"exact_match": float(is_right and record < 3)},
+                    "images": [str(folder / f"picture{record % 2}.jpg")],
+                }
+            )
+        (folder / "eval" / f"step-{step}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    Image.new("RGB", (3000, 2000), "red").save(folder / "picture0.jpg")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write("".join(f"{json.dumps(line)}\n" for line in lines))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A tiny model and data, and `run`: killed twice, finished at the third start, and evaluated."""
+    folder = tiny_world(tmp_path_factory.mktemp("report"))
+    options = {"max_steps": 8, "per_device_train_batch_size": 6, "save_strategy": "steps", "save_steps": 2}
+    argv = flags(folder, "run", **options, report=True)
+    run_ranks(1, killed_after, 3, argv, status=-signal.SIGKILL)
+    run_ranks(1, killed_after, 5, argv, status=-signal.SIGKILL)
+    (output,) = run_ranks(1, main, argv)
+    assert "warning" not in output
+    return folder
+
+
+@pytest.fixture(scope="module")
+def evaluated(world, tmp_path_factory) -> Path:
+    """The page of that run after evaluations were added."""
+    write_evaluations(world / "run", [0, 2, 4, 6, 8])
+    page = tmp_path_factory.mktemp("page") / "report.html"
+    write_report([world / "run"], page)
+    return page
+
+
+def test_the_trainer_writes_the_page_and_it_tells_the_resumes_of_a_run_that_was_killed_twice(world):
+    page = (world / "run" / "report.html").read_text(encoding="utf-8")
+    assert "finished after step 8" in page
+    assert "2 times" in page
+    starts = json.loads((world / "run" / "run.json").read_text())["starts"]
+    assert [start["step"] for start in starts] == [0, 2, 4]
+    assert starts[1]["from"].endswith("run/checkpoint-2")
+    assert read_run(world / "run").resumed_after == [2, 4]
+    for entry in starts:
+        assert entry["time"] in page
+
+
+def test_run_json_tells_which_parameters_train_as_the_table_at_the_start_does(world):
+    rows = json.loads((world / "run" / "run.json").read_text())["parameters"]
+    frozen = {row["part"] for row in rows if row["learning_rate"] is None}
+    assert frozen == {"vision tower"}
+    model = AutoModelForCausalLM.from_pretrained(world / "run")
+    assert sum(row["parameters"] for row in rows) == sum(p.numel() for p in model.parameters())
+
+
+def test_a_person_sees_results_curves_answers_and_values_on_hover(world, evaluated):
+    assert evaluated.stat().st_size < 5 * MEGABYTE
+    with Browser(evaluated) as page:
+        text = page.text("body")
+        for heading in ("Results", "Curves", "Evaluations", "Answers", "What trained", "Data", "Commands"):
+            assert heading in text
+        assert "step 0: the base model" in text
+        assert re.search(r"\b1\s+colour\s+12\s+12\b", text), "declared and realised, in the first epoch"
+        titles = page.evaluate("[...document.querySelectorAll('.figures h3')].map(h => h.innerText)")
+        assert titles[:3] == ["Loss", "Training loss by source", "Validation loss by source"]
+        assert "Gradient norm, before clipping" in titles
+        labels = {label: (x, y) for label, x, y in page.evaluate(TEXTS)}
+        assert {"training", "validation", "colour", "both", "text"} <= labels.keys()
+
+        # --- the values on hover
+        left, top, width = page.box(".figures > div")
+        assert "step:" not in [label for label, *_ in page.evaluate(TEXTS)]
+        page.move(left + width / 2, top + 150)
+        shown = [label for label, *_ in page.evaluate(TEXTS)]
+        assert shown.count("step:") == 2, "of the training and of the validation"
+        tooltip = shown[max(place for place, label in enumerate(shown) if label == "training") :]
+        step = int(tooltip[tooltip.index("step:") + 1])
+        assert f"{read_metrics(world / 'run')[step - 1]['loss']:.4f}" in tooltip
+
+        # --- a click on a name hides its curve
+        x, y = next((x, y) for label, x, y in page.evaluate(TEXTS) if label == "validation")
+        page.click(x + 5, y + 5)
+        page.move(left + width / 2, top + 150)
+        page.move(left + width / 2 + 1, top + 150)
+        shown = [label for label, *_ in page.evaluate(TEXTS)]
+        assert shown.count("step:") == 1
+        assert (page.errors, page.requests) == ([], [])
+
+
+def test_the_filters_show_a_source_and_what_is_right_wrong_or_changed(evaluated):
+    with Browser(evaluated) as page:
+
+        def cards() -> list[str]:
+            script = (
+                "[...document.querySelectorAll('article')].filter(a => a.offsetHeight).map(a => a.innerText)"
+            )
+            return page.evaluate(script)
+
+        assert len(cards()) == 4
+        assert "4 of 4 shown" in page.text("#answers")
+        for outcome, names in {
+            "wrong": ["sample-3"],
+            "right": ["sample-0", "sample-1", "sample-2"],
+            "changed": ["sample-0", "sample-1", "sample-2"],
+        }.items():
+            page.choose("#outcome", outcome)
+            assert sorted(re.search(r"sample-\d", card)[0] for card in cards()) == names
+        page.choose("#outcome", "")
+        page.choose("#source", "colour")
+        (first,) = [card for card in cards() if "sample-0" in card]
+        assert re.search(r"base model\s+never\s+✗ wrong\s+step 2 to 8\s+red\s+✓ right", first)
+        pictures = page.evaluate(
+            "[...document.querySelectorAll('article img')].map(i => [i.naturalWidth, i.naturalHeight])"
+        )
+        assert pictures == [[240, 160]] * 2
+        assert "picture1.jpg does not exist" in page.text("#answers")
+        assert (page.errors, page.requests) == ([], [])
+
+
+def test_the_page_fits_a_narrow_screen_and_paper(evaluated, tmp_path):
+    with Browser(evaluated, width=390) as page:
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
+        page.print(tmp_path / "page.pdf")
+        assert (tmp_path / "page.pdf").read_bytes().startswith(b"%PDF")
+        assert not page.errors
+
+
+def test_texts_of_users_stay_text(world, tmp_path):
+    attack = "</script><img src=x onerror=alert(1)> $$x$$ \\(x\\) {{ 7 * 7 }}"
+    run = tmp_path / "run <b>"
+    run.mkdir()
+    about = json.loads((world / "run" / "run.json").read_text())
+    about["config"]["chat_template"] = attack
+    about["data_plan"][0]["source"] = attack
+    (run / "run.json").write_text(json.dumps(about))
+    lines = [
+        {"kind": "train", "step": step, "loss": 1, "loss_by_source": {attack: 1.0, "b": 2.0}}
+        for step in (1, 2)
+    ]
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    write_evaluations(run, [0, 2], attack, attack)
+    write_report([run, world / "run"], tmp_path / "page.html")
+    with Browser(tmp_path / "page.html") as page:
+        assert attack in page.text("#answers")
+        assert page.evaluate("document.querySelectorAll('img[src=x], h1 b').length") == 0
+        assert any("</script>" in label for label, *_ in page.evaluate(TEXTS)), "in a legend"
+        left, top, _ = page.box(".figures > div:nth-child(2)")
+        page.move(left + 200, top + 120)
+        assert page.evaluate("document.querySelectorAll('img[src=x]').length") == 0
+        assert (page.errors, page.requests) == ([], [])
+
+
+def test_several_runs_are_overlaid_and_their_differences_are_a_table(world, tmp_path, capsys):
+    argv = flags(world, "other", max_steps=4, per_device_train_batch_size=6, learning_rate=5e-4)
+    run_ranks(1, main, argv)
+    out = tmp_path / "compare.html"
+    assert trainer.report.main([str(world / "run"), str(world / "other")]) == 2
+    assert "name the file of the page with --out" in capsys.readouterr().err
+    assert trainer.report.main([str(world / "run"), str(world / "other"), "--out", str(out)]) == 0
+    with Browser(out) as page:
+        results = page.text("#results")
+        assert re.search(r"--learning_rate\s+0.001\s+0.0005", results)
+        assert "--fix_vit" not in results, "it is the same"
+        labels = [label for label, *_ in page.evaluate(TEXTS)]
+        assert {"run: training", "other: training", "run: colour", "other: colour"} <= set(labels)
+        assert not page.errors
+    page = report([world / "other"])
+    assert "This run was not evaluated." in page
+    assert "<article" not in page
+
+
+def test_the_commands_repeat_the_run_and_load_its_result(world):
+    repeat, load, _ = commands(read_run(world / "run"))
+    _, _, words = repeat.text.partition("-m trainer.main ")
+    again = parse(words.replace("\\\n", " ").split())
+    assert (
+        json.loads(json.dumps(vars(again))) == json.loads((world / "run" / "run.json").read_text())["config"]
+    )
+    names: dict = {}
+    exec("\n".join(line for line in load.text.splitlines() if "chat" not in line), names)
+    weights = names["model"].state_dict()
+    assert all(torch.isfinite(weight).all() for weight in weights.values())
+    assert isinstance(names["tokenizer"], type(AutoTokenizer.from_pretrained(world / "run")))
+
+
+def made_up_metrics(folder: Path, lines: int) -> None:
+    """A long run with one spike of the loss and one skipped step."""
+    folder.mkdir()
+    chance = np.random.default_rng(0)
+    noise = chance.normal(scale=0.1, size=(lines, 3))
+    with (folder / "metrics.jsonl").open("w") as file:
+        for step in range(1, lines + 1):
+            loss = 0.5 + 2 * 0.9 ** (20 * step / lines) + noise[step - 1, 0]
+            loss = 77.0 if step == lines // 2 + 3 else loss
+            line = {"kind": "train", "step": step, "epoch": step / 5000, "learning_rate": 1e-5, "loss": loss}
+            line |= {"planned_idle_share": 0.01, "grad_norm": 1 + noise[step - 1, 1], "samples": 128}
+            line |= {"tokens": 50_000, "supervised_tokens": 9000, "left_out_samples": 0}
+            line |= {"skipped_steps": int(step == 777), "tokens_per_second": 5e4, "seconds_step": 1.0}
+            line |= {"supervised_tokens_per_second": 9e3, "samples_per_second": 128.0, "seconds_saving": 0.0}
+            line |= {"seconds_data_wait": 0.02, "memory_peak_bytes": 60_000_000_000}
+            line["loss_by_source"] = {f"source {i}": loss + noise[step - 1, 2] + i for i in range(4)}
+            file.write(json.dumps(line) + "\n")
+
+
+@pytest.mark.parametrize("lines", [10_000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_a_run_of_many_lines_keeps_its_spike_in_a_page_that_is_small_and_quick(tmp_path, lines):
+    run, page = tmp_path / "run", tmp_path / "run" / "report.html"
+    made_up_metrics(run, lines)
+    begun = time.process_time()
+    write_report([run], page)
+    assert time.process_time() - begun < 15, "seconds of one core, of which few are needed"
+    assert page.stat().st_size < 5 * MEGABYTE
+    found = read_run(run)
+    points = thin(found.logged("loss"), 1000)
+    assert len(points["step"]) == 1000
+    (spike,) = np.flatnonzero(points["high"] > 10)
+    assert points["high"][spike] == 77
+    assert points["first"][spike] <= lines // 2 + 3 <= points["last"][spike]
+    assert points["low"].min() == np.float32(found.train["loss"].min())
+    with Browser(page) as browser:
+        assert f"at step {lines:,}" in browser.text("#results")
+        assert re.search(r"Skipped steps\s+1\b", browser.text("#results"))
+        assert browser.seconds_to_open < 20
+        assert (browser.errors, browser.requests) == ([], [])
+
+
+def test_many_questions_with_large_pictures_still_fit(world, tmp_path):
+    rows, folder = [], tmp_path / "run"
+    (folder / "eval").mkdir(parents=True)
+    for record in range(300):
+        if record < 200:
+            noise = np.random.default_rng(record).integers(0, 255, (300, 300, 3), np.uint8)
+            Image.fromarray(noise).save(folder / f"{record}.png", compress_level=0)
+        row = {
+            "source": f"s{record % 3}",
+            "record": record,
+            "question": "x" * 10_000,
+            "prediction": "y" * 10_000,
+        }
+        rows.append(row | {"images": [str(folder / f"{record}.png")], "scores": {"anls": record % 2}})
+    (folder / "eval" / "step-0.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    page = report([folder])
+    assert len(page) < 5 * MEGABYTE
+    questions = read_questions([read_run(folder)])
+    assert (len(questions.shown), questions.total) == (MOST_QUESTIONS, 300)
+    assert {question.state for question in questions.shown} == {"right", "wrong"}
+    assert "left out, as the page would become too large" in page
+
+
+def test_no_damage_to_the_files_of_a_run_prevents_a_page(world, evaluated, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer.report, "find_spec", lambda name: None)  # the figures see what was read
+    chance, run = random.Random(0), tmp_path / "run"
+    (run / "eval").mkdir(parents=True)
+    whole = {
+        name: (world / "run" / name).read_bytes()
+        for name in ("run.json", "metrics.jsonl", "eval/step-8.jsonl")
+    }
+    rubbish = [
+        b"[]",
+        b"null",
+        b"{}",
+        b"\xff\xfe",
+        b'{"step": 1e400}',
+        b"9" * 5000,
+        b'{"step": "x"}',
+        b'"',
+        b"-1",
+    ]
+    for _ in range(30):
+        for name, content in whole.items():
+            damaged = bytearray(content)
+            for _ in range(chance.randrange(4)):
+                place = chance.randrange(len(damaged))
+                damaged[place : place + chance.randrange(20)] = chance.choice(rubbish)
+            (run / name).write_bytes(damaged[: chance.randrange(len(damaged) + 1)])
+        assert "<h1>run</h1>" in report([run])
+    (run / "metrics.jsonl").write_bytes(whole["metrics.jsonl"][:-5])
+    assert read_run(run).damaged_lines == 1
+    assert "cannot be read were left out" in report([run])
+
+
+def test_values_of_other_types_than_expected_do_not_prevent_a_page(world, evaluated, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer.report, "find_spec", lambda name: None)
+    chance, run = random.Random(1), tmp_path / "run"
+    (run / "eval").mkdir(parents=True)
+    others = [None, [], {}, "x", -1, True, 1e300, float("nan"), [1, {"a": 2}], {"x": {"y": 1}}, 10**400]
+
+    def change(value, depth=0):
+        if chance.random() < 0.05 * bool(depth):
+            return chance.choice(others)
+        if isinstance(value, dict):
+            return {key: change(inner, depth + 1) for key, inner in value.items()}
+        return [change(inner, depth + 1) for inner in value] if isinstance(value, list) else value
+
+    for number in range(20):
+        if number == 18:
+            monkeypatch.undo()  # with the figures, which take a second
+        for name in ("metrics.jsonl", "eval/step-8.jsonl"):
+            lines = [json.loads(line) for line in (world / "run" / name).read_text().splitlines()]
+            (run / name).write_text("".join(json.dumps(change(line)) + "\n" for line in lines))
+        about = json.loads((world / "run" / "run.json").read_text())
+        with suppress(ValueError):
+            (run / "run.json").write_text(json.dumps(change(about)))
+        assert "<h1>run</h1>" in report([run])
+
+
+def test_without_bokeh_the_page_has_tables_and_says_how_to_get_the_curves(world, monkeypatch):
+    monkeypatch.setattr(trainer.report, "find_spec", lambda name: None)
+    page = report([world / "run"])
+    assert "pip install bokeh" in page
+    assert len(page) < 100_000
+    losses = [line["loss"] for line in read_metrics(world / "run")]
+    assert f"{losses[3]:.4f}" in page
+    assert "Bokeh." not in page
+
+
+def test_a_page_that_cannot_be_written_is_a_warning_and_not_the_end_of_a_training(world, tmp_path):
+    (tmp_path / "run" / "report.html").mkdir(parents=True)
+    (output,) = run_ranks(1, main, flags(world, tmp_path / "run", max_steps=1, report=True))
+    assert f"warning: {tmp_path}/run/report.html was not written" in output
+    assert (tmp_path / "run" / "model.safetensors").exists()
+    assert not [name for name in os.listdir(tmp_path / "run") if name.startswith(".saving")]
+
+
+def test_a_folder_without_a_run_is_a_sentence(tmp_path, capsys):
+    assert trainer.report.main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path} holds no run")
