@@ -168,8 +168,8 @@ class Config(DataConfig):
     """Trackers of the metrics, each with a package of its own (pip install -e '.[wandb]'): tensorboard (event
     files in output_dir/tensorboard), wandb, trackio; or none."""
     report: bool = may_change(True)
-    """At every evaluation and at the end, write output_dir/report.html, the run on one page; with pip install -e '.[report]', it has
-    curves."""
+    """Write output_dir/report.html, the run on one page, at every evaluation and at the end; with pip install
+    -e '.[report]' it has curves."""
 
     # --- validation ----------------------------------------------------------------------------------
     eval_data_path: str | None = may_change(None)
