@@ -129,17 +129,23 @@ class Evaluation:
     def __init__(
         self,
         model: Any,
-        plan: EvalPlan,
+        plan: EvalPlan | None,
         config: Config,
         ranks: Ranks,
         steps_per_epoch: int,
-        state: Mapping[str, Any],
+        last_step: int,
+        notes: Mapping[str, Any],
     ) -> None:
-        """state: the `state()` saved by the run that this one resumes, or empty."""
-        self.model, self.plan, self.config, self.ranks = model, plan, config, ranks
-        use_generation_defaults(model, config.model_name_or_path)
-        self.every = config.eval_steps if config.eval_strategy == "steps" else steps_per_epoch
-        self.steps_per_epoch = steps_per_epoch
+        """plan: None never evaluates; notes: of the checkpoint that the run goes on from, with `state()`."""
+        self.model, self.config, self.ranks = model, config, ranks
+        if plan:
+            self.plan = plan
+            use_generation_defaults(model, config.model_name_or_path)
+        self.every: float = {"no": math.inf, "steps": config.eval_steps, "epoch": steps_per_epoch}[
+            config.eval_strategy if plan else "no"
+        ]
+        self.steps_per_epoch, self.last_step = steps_per_epoch, last_step
+        state = notes.get("evaluation", {})
         self.output_dir = Path(config.output_dir)
         self.name = config.metric_for_best_model.removeprefix("eval_")
         self.greater_is_better = config.greater_is_better
@@ -156,7 +162,13 @@ class Evaluation:
 
     def state(self) -> dict[str, Any]:
         """The state to save in a checkpoint, as JSON values."""
-        return {"best_step": self.best_step, "best": self.best, "since_best": self.since_best}
+        state = {"best_step": self.best_step, "best": self.best, "since_best": self.since_best}
+        return {"evaluation": state}
+
+    @property
+    def step_to_load(self) -> int | None:
+        """The step whose model is the trained one, so far, by `load_best_model_at_end`; None: the last."""
+        return self.best_step if self.config.load_best_model_at_end else None
 
     @property
     def has_stalled(self) -> bool:
@@ -166,7 +178,7 @@ class Evaluation:
 
     def is_due(self, step: int) -> bool:
         """Whether `eval_strategy` asks for an evaluation after this step."""
-        return step % self.every == 0
+        return step % self.every == 0 or (step == self.last_step and self.every < math.inf)
 
     @torch.no_grad()
     def run(self, step: int) -> dict[str, Any]:

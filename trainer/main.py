@@ -59,7 +59,7 @@ from trainer.optim import adamw, learning_rate_factor, parameter_groups
 from trainer.parallelize import allocate, parallelize, set_communication
 from trainer.prepare import log_plan, make_plan, open_loader
 from trainer.rehearsal import bytes_of_a_save, largest_micro_batches, prepare_output_dir, rehearse
-from trainer.report import try_report
+from trainer.report import write_own_report
 from trainer.resume import choose_start, describe_run
 from trainer.stopping import StopRequest, wait_for_the_end
 from trainer.trackers import Trackers
@@ -115,12 +115,11 @@ def train(config: Config, ranks: Ranks, lock: Lock, trackers: Trackers) -> int:
     checkpoints = Checkpoints(run, config, lock, steps_per_epoch, total_steps)
     log(checkpoints.first_save(start_point.step))
     stop = StopRequest(output_dir)
-    evaluation = None
-    if plan.evaluation:
-        state = start_point.notes.get("evaluation", {})
-        evaluation = Evaluation(model, plan.evaluation, config, ranks, steps_per_epoch, state)
-        if evaluation.has_stalled:
-            total_steps = start_point.step
+    evaluation = Evaluation(
+        model, plan.evaluation, config, ranks, steps_per_epoch, total_steps, start_point.notes
+    )
+    if evaluation.has_stalled:
+        total_steps = start_point.step
     flops = peak = tracer = None
     if config.measure_mfu:
         from trainer.extras.flops import count_flops, matmul_peak
@@ -133,7 +132,7 @@ def train(config: Config, ranks: Ranks, lock: Lock, trackers: Trackers) -> int:
     if config.rehearse:
         for largest in largest_micro_batches(plan.reader, config.per_device_train_batch_size, plan.packing):
             rehearse(model, largest, device, config)
-    if evaluation and config.eval_on_start and start_point.step == 0:
+    if config.eval_on_start and start_point.step == 0:
         metrics.write("eval", 0, **evaluation.run(0))
     batches = iter(loader)
     # leave=False: the last output of a run that ends early is the reason, not the bar.
@@ -208,24 +207,19 @@ def train(config: Config, ranks: Ranks, lock: Lock, trackers: Trackers) -> int:
             return FAILED
 
         # --- evaluate, save, or stop ----------------------------------------------------------------------
-        is_best = False
-        if evaluation and (evaluation.is_due(step) or step == total_steps):
+        if evaluation.is_due(step):
             with window.timed("evaluating"):
                 metrics.write("eval", step, **evaluation.run(step))
-                if config.report and ranks.rank == 0:
-                    try_report(output_dir)
-            is_best = evaluation.best_step == step and config.load_best_model_at_end
+                write_own_report(config)
             if evaluation.has_stalled and step < total_steps:
                 log(f"early stopping after step {step} of {total_steps}")
                 total_steps = checkpoints.last_step = step
         stopping = result.stop and step < total_steps
         due = checkpoints.is_due(step) or stopping
-        if due or is_best or (result.save and step < total_steps):
+        if due or evaluation.step_to_load == step or (result.save and step < total_steps):
             with window.timed("saving"):
-                state = window.state() | {"evaluation": evaluation.state() if evaluation else {}}
-                best_step = evaluation.best_step if evaluation else None
-                tensors = resumable(trained, optimizer)
-                checkpoints.save(step, write_model, tensors, state, until_next=not due, best_step=best_step)
+                tensors, state = resumable(trained, optimizer), window.state() | evaluation.state()
+                checkpoints.save(step, write_model, tensors, state, not due, evaluation.best_step)
         if tracer:
             tracer.end(step, is_last=stopping or step == total_steps)
         if stopping:
@@ -240,9 +234,8 @@ def train(config: Config, ranks: Ranks, lock: Lock, trackers: Trackers) -> int:
 
     # --- the final model, in output_dir itself -----------------------------------------------------------
     faulthandler.cancel_dump_traceback_later()
-    notes = {"evaluation": evaluation.state()} if evaluation else {}
-    best_step = evaluation.best_step if evaluation and config.load_best_model_at_end else None
-    checkpoints.save_final_model(total_steps, write_model, notes, best_step)
+    best_step = evaluation.step_to_load
+    checkpoints.save_final_model(total_steps, write_model, evaluation.state(), best_step)
     stop.honoured()
     which = f", that of step {best_step}," if best_step else ""
     log(f"the trained {'adapter' if plan.adapters else 'model'}{which} is in {output_dir}")
@@ -263,8 +256,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         output_dir = Path(config.output_dir)
         with Lock(output_dir) as lock, Trackers(config.report_to, output_dir, vars(config)) as trackers:
             status = train(config, ranks, lock, trackers)
-            if config.report and status != BAD_INPUT and ranks.rank == 0:
-                try_report(output_dir)
+            if status != BAD_INPUT:
+                write_own_report(config)
         finish()
         return status
     except SaveError as error:  # the same on every rank

@@ -23,7 +23,8 @@ from pathlib import Path
 import jinja2
 
 from data.files import replace_file
-from trainer.distributed import BAD_INPUT, log
+from trainer.config import Config
+from trainer.distributed import BAD_INPUT, is_main, log
 from trainer.report import tables
 from trainer.report.answers import MOST_EVALUATIONS, RIGHT_FROM, read_questions
 from trainer.report.commands import all_flags, changed_flags, commands, differences
@@ -37,8 +38,12 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> None:
     replace_file(out, report(run_dirs).encode())
 
 
-def try_report(output_dir: Path) -> None:
-    """Write output_dir/report.html at the end of a training; what prevents it is only a warning."""
+def write_own_report(config: Config) -> None:
+    """Write the page of the run that trains, on rank 0, if it shall have one; what prevents it is only a
+    warning."""
+    if not config.report or not is_main():
+        return
+    output_dir = Path(config.output_dir)
     try:
         write_report([output_dir], output_dir / "report.html")
     except Exception as error:  # nothing about a page is a reason to lose a training
