@@ -54,6 +54,7 @@ from trainer.evaluate import Evaluation
 from trainer.lock import Lock
 from trainer.loss import chunked_cross_entropy
 from trainer.metrics import MetricsFile, Window, sum_over_ranks, summary, write_capsule
+from trainer.model_card import write_card
 from trainer.model_files import load_model, save_model
 from trainer.optim import adamw, learning_rate_factor, parameter_groups
 from trainer.parallelize import allocate, parallelize, set_communication
@@ -236,6 +237,8 @@ def train(config: Config, ranks: Ranks, lock: Lock, trackers: Trackers) -> int:
     faulthandler.cancel_dump_traceback_later()
     best_step = evaluation.step_to_load
     checkpoints.save_final_model(total_steps, write_model, evaluation.state(), best_step)
+    if ranks.rank == 0:
+        write_card(output_dir, run, best_step or total_steps, plan.model_config, plan.parts)
     stop.honoured()
     which = f", that of step {best_step}," if best_step else ""
     log(f"the trained {'adapter' if plan.adapters else 'model'}{which} is in {output_dir}")
