@@ -3,7 +3,7 @@
 #
 #   MODEL=internlm-xcomposer2-vl-7b DATA=data.txt ./torchrun.sh full --output_dir output/pets
 #   MODEL=… DATA=… GPUS_PER_NODE=8 NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 ./torchrun.sh lora
-#   ./torchrun.sh demo [OUT]
+#   ./torchrun.sh demo [OUT] [--family qwen2_5_vl]
 #
 # It may be called from any folder, by a path or a link: this project is found beside it, and relative paths mean
 # what they mean where it is called. A run on one machine takes a free port of its own, so several can run at once;

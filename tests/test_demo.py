@@ -1,17 +1,24 @@
 """The embedded demo: its data says what it should, and (slow) the whole of it learns to see in time."""
 
+import importlib
 import json
+import math
 import subprocess
 import sys
 
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 
+import data.easy_vqa
+import trainer.demo
 from data.easy_vqa import in_chinese, write_demo_data
 from data.mixture import read_mixture
-from tests.tiny import ROOT
-from trainer.demo import num_ranks
-from trainer.models.xcomposer2.demo_base import make_tokenizer
+from tests.tiny import ROOT, read_metrics, run_ranks
+from trainer.demo import main, num_ranks
+from trainer.models import demo_bases
+from trainer.models.demo_bases import DEMO_BASES
+from trainer.models.xcomposer2 import demo_base
 
 pytest.importorskip("easy_vqa", reason="the demo's pictures: pip install -e '.[demo]'")
 
@@ -45,7 +52,10 @@ def test_questions_are_translated(question, chinese):
     assert in_chinese(question) == chinese
 
 
-def test_the_demos_tokenizer_reads_back_whatever_people_write():
+@pytest.mark.parametrize(
+    "make_tokenizer", [demo_base.make_tokenizer, lambda texts: demo_bases.make_tokenizer(texts, ["<image>"])]
+)
+def test_the_demos_tokenizer_reads_back_whatever_people_write(make_tokenizer):
     tokenizer = make_tokenizer(["what colour is the shape?", "blue", "是什么颜色？"] * 3)
     for text in ("A Blue & red one.", "猫和狗", "naïve 🙂", "<0x41>", "blue"):
         ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
@@ -61,10 +71,43 @@ def test_a_folder_that_is_no_demo_is_not_emptied(tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "precious"
 
 
+def test_high_resolution_of_a_family_without_tiles_is_refused_before_anything_is_written(tmp_path, capsys):
+    assert main([str(tmp_path / "demo"), "--family", "llava", "--high_resolution"]) == 2
+    assert "has no model with tiles of llava" in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()
+
+
 @pytest.mark.parametrize(("accelerators", "ranks"), [(0, 2), (1, 1), (2, 2), (8, 2)])
 def test_a_single_accelerator_takes_a_single_rank(monkeypatch, accelerators, ranks):
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: accelerators)
     assert num_ranks() == ranks
+
+
+def in_forked_ranks(module, *arguments):
+    """`trainer.demo.run` without torchrun, whose ranks take seconds to import torch and transformers."""
+    run_ranks(num_ranks(), importlib.import_module(module).main, [str(word) for word in arguments])
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", pytest.param("llava", marks=pytest.mark.slow)])
+def test_a_demo_of_another_family_trains_answers_and_adds_an_adapter(family, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer.demo, "run", in_forked_ranks)
+    monkeypatch.setattr(data.easy_vqa, "CHINESE_TXT", "chinese.json 0.15\n")
+    out = tmp_path / "demo"
+    assert main([str(out), "--family", family, "--num_images", "4", "--epochs", "0.02"]) == 0
+    result = json.loads((out / "demo.json").read_text())
+    assert all(0 <= result[kind] <= 1 for kind in ("colour", "shape", "yesno", "all", "text"))
+    answers = (out / "adapter" / "chinese_test-predictions.jsonl").read_text().splitlines()
+    assert len(answers) == len(json.loads((out / "data" / "chinese_test.json").read_text()))
+    model = AutoModelForImageTextToText.from_pretrained(out / "model")
+    assert model.config.model_type == family
+    assert 250_000 <= model.num_parameters() <= 1_000_000
+    for folder in ("model", "adapter"):
+        [line] = read_metrics(out / folder)
+        assert line["loss"] < math.log(model.config.text_config.vocab_size)
+    tokenizer = AutoTokenizer.from_pretrained(out / "model")
+    assert len(tokenizer.encode("blue", add_special_tokens=False)) == 1
+    adapter = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(out / "model")
 
 
 @pytest.mark.slow
@@ -88,8 +131,10 @@ def test_a_short_demo_runs_to_its_end(tmp_path, more):
 
 
 @pytest.mark.slow
-def test_the_demo_learns_to_see_and_an_adapter_teaches_it_chinese(tmp_path):
-    subprocess.run(["./torchrun.sh", "demo", str(tmp_path / "demo")], cwd=ROOT, check=True)
+@pytest.mark.parametrize("family", DEMO_BASES)
+def test_the_demo_learns_to_see_and_an_adapter_teaches_it_chinese(family, tmp_path):
+    command = ["./torchrun.sh", "demo", str(tmp_path / "demo"), "--family", family]
+    subprocess.run(command, cwd=ROOT, check=True)
     result = json.loads((tmp_path / "demo" / "demo.json").read_text())
     assert result["colour"] >= 0.95
     assert result["all"] >= result["blind"] + 0.15

@@ -1,17 +1,18 @@
-"""The demo: a small XComposer2 learns to answer questions about pictures, then an adapter adds Chinese.
+"""The demo: a small model learns to answer questions about pictures, then an adapter adds Chinese.
 
-    ./torchrun.sh demo [OUT]                 # or: python -m trainer.demo OUT
+    ./torchrun.sh demo [OUT]                          # or: python -m trainer.demo OUT; an XComposer2
+    ./torchrun.sh demo [OUT] --family qwen2_5_vl      # or another family of transformers
 
 Input: the package easy-vqa, 5,000 pictures of one coloured shape with questions. Output in OUT (output/demo):
 
     data/         the pictures and questions as this project's own files (data/easy_vqa.py)
-    base/         a randomly initialised model with its own tokenizer (trainer/models/xcomposer2/demo_base.py)
+    base/         a randomly initialised model with its own tokenizer (trainer/models/demo_bases.py)
     model/        that model after full fine-tuning, and its predictions on held-out pictures
     adapter/      a LoRA adapter on it, after the same questions in Chinese
     demo.json     the results that are printed at the end
 
 Every step is a command that a user would type, printed before it runs. For a higher accuracy train longer:
-`python -m trainer.demo OUT --epochs 12`. With `--high_resolution` the model uses tiles, like 2.5, and the
+`python -m trainer.demo OUT --epochs 12`. With `--high_resolution` XComposer2 uses tiles, like 2.5, and the
 pictures differ in size.
 """
 
@@ -34,7 +35,7 @@ import torch
 from data.easy_vqa import EASY_VQA_FILES, kind_of, write_demo_data
 from data.errors import DataError
 from trainer.distributed import BAD_INPUT, FAILED
-from trainer.models.xcomposer2.demo_base import make_base
+from trainer.models.demo_bases import DEMO_BASES
 
 TRAIN = """
     --bf16 False --gradient_checkpointing False --plora_dropout 0 --max_length 256
@@ -42,8 +43,7 @@ TRAIN = """
     --per_device_train_batch_size 16 --warmup_ratio 0.03 --logging_steps 20 --save_strategy no
     --dataloader_num_workers 1
 """
-FULL = "--fix_vit False --learning_rate 2e-3"
-LORA = "--use_lora True --lora_r 16 --lora_alpha 32 --lora_dropout 0 --fix_sampler True --learning_rate 3e-3"
+LORA = "--use_lora True --lora_r 16 --lora_alpha 32 --lora_dropout 0 --fix_sampler True"
 KINDS = {"colour": "12 %", "shape": "33 %", "yesno": "50 %"}
 """Kind of question → the accuracy of guessing among its answers."""
 
@@ -109,9 +109,22 @@ def prepare(out: Path) -> None:
     (out / "demo.json").write_text("{}\n", encoding="utf-8")
 
 
-def demo(out: Path, epochs: float, num_images: int | None, high_resolution: bool = False) -> dict[str, Any]:
-    """Run the whole demo; returns the content of demo.json: shares of correct answers, and seconds."""
+def demo(
+    out: Path,
+    epochs: float,
+    num_images: int | None,
+    high_resolution: bool = False,
+    family: str = "xcomposer2",
+) -> dict[str, Any]:
+    """Run the whole demo; returns the content of demo.json: shares of correct answers, and seconds.
+
+    family: a key of DEMO_BASES. DataError where it has no model for high_resolution.
+    """
     started = time.perf_counter()
+    chosen = DEMO_BASES[family]
+    make_base = chosen.make_high_resolution if high_resolution else chosen.make
+    if make_base is None:
+        raise DataError(f"the demo has no model with tiles of {family}; leave --high_resolution out")
     prepare(out)
     data, base, model, adapter = (out / name for name in ("data", "base", "model", "adapter"))
     tiles = ["--hd_num", "4"] if high_resolution else []
@@ -122,13 +135,13 @@ def demo(out: Path, epochs: float, num_images: int | None, high_resolution: bool
         for record in json.loads((data / name).read_text(encoding="utf-8"))
         for turn in record["conversations"]
     ]
-    make_base(base, texts, seed=0, high_resolution=high_resolution)
+    make_base(base, texts)
 
     # One rank takes two micro-batches a step: the batches are the same.
     flags = [*TRAIN.split(), "--gradient_accumulation_steps", 2 // num_ranks(), *tiles]
     run(
         "trainer.main", "--model_name_or_path", base, "--data_path", data / "data.txt", "--output_dir", model,
-        "--num_train_epochs", epochs, *FULL.split(), *flags,
+        "--num_train_epochs", epochs, "--fix_vit", False, "--learning_rate", chosen.learning_rate, *flags,
     )  # fmt: skip
     answers = ask(model, data / "test.json", tiles)
     seconds_base = time.perf_counter() - started
@@ -136,7 +149,7 @@ def demo(out: Path, epochs: float, num_images: int | None, high_resolution: bool
     before = ask(model, data / "chinese_test.json", tiles)
     run(
         "trainer.main", "--model_name_or_path", model, "--data_path", data / "chinese.txt",
-        "--output_dir", adapter, *LORA.split(), *flags,
+        "--output_dir", adapter, *LORA.split(), "--learning_rate", chosen.lora_learning_rate, *flags,
     )  # fmt: skip
     after = ask(adapter, data / "chinese_test.json", tiles)
 
@@ -172,6 +185,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; a failure is one clear message and a status."""
     parser = argparse.ArgumentParser(prog="trainer.demo", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("out", type=Path, nargs="?", default=Path("output/demo"), metavar="OUT")
+    parser.add_argument(
+        "--family", choices=DEMO_BASES, default="xcomposer2", help="which model (default: xcomposer2)"
+    )
     parser.add_argument("--epochs", type=float, default=3.5, help="passes of full fine-tuning (default: 3.5)")
     parser.add_argument("--num_images", type=int, help="use only this many pictures, for a quick try")
     parser.add_argument(
@@ -179,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     try:
-        demo(arguments.out, arguments.epochs, arguments.num_images, arguments.high_resolution)
+        demo(**vars(arguments))
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
