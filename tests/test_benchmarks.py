@@ -1,11 +1,12 @@
 """The benchmarks compare what is comparable: the peers train on our samples and begin with our loss."""
 
 import argparse
+import functools
 from pathlib import Path
 
 import pytest
 
-from tests.benchmarks.workloads import WORKLOADS, make_data
+from tests.benchmarks.workloads import QWEN_TEXT, QWEN_VISION, WORKLOADS, make_data, make_qwen2_5_vl
 from tests.tiny import flags, read_metrics, run_ranks, tiny_model
 from trainer.main import main
 
@@ -14,29 +15,52 @@ pytest.importorskip("accelerate")
 STEPS, BATCH, RANKS = 2, 2, 2
 
 
+def tiny_xcomposer2(folder):
+    tiny_model(folder, plora_dropout=0.0)
+
+
+def tiny_qwen2_5_vl(folder):
+    text = QWEN_TEXT | {"vocab_size": 320, "hidden_size": 128, "intermediate_size": 192}
+    text |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    vision = QWEN_VISION | {"hidden_size": 32, "intermediate_size": 64}
+    vision |= {"depth": 2, "fullatt_block_indexes": [1]}
+    make_qwen2_5_vl(folder, text, vision)
+
+
 @pytest.fixture(scope="module")
-def work(tmp_path_factory):
+def work_of(tmp_path_factory):
     """A tiny model and a realistic mixture for it, shorter than the real one; and what ours makes of them."""
-    folder = tmp_path_factory.mktemp("benchmark")
-    tiny_model(folder / "model", plora_dropout=0.0)
-    shapes = WORKLOADS["realistic"].shapes
-    data = make_data(folder / "data", shapes, STEPS * BATCH * RANKS, num_words=190)
-    options = {"max_length": 2048, "lr_scheduler_type": "constant", "learning_rate": 1e-4}
-    options |= {"data_path": data, "max_steps": STEPS, "per_device_train_batch_size": BATCH}
-    run_ranks(RANKS, main, flags(folder, "ours", **options))
-    return folder, read_metrics(folder / "ours")
+
+    @functools.cache
+    def work(make_model):
+        folder = tmp_path_factory.mktemp("benchmark")
+        make_model(folder / "model")
+        shapes = WORKLOADS["realistic"].shapes
+        data = make_data(folder / "data", shapes, STEPS * BATCH * RANKS, num_words=190)
+        options = {"max_length": 2048, "lr_scheduler_type": "constant", "learning_rate": 1e-4}
+        options |= {"data_path": data, "max_steps": STEPS, "per_device_train_batch_size": BATCH}
+        run_ranks(RANKS, main, flags(folder, "ours", **options))
+        return folder, read_metrics(folder / "ours")
+
+    return work
 
 
 @pytest.mark.parametrize(
-    ("peer", "lora"),
-    [("hf_ddp", False), ("hf_fsdp2", False), ("hf_fsdp2_our_loss", True), ("trl", False), ("trl", True)],
+    ("make_model", "peer", "lora"),
+    [
+        *((tiny_xcomposer2, peer, False) for peer in ("hf_ddp", "hf_fsdp2", "trl")),
+        (tiny_xcomposer2, "hf_fsdp2_our_loss", True),
+        (tiny_xcomposer2, "trl", True),
+        *((tiny_qwen2_5_vl, peer, False) for peer in ("hf_ddp", "hf_fsdp2", "trl")),
+        (tiny_qwen2_5_vl, "hf_ddp", True),
+    ],
 )
-def test_a_peer_sees_our_samples_and_has_our_loss(peer, lora, work):
+def test_a_peer_sees_our_samples_and_has_our_loss(make_model, peer, lora, work_of):
     if peer == "trl":
         pytest.importorskip("trl")
     from tests.benchmarks import compare, peers
 
-    folder, ours = work
+    folder, ours = work_of(make_model)
     options = argparse.Namespace(
         peer=peer,
         model=str(folder / "model"),

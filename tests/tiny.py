@@ -133,14 +133,17 @@ def read_metrics(output_dir: Path, kind: str = "train") -> list[dict[str, Any]]:
     return [line for line in lines if line["kind"] == kind]
 
 
-def word_tokenizer(folder: Path, size: int = 320) -> None:
+ENDS_OF_TURNS = ("[UNUSED_TOKEN_145]", "[UNUSED_TOKEN_146]")
+
+
+def word_tokenizer(folder: Path, size: int = 320, special: Sequence[str] = ENDS_OF_TURNS) -> None:
     """Save a word-level tokenizer of `size` ids: the words of the tiny data, w0 to w(size − 121), and control
-    tokens where the tiny golden models have them: unk 0, bos 1, eos = pad 2, the two ends of turns last."""
+    tokens where the tiny golden models have them: unk 0, bos 1, eos = pad 2, the `special` ones last."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2}
-    vocabulary |= {"[UNUSED_TOKEN_145]": size - 2, "[UNUSED_TOKEN_146]": size - 1}
+    vocabulary |= {token: size - len(special) + number for number, token in enumerate(special)}
     words = ["user", "assistant", "system", "\n", " ", "?", ".", "what", "colour", "is", "the", "it", "red"]
     words += ["green", "blue", "square", "how", "many", "are", "there", "one", "two", "say", "yes", "no"]
     words += [f"w{i}" for i in range(size - 120)]
@@ -154,7 +157,7 @@ def word_tokenizer(folder: Path, size: int = 320) -> None:
         eos_token="</s>",
         pad_token="</s>",
         unk_token="<unk>",
-        additional_special_tokens=["[UNUSED_TOKEN_145]", "[UNUSED_TOKEN_146]"],
+        additional_special_tokens=list(special),
     )
     fast.save_pretrained(folder)
 

@@ -3,6 +3,7 @@
     pip install -e '.[test,bench]'
     python -m tests.benchmarks.compare --output output/compare
     python -m tests.benchmarks.compare --workloads realistic,lora --peers hf_ddp --dtype fp32 --rounds 5
+    python -m tests.benchmarks.compare --family qwen2_5_vl --workloads realistic
 
 Output: a table a workload, compare.json (every run of every system) and compare.png in --output.
 
@@ -33,8 +34,8 @@ import torch
 from data.sampler import StepSampler
 from tests.benchmarks import peers
 from tests.benchmarks.watch import watch
-from tests.benchmarks.workloads import SIZES, WORKLOADS, Workload, make_data
-from tests.tiny import ROOT, read_metrics, tiny_model
+from tests.benchmarks.workloads import MODELS, WORKLOADS, Workload, make_data
+from tests.tiny import ROOT, read_metrics
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3}
 SELECTIVE = "ours_selective"
@@ -45,7 +46,6 @@ PROGRAMS = {
     "trl": "datasets, trl.trainer.sft_trainer, tests.benchmarks.peers",
 }
 """What a system imports; the others import peers.py alone."""
-OTHERS = (SELECTIVE, *peers.PEERS)
 
 Run = dict[str, Any]
 """A row of compare.json."""
@@ -252,11 +252,14 @@ def plot(results: dict[str, Any], file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-def compare(options: argparse.Namespace, workload: Workload, folder: Path) -> dict[str, Any]:
-    """All rounds of one workload."""
+def compare(
+    options: argparse.Namespace, workload: Workload, folder: Path, picture: tuple[int, int] = (320, 240)
+) -> dict[str, Any]:
+    """All rounds of one workload on the model in folder/model; picture: (width, height) of its pictures."""
     model = folder / "model"
     global_batch = options.batch * options.ranks
-    data = make_data(folder / "data", workload.shapes, options.steps * global_batch)
+    num_samples = options.steps * global_batch
+    data = make_data(folder / "data", workload.shapes, num_samples, picture=picture)
     expected = expected_samples(model, data, options.steps, global_batch)
     systems = ["ours", *options.peers]
     runs: list[Run] = []
@@ -279,8 +282,9 @@ def compare(options: argparse.Namespace, workload: Workload, folder: Path) -> di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--family", choices=MODELS, default="xcomposer2", help="whose model")
     parser.add_argument("--workloads", default="realistic,equal,multi_image,lora,text")
-    parser.add_argument("--peers", default=",".join(OTHERS))
+    parser.add_argument("--peers", help="the other systems (default: all that train the family)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", choices=tuple(TOLERANCE), default="bf16")
     parser.add_argument("--steps", type=int, default=8)
@@ -291,8 +295,10 @@ def main() -> None:
     parser.add_argument("--ours", default="", help="more flags of trainer.main, for our system alone")
     parser.add_argument("--output", type=Path, default=Path("output/compare"))
     options = parser.parse_args()
-    options.peers = [peer for peer in options.peers.split(",") if peer]
-    for chosen, known in ((options.workloads.split(","), WORKLOADS), (options.peers, OTHERS)):
+    family = MODELS[options.family]
+    others = [SELECTIVE, *family.peers]
+    options.peers = others if options.peers is None else [peer for peer in options.peers.split(",") if peer]
+    for chosen, known in ((options.workloads.split(","), WORKLOADS), (options.peers, others)):
         if unknown := set(chosen) - set(known):
             parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
     if not 0 < options.warm_up < options.steps:
@@ -310,10 +316,10 @@ def main() -> None:
     for name in options.workloads.split(","):
         workload = WORKLOADS[name]
         with tempfile.TemporaryDirectory() as folder:
-            tiny_model(Path(folder) / "model", **SIZES)
-            print(f"{name}, {options.dtype}: {workload.what}", flush=True)
+            family.make(Path(folder) / "model")
+            print(f"{options.family}, {name}, {options.dtype}: {workload.what}", flush=True)
             try:
-                results[name] = compare(options, workload, Path(folder))
+                results[name] = compare(options, workload, Path(folder), family.picture)
             except VoidError as error:
                 raise SystemExit(f"the comparison is void: {error}") from error
         result = results[name]

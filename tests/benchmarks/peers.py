@@ -1,4 +1,4 @@
-"""Other trainers on our model and our samples, as their users would run them. One process a rank:
+"""Other trainers on the same model and our samples, as their users would run them. One process a rank:
 
     torchrun --nproc_per_node 2 -m tests.benchmarks.peers --peer hf_ddp --model M --data data.json \\
         --steps 8 --batch 4 --dtype bf16 --output run
@@ -7,13 +7,15 @@ Output, in the folder: metrics.jsonl, a line a step with the fields of our own t
 (seconds_step, loss, tokens, supervised_tokens, memory_peak_bytes), and samples_seen, the sorted CRC-32 of the
 token ids of every sample that the model was given in it.
 
-The model is the project's class through transformers' AutoModelForCausalLM; samples are read and pictures
-decoded in a map-style dataset, in worker processes, and padded on the right to the longest of a batch. What
-trains is set as in our trainer: frozen vision tower, fused AdamW (HF Trainer's default), constant rate.
+The model is transformers' own class, or this project's through AutoModelForCausalLM. Samples are read and
+pictures decoded in a map-style dataset, in worker processes, and padded on the right to the longest of a
+batch. What trains is set as in our trainer: frozen vision tower, fused AdamW (HF Trainer's default), constant
+rate.
 
     hf_ddp, hf_fsdp2                      HF Trainer; logits of all positions and transformers' cross-entropy
                                           on them, as in the model's official fine-tuning code
-    hf_ddp_our_loss, hf_fsdp2_our_loss    HF Trainer; the loss of our class: supervised positions only
+    hf_ddp_our_loss, hf_fsdp2_our_loss    HF Trainer; the loss of XComposer2's class: supervised positions
+                                          only
     trl                                   TRL's SFTTrainer under DDP, with its fused output layer and loss
 """
 
@@ -33,16 +35,25 @@ import torch
 import torch.distributed as dist
 from accelerate import DistributedType, PartialState  # type: ignore[import-not-found]
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedConfig, Trainer, TrainerCallback, TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from data.loader import SampleReader
 from data.mixture import read_mixture
 from data.sampler import StepSampler
-from data.tokens import SampleEncoder
-from trainer.models import load_config, load_conversation, load_image_processor, parts_of
+from data.tokens import SLOT, SampleEncoder
+from trainer.lora import resolve_targets
+from trainer.models import (
+    answering_class,
+    load_config,
+    load_conversation,
+    load_image_processor,
+    parts_of,
+    prompt_arguments,
+)
 
 PEERS = ("hf_ddp", "hf_fsdp2", "hf_ddp_our_loss", "hf_fsdp2_our_loss", "trl")
 SEED, MAX_LENGTH, LORA_RANK, LEARNING_RATE, NUM_WORKERS = 42, 2048, 16, 1e-4, 1
@@ -73,9 +84,10 @@ class Samples(Dataset[dict[str, torch.Tensor]]):
         return len(self.order)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        encoded, pixels = self.reader.read(*self.order[index])
+        encoded, pictures = self.reader.read(*self.order[index])
         arrays = {"input_ids": encoded.input_ids, "labels": encoded.labels, "im_mask": encoded.im_mask}
-        return {name: torch.from_numpy(array) for name, array in arrays.items()} | {"pixels": pixels}
+        arrays["attention_mask"] = np.ones_like(encoded.input_ids)
+        return {name: torch.from_numpy(array) for name, array in arrays.items()} | {"pictures": pictures}
 
 
 def columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
@@ -83,28 +95,44 @@ def columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
+def blank_picture(reader: SampleReader) -> tuple[Any, dict[str, torch.Tensor]]:
+    """A small blank picture, and its tokens in the columns of a sample, all of them padding."""
+    image = Image.new("RGB", (28, 28))
+    ids = torch.from_numpy(reader.image_processor.tokens(*image.size))
+    tokens = {
+        "input_ids": ids.masked_fill(ids == SLOT, reader.encoder.conversation.slot_id),
+        "labels": torch.full_like(ids, -100),
+        "im_mask": ids == SLOT,
+        "attention_mask": torch.zeros_like(ids),
+    }
+    return reader.image_processor(image), tokens
+
+
 class PadRight:
     """Samples → a batch, padded on the right. Where data has images, a batch without any gets a blank one
-    that belongs to no slot: FSDP would wait for ever for a rank that skips the tower, and DDP refuses it."""
+    behind its shortest sample: FSDP would wait for ever for a rank that skips the tower; DDP refuses it."""
 
-    def __init__(self, pad_id: int, blank: torch.Tensor | None) -> None:
-        self.pad_id, self.blank = pad_id, blank
+    def __init__(self, reader: SampleReader, config: PreTrainedConfig, has_images: bool) -> None:
+        self.config, self.image_processor = config, reader.image_processor
+        self.fillers = {"input_ids": reader.encoder.pad_id, "labels": -100, "im_mask": 0, "attention_mask": 0}
+        self.blank = blank_picture(reader) if has_images else None
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        def padded(name: str, value: float) -> torch.Tensor:
-            return pad_sequence([sample[name] for sample in samples], batch_first=True, padding_value=value)
-
-        lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
+        rows = {name: [sample[name] for sample in samples] for name in self.fillers}
+        pictures = [picture for sample in samples for picture in sample["pictures"]]
+        if not pictures and self.blank:
+            picture, padding = self.blank
+            pictures.append(picture)
+            lengths = [len(ids) for ids in rows["input_ids"]]
+            shortest = lengths.index(min(lengths))
+            for name, values in rows.items():
+                values[shortest] = torch.cat([values[shortest], padding[name]])
         batch = {
-            "input_ids": padded("input_ids", self.pad_id),
-            "labels": padded("labels", -100),
-            "im_mask": padded("im_mask", False),
-            "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long(),
+            name: pad_sequence(values, batch_first=True, padding_value=self.fillers[name])
+            for name, values in rows.items()
         }
-        pixels = [image for sample in samples for image in sample["pixels"]]
-        if not pixels and self.blank is not None:
-            pixels = [self.blank]
-        return batch | ({"pixel_values": torch.stack(pixels)} if pixels else {})
+        batch |= prompt_arguments(self.config, batch.pop("im_mask"))
+        return batch | (self.image_processor.batch(pictures) if pictures else {})
 
 
 class Notes(TrainerCallback):
@@ -170,8 +198,8 @@ def all_logits_loss(vocab_size: int) -> Callable[..., torch.Tensor]:
 def with_backbone(model: Any) -> Any:
     """What TRL's fused output layer needs of a model: a `base_model` that gives hidden states.
 
-    Our class has vision and language side by side and no single backbone, so it is the whole forward, but for
-    all logits other than the last position's.
+    XComposer2's class has vision and language side by side and no single backbone, so it is the whole
+    forward, but for all logits other than the last position's.
     """
     own_class = type(model)
 
@@ -190,7 +218,9 @@ def load_model(folder: str, lora: bool, bf16: bool, has_images: bool) -> Any:
     The vision tower is frozen, and so is the projector where no image would reach it.
     """
     base = torch.bfloat16 if lora and bf16 else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=base)
+    model = answering_class(load_config(folder)).from_pretrained(folder, dtype=base)
+    # Checkpointing by FSDP, unlike transformers' own, leaves the cache on: recomputing would fill it again.
+    model.config.get_text_config().use_cache = False
     parts = parts_of(model.config)
     for name, parameter in model.named_parameters():
         if name.startswith(parts.vision if has_images else (*parts.vision, *parts.projector)):
@@ -198,7 +228,7 @@ def load_model(folder: str, lora: bool, bf16: bool, has_images: bool) -> Any:
     return model
 
 
-def arguments(options: argparse.Namespace) -> dict[str, Any]:
+def arguments(options: argparse.Namespace, model: Any) -> dict[str, Any]:
     """TrainingArguments: what our trainer is told too, and how the peer spreads over ranks."""
     checkpointing = options.gradient_checkpointing
     chosen: dict[str, Any] = {
@@ -226,9 +256,10 @@ def arguments(options: argparse.Namespace) -> dict[str, Any]:
     if "fsdp2" in options.peer:
         # transformers advises activation checkpointing by FSDP in place of its own: a gather less.
         chosen |= {"gradient_checkpointing": False, "gradient_checkpointing_kwargs": None, "fsdp": True}
+        blocks = [block for blocks in parts_of(model.config).blocks(model) for block in blocks]
         chosen["fsdp_config"] = {
             "version": 2,
-            "transformer_layer_cls_to_wrap": ["InternLM2Block", "CLIPEncoderLayer"],
+            "transformer_layer_cls_to_wrap": list(dict.fromkeys(type(block).__name__ for block in blocks)),
             "activation_checkpointing": checkpointing,
         }
     return chosen
@@ -237,20 +268,20 @@ def arguments(options: argparse.Namespace) -> dict[str, Any]:
 def train(options: argparse.Namespace) -> None:
     reader = open_data(options.model, options.data)
     has_images = any(source.records.num_images for source in reader.sources)
-    collate = PadRight(reader.encoder.pad_id, reader.image_processor.dummy() if has_images else None)
     dataset = Samples(reader, options.steps, options.batch * int(os.environ["WORLD_SIZE"]))
     model = load_model(options.model, options.lora, options.dtype == "bf16", has_images)
     adapters = LoraConfig(
         task_type="CAUSAL_LM",
         r=LORA_RANK,
         lora_alpha=LORA_RANK,
-        target_modules=list(parts_of(model.config).lora_targets),
+        target_modules=resolve_targets(model, parts_of(model.config).lora_targets),
     )
     # Else Trainer takes a mean of means over ranks: our loss function does take num_items_in_batch.
     model.accepts_loss_kwargs = True
     output = Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
     notes = Notes(output)
+    collate = PadRight(reader, model.config, has_images)
     shared: dict[str, Any] = {"data_collator": collate, "train_dataset": dataset, "callbacks": [notes]}
     if options.peer == "trl":
         import datasets  # type: ignore[import-not-found]
@@ -261,18 +292,19 @@ def train(options: argparse.Namespace) -> None:
         shared["train_dataset"] = rows.with_transform(
             lambda batch: columns([dataset[number] for number in batch["number"]])
         )
-        sft = SFTConfig(**arguments(options), max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
+        kwargs = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
+        sft = SFTConfig(**arguments(options, model), **kwargs)
         trainer: Any = SFTTrainer(
-            with_backbone(model),
+            with_backbone(model) if model.base_model is model else model,
             sft,
             processing_class=reader.encoder.tokenizer,
             peft_config=adapters if options.lora else None,
             **shared,
         )
     else:
-        vocab_size = model.config.vocab_size
+        vocab_size = model.config.get_text_config().vocab_size
         loss = None if options.peer.endswith("our_loss") else all_logits_loss(vocab_size)
-        chosen = TrainingArguments(**arguments(options))
+        chosen = TrainingArguments(**arguments(options, model))
         if chosen.fsdp and chosen.use_cpu:
             # accelerate forgets about FSDP without a word where ranks have no accelerator.
             PartialState().distributed_type = DistributedType.MULTI_GPU
