@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
@@ -22,6 +23,7 @@ from tests.vlm_cases import (
     WITH_PICTURES,
     Sample,
     alone,
+    as_published,
     five_samples,
     join_pictures,
     own_arguments,
@@ -34,14 +36,16 @@ from tests.vlm_cases import (
 from trainer.lora import resolve_targets
 from trainer.loss import chunked_cross_entropy
 from trainer.models import packed_attention
+from trainer.models.conversions import loaded, saved
+from trainer.models.family import Conversion
 from trainer.models.transformers_vlm import (
     build,
     find_parts,
     init_buffers,
     prepare_for_training,
-    saved_names,
 )
 from trainer.parallelize import split_tiles
+from trainer.weights import persistent_buffers
 
 TOLERANCE = 1e-5
 ONE_BY_ONE = ("aya_vision", "gemma3", "internvl", "llava", "llava_onevision", "paligemma")
@@ -265,21 +269,44 @@ def test_buffers_after_allocation(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_saved_names(name, tmp_path):
-    from safetensors import safe_open
-
+def test_weights_are_saved_and_loaded_in_the_form_of_transformers(name, tmp_path):
     model = build(tiny_config(name))
-    if name in ("qwen3_vl_moe", "minimax"):  # experts
-        with pytest.raises(ValueError, match="in another form"):
-            saved_names(model)
-        return
+    for buffer in persistent_buffers(model).values():
+        buffer.normal_()
     model.save_pretrained(tmp_path)
-    with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        saved = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    names = saved_names(model)
-    assert set(names.values()) == saved.keys()
-    for parameter, value in model.named_parameters():
-        assert torch.equal(saved[names[parameter]], value)
+    stored = load_file(tmp_path / "model.safetensors")
+    own = dict(model.named_parameters()) | persistent_buffers(model)
+    with torch.device("meta"):
+        blank = build(tiny_config(name))
+    assert_same(converted(saved(blank, shapes_of(own)), own), stored)
+    assert_same(converted(loaded(blank, shapes_of(stored)), stored), own)
+    stored = as_published(name, stored)
+    found = loaded(blank, shapes_of(stored))
+    assert_same(converted(found, stored), own)
+    for conversion in found:  # the rows of a rank, from no more of a list of experts than it needs
+        for parameter, shape in conversion.results.items():
+            read = set()
+            rows = (slice(shape[0] // 2, shape[0]), *map(slice, shape[1:]))
+            part = conversion.convert(lambda key: read.add(key) or stored[key], rows)[parameter]  # noqa: B023
+            assert torch.equal(part, own[parameter][rows])
+            if "experts" in parameter and len(conversion.sources) > 1:
+                assert len(read) == len(conversion.sources) // 2
+
+
+def shapes_of(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def converted(conversions: list[Conversion], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    pairs = [pair for c in conversions for pair in c.convert(tensors.__getitem__).items()]
+    assert len(dict(pairs)) == len(pairs)
+    return dict(pairs)
+
+
+def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        assert torch.equal(ours[name], theirs[name]), name
 
 
 @pytest.mark.parametrize("name", CASES)

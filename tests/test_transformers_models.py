@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from data.config import DataConfig
@@ -20,6 +20,7 @@ from tests.tiny import flags, read_metrics, run_ranks, tiny_data
 from tests.tiny_models import tiny_folder
 from trainer import models
 from trainer.export import main as export
+from trainer.export import merge
 from trainer.generate import main as generate
 from trainer.main import main
 
@@ -28,16 +29,16 @@ FAMILIES = [
     pytest.param(name, marks=() if name in IN_THE_FAST_SUITE else pytest.mark.slow)
     for name in (
         *("qwen3", "llama", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "internvl", "llava", "llava_onevision"),
-        *("gemma3", "glm4v", "paligemma"),
+        *("gemma3", "glm4v", "paligemma", "qwen3_vl_moe", "glm4v_moe"),
     )
 ]
 TEXT = ("qwen3", "llama")
 STEPS = 3
 
 
-def world_of(family: str, folder: Path) -> Path:
+def world_of(family: str, folder: Path, **changes: Any) -> Path:
     """A folder with a tiny `model`, and the `data` of other tests, without pictures for a model of text."""
-    tiny_folder(family, folder / "model")
+    tiny_folder(family, folder / "model", **changes)
     data = tiny_data(folder / "data")
     if family in TEXT:
         data.write_text("text.json 0.024\n")
@@ -127,6 +128,24 @@ def test_an_adapter_of_two_ranks_answers_in_peft_as_in_the_merged_model(family, 
     assert (logits - base).abs().max() > 1e-3
 
 
+def test_a_merged_model_ties_its_output_layer_to_the_trained_embeddings_though_the_base_stores_both(tmp_path):
+    world = world_of("qwen3", tmp_path, tie_word_embeddings=True)
+    weights = world / "model" / "model.safetensors"
+    stored = load_file(weights)
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
+    save_file(stored, weights, {"format": "pt"})
+    train(world, "run", use_lora=True, lora_r=4, train_modules="embed_tokens")
+    assert export(["--merge", str(world / "run"), str(world / "merged")]) == 0
+    assert load_file(world / "merged" / "model.safetensors").keys() == stored.keys() - {"lm_head.weight"}
+    merged = plain_model(world / "merged")
+    assert torch.equal(merged.lm_head.weight, merged.model.embed_tokens.weight)
+    assert not torch.equal(merged.lm_head.weight, stored["lm_head.weight"])
+
+    train(world, "head", use_lora=True, lora_r=4, lora_target_modules="lm_head", max_steps=1)
+    with pytest.raises(DataError, match="lm_head shares its weight with the embeddings and cannot be merged"):
+        merge(world / "head", world / "none")
+
+
 @pytest.mark.parametrize("family", ["qwen2_5_vl", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_a_resumed_run_is_the_uninterrupted_one_also_on_another_number_of_ranks(family, tmp_path):
     world = world_of(family, tmp_path)
@@ -175,12 +194,6 @@ def test_a_picture_for_a_model_of_text_is_a_sentence_that_names_the_record(tmp_p
         DataError, match=r"colour.json: record 0 .* has a picture, but the model takes only text"
     ):
         reader.read(0, 0)
-
-
-def test_a_model_that_stores_its_weights_in_another_form_is_refused_in_a_sentence(tmp_path):
-    tiny_folder("qwen3_vl_moe", tmp_path / "model")
-    with pytest.raises(ValueError, match="in another form, which is not supported"):
-        models.parts_of(models.load_config(tmp_path / "model"))
 
 
 def test_a_given_chat_template_trains_and_is_kept_and_a_model_without_one_asks_for_it(tmp_path):

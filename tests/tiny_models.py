@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -15,8 +16,9 @@ from transformers import (
 )
 
 from tests.processor_cases import TILE, make_processor, make_tokenizer
-from tests.vlm_cases import CASES, TEXT_ONLY
+from tests.vlm_cases import CASES, TEXT_ONLY, as_published
 from trainer.models.pictures import Pictures
+from trainer.weights import persistent_buffers
 
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
@@ -34,12 +36,14 @@ CHAT_TEMPLATE = """\
 SIZES: dict[str, dict[str, Any]] = {
     "qwen2_5_vl": {"patch_size": 14, "window_size": 4 * TILE},
     "qwen3_vl": {"patch_size": 14, "num_position_embeddings": 256},
+    "qwen3_vl_moe": {"patch_size": 14, "num_position_embeddings": 256},
     "qwen3_5": {"patch_size": 14, "num_position_embeddings": 256},
     "glm4v": {"patch_size": 14, "image_size": TILE},
+    "glm4v_moe": {"patch_size": 14, "image_size": TILE},
     "internvl": {"patch_size": [7, 7], "image_size": [TILE, TILE]},
 }
 """Of the vision tower, to go with the processors; other towers take tiles of TILE pixels in four patches."""
-SAME_PROCESSOR = {"qwen3_vl_moe": "qwen3_vl", "qwen3_5": "qwen3_vl"}
+SAME_PROCESSOR = {"qwen3_vl_moe": "qwen3_vl", "qwen3_5": "qwen3_vl", "glm4v_moe": "glm4v"}
 """Families without a processor of their own."""
 
 
@@ -70,5 +74,9 @@ def tiny_folder(family: str, folder: Path, **changes: Any) -> Path:
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE.replace("IMAGE", shown))
     model = auto.from_config(CONFIG_MAPPING[case.model_type or family](**config), dtype=torch.float32)
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
+    for buffer in persistent_buffers(model).values():
+        buffer.normal_(std=0.1)
     model.save_pretrained(folder)
+    weights = folder / "model.safetensors"
+    save_file(as_published(family, load_file(weights)), weights, metadata={"format": "pt"})
     return folder

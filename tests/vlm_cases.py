@@ -97,7 +97,14 @@ def _qwen(vision: dict[str, Any], text: dict[str, Any], **config: Any) -> Case:
 
 
 DEEPSTACK = {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "decoder_sparse_step": 1}
+ROUTED = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+    "rope_parameters": MROPE | {"partial_rotary_factor": 1.0},
+}
 MIXTURE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 DELTA_RULE = {
     "layer_types": ["linear_attention", "full_attention"],
@@ -135,6 +142,7 @@ CASES: dict[str, Case] = {
     ),
     "llama_longrope": Case(TEXT | {"rope_parameters": LONG}, model_type="llama"),
     "qwen3": Case(TEXT),
+    "qwen3_moe": Case(TEXT | EXPERTS),
     "gemma2": Case(TEXT | {"sliding_window": 8, "query_pre_attn_scalar": 8}),
     "mistral": Case(TEXT | {"sliding_window": 8}),
     "cohere": Case(TEXT | {"logit_scale": 0.25}),
@@ -150,6 +158,7 @@ CASES: dict[str, Case] = {
     "qwen3_vl_moe": _qwen(DEEPSTACK, EXPERTS),
     "qwen3_5": _qwen({"num_position_embeddings": 64}, DELTA_RULE),
     "glm4v": _qwen({"image_size": 16}, {"rope_parameters": MROPE}),
+    "glm4v_moe": _qwen({"image_size": 16}, ROUTED),
     "internvl": Case(
         {
             "vision_config": TOWER | {"image_size": [16, 16], "patch_size": [4, 4]},
@@ -221,6 +230,15 @@ CASES: dict[str, Case] = {
         _pictures_of_one_size,
     ),
 }
+
+
+def as_published(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A family's saved tensors in the form of its published folders, where that is another one."""
+    if name != "qwen3_vl_moe":
+        return tensors
+    return {key: x.mT.contiguous() if ".experts." in key else x for key, x in tensors.items()}
+
+
 TEXT_ONLY = [name for name, case in CASES.items() if case.pictures is _no_pictures]
 WITH_PICTURES = [name for name in CASES if name not in TEXT_ONLY]
 

@@ -51,12 +51,15 @@ from trainer.adapter_folder import (
 from trainer.atomic import MARKER, create_temporary, put_in_place, write_json
 from trainer.lora import adapted_model
 from trainer.models import load_config, load_tokenizer, parts_of
+from trainer.models.family import Conversion
 from trainer.trainable import checkpoint_name, is_adapter
 from trainer.weights import (
     SAFETENSORS_DTYPES,
+    opened,
     save_small_files,
     split_into_files,
     tensor_files,
+    tensor_shapes,
     weights_dtype,
     write_index,
 )
@@ -69,8 +72,10 @@ class _Merge:
     """Merged tensors of a base and an adapter, computed one at a time."""
 
     folder: Path
-    base: dict[str, tuple[Path, str]]
-    """By tensor, its file of the base and its key there."""
+    files: dict[str, Path]
+    """By key of the base, its file."""
+    base: dict[str, Conversion]
+    """By tensor, what the base has for it."""
     layers: dict[str, tuple[str, float]]
     """By layer, the key in the adapter's file up to `.lora_`, and the layer's scale."""
     whole: dict[str, str]
@@ -79,7 +84,7 @@ class _Merge:
     def tensor(self, name: str) -> Tensor:
         """The merged tensor: in float32 if the adapter changes it, else the base's own."""
         replaced = name in self.whole
-        tensor = self._adapter(self.whole[name]) if replaced else _read(*self.base[name])
+        tensor = self._adapter(self.whole[name]) if replaced else self._base(name)
         for kind in ("Plora_B.weight", "weight", "bias"):
             layer = name.removesuffix(f".{kind}")
             if layer != name and layer in self.layers:
@@ -95,7 +100,7 @@ class _Merge:
         is_dora = self._has(magnitude)
         if kind == "Plora_B.weight" and not is_dora:
             return tensor
-        weight = tensor if kind == "weight" else _read(*self.base[f"{layer}.weight"])
+        weight = tensor if kind == "weight" else self._base(f"{layer}.weight")
         down, up = self._adapter(f"{key}.lora_A.weight"), self._adapter(f"{key}.lora_B.weight")
         weight = torch.addmm(weight.float(), up, down, alpha=scale)
         if not is_dora:
@@ -107,13 +112,13 @@ class _Merge:
         with safe_open(self.folder / WEIGHTS_FILE, framework="pt") as file:
             return key in file.keys()  # noqa: SIM118 (a safetensors file is not a mapping)
 
+    def _base(self, name: str) -> Tensor:
+        with opened(self.files, self.base[name].sources) as read:
+            return self.base[name].convert(read)[name]
+
     def _adapter(self, key: str) -> Tensor:
-        return _read(self.folder / WEIGHTS_FILE, key).float()
-
-
-def _read(path: Path, name: str) -> Tensor:
-    with safe_open(path, framework="pt") as file:  # opened each time, as closing frees the mapped pages
-        return file.get_tensor(name)
+        with safe_open(self.folder / WEIGHTS_FILE, framework="pt") as file:
+            return file.get_tensor(key).float()
 
 
 def merge(adapter: Path, out: Path, base: Path | None = None, dtype: torch.dtype | None = None) -> None:
@@ -131,7 +136,9 @@ def merge(adapter: Path, out: Path, base: Path | None = None, dtype: torch.dtype
     model, names_in_file = adapted_model(adapter, base)
     parts = parts_of(config)
     base_files = tensor_files(base)
-    in_base = {name: (base_files[key], key) for key, name in parts.names.loaded(base_files).items()}
+    loaded = parts.names.loaded(tensor_shapes(base_files))
+    # A tied output layer may be stored too, but the embeddings are what the adapter was trained on.
+    in_base = {name: c for c in loaded for name in c.results if not parts.names.is_tied(name)}
     layers = {
         name: (file_key(name), module.scaling["default"])
         for name, module in model.named_modules()
@@ -139,30 +146,38 @@ def merge(adapter: Path, out: Path, base: Path | None = None, dtype: torch.dtype
     }
     if peft_config.lora_bias and (bare := [n for n in layers if f"{n}.bias" not in in_base]):
         raise DataError(f"{adapter}: lora_bias cannot be merged into {bare[0]}, which has no bias")
+    if tied := [name for name in layers if f"{name}.weight" not in in_base]:
+        raise DataError(f"{adapter}: {tied[0]} shares its weight with the embeddings and cannot be merged")
     whole = {checkpoint_name(name): file_key(name) for name in names_in_file if not is_adapter(name)}
-    merged = _Merge(adapter, in_base, layers, whole)
+    merged = _Merge(adapter, base_files, in_base, layers, whole)
 
     dtypes: dict[str, torch.dtype] = {}
-    sizes: dict[str, int] = {}
+    shapes: dict[str, Sequence[int]] = {}
     for name in dict.fromkeys([*in_base, *whole]):
-        path, key = in_base[name] if name in in_base else (adapter / WEIGHTS_FILE, whole[name])
-        with safe_open(path, framework="pt") as file:
+        key = in_base[name].sources[0] if name in in_base else whole[name]
+        with safe_open(base_files.get(key, adapter / WEIGHTS_FILE), framework="pt") as file:
             entry = file.get_slice(key)
+            shapes[name] = in_base[name].results[name] if name in in_base else entry.get_shape()
             stored = SAFETENSORS_DTYPES.get(entry.get_dtype())  # None: not floating
             dtypes[name] = (dtype or stored) if stored else file.get_tensor(key).dtype
-            sizes[name] = math.prod(entry.get_shape()) * dtypes[name].itemsize
+    groups = {next(iter(group.results)): group for group in parts.names.saved(shapes)}
+    sizes = {
+        first: sum(map(math.prod, group.results.values())) * dtypes[group.sources[0]].itemsize
+        for first, group in groups.items()
+    }
     temporary = create_temporary(_new(out))
     files = split_into_files(sizes)
-    saved = {tensor: parts.names.saved(tensor) for tensor in sizes}
+    keys: dict[str, list[str]] = {}
     with tqdm(total=len(sizes), unit="tensor", desc="merging", dynamic_ncols=True) as bar:
-        for file_name, names in files.items():
-            tensors = {}
-            for name in names:
-                tensors[saved[name]] = merged.tensor(name).to(dtypes[name]).contiguous()
+        for file_name, firsts in files.items():
+            tensors: dict[str, Tensor] = {}
+            for group in map(groups.__getitem__, firsts):
+                tensors |= group.convert(lambda name: merged.tensor(name).to(dtypes[name]))
                 bar.update()
+            tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
             save_file(tensors, temporary / file_name, metadata={"format": "pt"})
-    by_key = {file_name: [saved[name] for name in names] for file_name, names in files.items()}
-    write_index(temporary, by_key, sum(sizes.values()))
+            keys[file_name] = [*tensors]
+    write_index(temporary, keys, sum(sizes.values()))
     save_small_files(config, tokenizer, parts, temporary, dtype or weights_dtype(base))
     _finish(temporary, out)
 

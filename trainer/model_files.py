@@ -22,10 +22,10 @@ def load_model(model: Any, plan: Plan, config: Config) -> LoadReport:
     """Fill parameters and buffers from the base and, with LoRA, set the adapters; ValueError if the base's
     tensors do not fit."""
     parts = plan.parts
+    model.init_buffers()
     loaded = load_weights(model, Path(config.model_name_or_path), parts.unused, parts.names)
     if plan.adapters:
         load_adapters(model, plan.adapters, config.seed)
-    model.init_buffers()
     return loaded
 
 

@@ -10,8 +10,10 @@ Reading. Input: a model whose parameters are DTensors with allocated but unset s
 A [6144, 4096] matrix over 2 ranks: rank 1 reads rows 3072 to 6143, 25 MB of bfloat16.
 
 Writing. Output: `model-00001-of-0000N.safetensors` and their index, or one `model.safetensors`. Tensors are
-gathered one at a time, and file i is collected and written by rank i modulo N. Keys of the base checkpoint
-that the model does not know are copied unchanged. `save_model_folder` adds config.json, the tokenizer and the
+gathered one at a time, and file i is collected and written by rank i modulo N. A parameter that is stored in
+another form than the model's, such as experts one by one, is converted when it is read and when it is
+written (`trainer.models.family.Conversion`). Keys of the base checkpoint that the model does not know are
+copied unchanged. `save_model_folder` adds config.json, the tokenizer and the
 model's own code, so that `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` loads the
 folder in a process that has transformers and torch but not this project.
 """
@@ -20,8 +22,8 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -40,7 +42,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from trainer.atomic import Jobs, write_json
 from trainer.distributed import is_main
 from trainer.models import Parts
-from trainer.models.family import SAME_NAMES, Names
+from trainer.models.family import SAME_NAMES, Conversion, Names, Read
 from trainer.trainable import checkpoint_name, is_adapter
 
 INDEX = "model.safetensors.index.json"
@@ -87,6 +89,27 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path}: cannot be read as safetensors: {error}") from None
     return files
+
+
+def tensor_shapes(files: Mapping[str, Path]) -> dict[str, list[int]]:
+    """Tensor name → its shape, from the headers of the files."""
+    shapes: dict[str, list[int]] = {}
+    for path in sorted(set(files.values())):
+        with safe_open(path, framework="pt") as file:
+            shapes |= {name: file.get_slice(name).get_shape() for name in files if files[name] == path}
+    return {name: shapes[name] for name in files}
+
+
+@contextmanager
+def opened(files: Mapping[str, Path], names: Collection[str]) -> Iterator[Read]:
+    """A function from each of these tensors' names to its slice of a file.
+
+    Opened for a few tensors at a time: closing frees the pages of the mapped file that were read.
+    """
+    with ExitStack() as stack:
+        paths = {files[name] for name in names}
+        by_path = {path: stack.enter_context(safe_open(path, framework="pt")) for path in paths}
+        yield lambda name: by_path[files[name]].get_slice(name)
 
 
 def base_checksum(base: Path) -> str:
@@ -142,38 +165,39 @@ def _local_slices(
 def load_weights(
     model: nn.Module, folder: Path, optional: tuple[str, ...] = (), names: Names = SAME_NAMES
 ) -> LoadReport:
-    """Fill the model's parameters from `folder`, each rank its own shards, in the parameters' dtype.
+    """Fill the model's parameters from `folder`, each rank its own shards, in the parameters' dtype; and the
+    persistent buffers that it holds.
 
     `optional`: substrings of the names of parameters that a checkpoint may lack; they get their initial
     values. `names`: what the folder calls them. A tensor of another shape goes through
     `model.resize_for_load`. ValueError names the first tensors that are missing or do not fit.
     """
-    published = tensor_files(folder)
-    key_of = {name: key for key, name in names.loaded(published).items()}
-    files = {name: published[key] for name, key in key_of.items()}
+    files = tensor_files(folder)
+    conversions = names.loaded(tensor_shapes(files))
+    origin = {name: conversion for conversion in conversions for name in conversion.results}
     parameters = {checkpoint_name(n): p for n, p in model.named_parameters() if not is_adapter(n)}
-    missing = [name for name in parameters if name not in files]
+    buffers = {checkpoint_name(name): buffer for name, buffer in persistent_buffers(model).items()}
+    missing = [name for name in parameters if name not in origin]
     needed = [name for name in missing if not any(substring in name for substring in optional)]
     if needed:
         raise ValueError(
             f"{folder}: {len(needed)} of the model's {len(parameters)} tensors are missing from its "
             f"safetensors files, first {', '.join(needed[:3])}; is config.json that of these weights?"
         )
-    for name, parameter in parameters.items():
-        if name not in files:
+    for name, parameter in (parameters | buffers).items():
+        if name not in origin:
             continue
+        conversion = origin[name]
         target, where = local_rows(parameter)
-        # Opened for each tensor: closing frees the pages of the mapped file that were read.
-        with safe_open(files[name], framework="pt") as file:
-            entry = file.get_slice(key_of[name])
-            if tuple(entry.get_shape()) == tuple(parameter.shape):
+        with opened(files, conversion.sources) as read:
+            if conversion.results[name] == tuple(parameter.shape):
                 if target.numel():
-                    target.copy_(entry[where])
+                    target.copy_(conversion.convert(read, where)[name])
                 continue
-            whole = cast(Any, model).resize_for_load(name, file.get_tensor(key_of[name]))
+            whole = cast(Any, model).resize_for_load(name, conversion.convert(read)[name])
         if whole.shape != parameter.shape:
             raise ValueError(
-                f"{files[name]}: {name} has shape {list(whole.shape)}, "
+                f"{files[conversion.sources[0]]}: {name} has shape {list(whole.shape)}, "
                 f"the model needs {list(parameter.shape)}"
             )
         target.copy_(whole[where])
@@ -181,13 +205,20 @@ def load_weights(
         # Only the vectors of a norm may be missing; their initial values need no random numbers.
         target, _ = local_rows(parameters[name])
         target.fill_(1.0 if name.endswith("weight") else 0.0)
-    unknown = [name for name in files if name not in parameters and not names.is_tied(name)]
-    return LoadReport(missing, {key_of[name]: files[name] for name in unknown})
+    known = parameters.keys() | buffers.keys()
+    unknown = [name for name in origin if name not in known and not names.is_tied(name)]
+    return LoadReport(missing, {key: files[key] for name in unknown for key in origin[name].sources})
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that belong to a model's weights, such as the biases of some routers of experts."""
+    saved = model.state_dict(keep_vars=True)
+    return {name: buffer for name, buffer in model.named_buffers() if name in saved}
 
 
 def split_into_files(sizes: Mapping[str, int], max_file_bytes: int = 10**9) -> dict[str, list[str]]:
-    """File name → its tensors, from sizes: tensor → bytes. A file has at most `max_file_bytes`, unless a
-    single tensor is larger."""
+    """File name → its tensors, from sizes: tensor, or first of several that stay together → bytes. A file has
+    at most `max_file_bytes`, unless a single entry is larger."""
     files: list[list[str]] = [[]]
     file_bytes = 0
     for name, size in sizes.items():
@@ -224,29 +255,44 @@ def save_model_folder(
     dtype: of the saved weights; carried: `LoadReport.carried` of the base; jobs: does the writing. Files
     contain whole tensors in the model's order and are byte for byte the same for any number of ranks.
     """
-    parameters = {parts.names.saved(name): parameter for name, parameter in model.named_parameters()}
-    sizes = {name: parameter.numel() * dtype.itemsize for name, parameter in parameters.items()}
+    tensors: dict[str, Tensor] = dict(model.named_parameters())
+    dtypes = dict.fromkeys(tensors, dtype)
+    for name, buffer in persistent_buffers(model).items():
+        tensors[name], dtypes[name] = buffer, buffer.dtype
+    groups: dict[str, Conversion] = {}  # by the first of their tensors in the folder; of one file each
+    sizes: dict[str, int] = {}
+    for group in parts.names.saved({name: tensor.shape for name, tensor in tensors.items()}):
+        first = next(iter(group.results))
+        groups[first] = group
+        sizes[first] = sum(map(math.prod, group.results.values())) * dtypes[group.sources[0]].itemsize
     for name, path in carried.items():
         with safe_open(path, framework="pt") as file:
             sizes[name] = file.get_tensor(name).nbytes
     files = split_into_files(sizes, max_file_bytes)
-    for i, (file_name, tensors) in enumerate(files.items()):
+    for i, (file_name, firsts) in enumerate(files.items()):
         mine = i % dist.get_world_size() == dist.get_rank()
         contents: dict[str, Tensor] = {}
-        for name in tensors:
-            if name in parameters:
-                tensor = parameters[name].detach().to(dtype)
-                if isinstance(tensor, DTensor):
-                    tensor = tensor.full_tensor()
+        for first in firsts:
+            if first in groups:
+                whole = {}
+                for name in groups[first].sources:
+                    tensor = tensors[name].detach().to(dtypes[name])
+                    whole[name] = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
                 if mine:
-                    contents[name] = jobs.on_host(name, tensor)
+                    for key, tensor in groups[first].convert(whole.__getitem__).items():
+                        contents[key] = jobs.on_host(key, tensor)
             elif mine:
-                with safe_open(carried[name], framework="pt") as file:
-                    contents[name] = file.get_tensor(name)
+                with safe_open(carried[first], framework="pt") as file:
+                    contents[first] = file.get_tensor(first)
         if mine:
             jobs.later(partial(save_file, contents, folder / file_name, {"format": "pt"}))
     if is_main():
-        jobs.now(lambda: write_index(folder, files, sum(sizes.values())))
+        results = {first: [*group.results] for first, group in groups.items()}
+        keys = {
+            file_name: [key for first in firsts for key in results.get(first, [first])]
+            for file_name, firsts in files.items()
+        }
+        jobs.now(lambda: write_index(folder, keys, sum(sizes.values())))
         jobs.now(lambda: save_small_files(config, tokenizer, parts, folder, dtype))
 
 

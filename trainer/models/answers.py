@@ -48,6 +48,7 @@ class Answers:
 ANSWERS = {
     "gemma3": Answers(token_types=image_types),
     "glm4v": Answers(final_end="<|user|>"),
+    "glm4v_moe": Answers(final_end="<|user|>"),
     "llava": Answers(final_end="</s>"),
     "paligemma": Answers(token_types=prefix_types, first_position=1),
     "minimax": Answers(mixers=("MiniMaxLightningAttention",)),

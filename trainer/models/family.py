@@ -16,11 +16,11 @@ float32, and `token_losses` [M], without a graph, of the M supervised positions.
 
     loss_function                    a function that may be replaced: (hidden [M, D], targets [M], lm_head,
                                      num_items_in_batch) → loss, token losses
-    init_buffers()                   initialises the buffers, which no checkpoint contains, after `to_empty`
+    init_buffers()                   initialises the buffers, which few checkpoints contain, after `to_empty`
     resize_for_load(name, tensor)    a checkpoint's tensor of another shape → that of this model
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,17 +32,35 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from data.images import ImageProcessor
 from data.tokens import Conversation
 
+Shapes = Mapping[str, Sequence[int]]
+"""Tensor → its shape."""
+Read = Callable[[str], Any]
+"""Name → a tensor, or a tensor of a file of which only the part that is indexed is read."""
+
+
+class Conversion:
+    """Tensors of a folder that become parameters, or the reverse; here a single one under another name."""
+
+    def __init__(self, sources: Sequence[str], results: Shapes) -> None:
+        self.sources, self.results = tuple(sources), {name: tuple(shape) for name, shape in results.items()}
+
+    def convert(self, read: Read, where: tuple[slice, ...] = ()) -> dict[str, Tensor]:
+        """The results by name; where: the part of each that is wanted, for which no more is read than it
+        needs."""
+        (source,), (result,) = self.sources, self.results
+        return {result: read(source)[where]}
+
 
 class Names:
-    """What the parameters of a model are called in its files; here, as in the model."""
+    """What the parameters of a model are called in its files, and in which form; here, as in the model."""
 
-    def saved(self, parameter: str) -> str:
-        """Name of a parameter → its key in a folder that is saved."""
-        return parameter
+    def loaded(self, shapes: Shapes) -> list[Conversion]:
+        """From the tensors of a published folder to parameters; one that is no parameter's keeps its key."""
+        return [Conversion([key], {key: shape}) for key, shape in shapes.items()]
 
-    def loaded(self, keys: Iterable[str]) -> dict[str, str]:
-        """Keys of a published folder → the names of their parameters."""
-        return {key: key for key in keys}
+    def saved(self, shapes: Shapes) -> list[Conversion]:
+        """From parameters to the tensors of a folder that is saved; what is no parameter keeps its name."""
+        return [Conversion([name], {name: shape}) for name, shape in shapes.items()]
 
     def is_tied(self, key: str) -> bool:
         """Whether a published key without a parameter is another one under a second name."""

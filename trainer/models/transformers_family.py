@@ -16,7 +16,7 @@ import copy
 import functools
 import inspect
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,10 @@ from transformers import (
 
 from data.errors import DataError
 from data.images import ImageProcessor
-from trainer.models import transformers_vlm
+from trainer.models import conversions, transformers_vlm
 from trainer.models.answers import answers_of
 from trainer.models.chat import TemplateConversation
-from trainer.models.family import Names, Parts
+from trainer.models.family import Conversion, Names, Parts, Shapes
 from trainer.models.model_parts import find_parts
 from trainer.models.pictures import Pictures
 from trainer.models.transformers_vlm import takes_pictures
@@ -162,18 +162,17 @@ class TransformersFamily:
 
 
 class TransformersNames(Names):
-    """The keys that transformers itself writes, and those that it reads: older ones are renamed."""
+    """The tensors that transformers itself writes, and those that it reads."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._saved = transformers_vlm.saved_names(model)
         self._model = model
         self._tied = set(getattr(model, "all_tied_weights_keys", {}))
 
-    def saved(self, parameter: str) -> str:
-        return self._saved.get(parameter, parameter)  # what the model does not know keeps its key
+    def loaded(self, shapes: Shapes) -> list[Conversion]:
+        return conversions.loaded(self._model, shapes)
 
-    def loaded(self, keys: Iterable[str]) -> dict[str, str]:
-        return transformers_vlm.loaded_names(self._model, keys)
+    def saved(self, shapes: Shapes) -> list[Conversion]:
+        return conversions.saved(self._model, shapes)
 
     def is_tied(self, key: str) -> bool:
         return key in self._tied

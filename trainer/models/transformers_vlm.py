@@ -28,7 +28,7 @@ height and width, [4, 1, T] in a row.
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -40,13 +40,6 @@ from transformers import (
     AutoModelForImageTextToText,
     PreTrainedConfig,
     PreTrainedModel,
-)
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    PrefixChange,
-    WeightConverter,
-    WeightRenaming,
-    rename_source_key,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_MAPPING
 
@@ -319,46 +312,3 @@ def _filler(dtype: torch.dtype) -> float | int:
 
 def _is_filler(buffer: Tensor) -> bool:
     return bool((buffer.isnan() | (buffer == _filler(buffer.dtype))).all())
-
-
-def saved_names(model: PreTrainedModel) -> dict[str, str]:
-    """The names that `save_pretrained` gives to the parameters, by their own.
-
-    ValueError for a model that saves parameters in another form than it has them.
-    """
-    transforms = [
-        transform.reverse_transform()
-        for transform in reversed(get_model_conversion_mapping(model, add_legacy=False))
-        if not isinstance(transform, PrefixChange)
-    ]
-    renamings, converters = _by_kind(transforms)
-    names = {}
-    for name, _ in model.named_parameters():
-        names[name], converted = rename_source_key(name, renamings, converters, reverse=True)
-        if converted is not None:
-            raise ValueError(f"{type(model).__name__} saves {name} in another form, which is not supported")
-    return names
-
-
-def loaded_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
-    """Keys of published weights → the names of the model's parameters, as `from_pretrained` renames them.
-
-    ValueError for a model that reads parameters in another form than it has them.
-    """
-    renamings, converters = _by_kind(get_model_conversion_mapping(model))
-    own: Any = model.state_dict(keep_vars=True)
-    names = {}
-    for key in sorted(keys):
-        names[key], converted = rename_source_key(key, renamings, converters, model.base_model_prefix, own)
-        if converted is not None:
-            raise ValueError(f"{type(model).__name__} reads {key} in another form, which is not supported")
-    return names
-
-
-def _by_kind(transforms: Iterable[Any]) -> tuple[list[WeightRenaming], list[WeightConverter]]:
-    """What transformers does to keys alone, and what it does to tensors."""
-    known = list(transforms)
-    return (
-        [transform for transform in known if isinstance(transform, WeightRenaming)],
-        [transform for transform in known if isinstance(transform, WeightConverter)],
-    )
