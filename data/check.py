@@ -111,8 +111,8 @@ def inspect_records(reader: SampleReader, chunk: Chunk) -> Findings:
         if reader.fit_images or reader.on_long_sample == "error":
             try:
                 encoded, _ = reader.read(number, index, decode=False)
-                if encoded.hd_num is not None:
-                    found.shrunk.append(f"{source.where(index)} has hd_num={encoded.hd_num}")
+                if encoded.image_limit is not None:
+                    found.shrunk.append(f"{source.where(index)} has {encoded.image_limit}")
             except DataError as error:
                 if str(error) not in found.errors:
                     found.errors.append(str(error))

@@ -55,8 +55,8 @@ class DataConfig:
     """A sample over max_length: `truncate` loses its tail, `skip` counts it and leaves it out, `error` ends
     the run."""
     fit_images: bool = False
-    """High-resolution models: take the images of a sample over max_length at a smaller hd_num, the largest
-    that fits, and log it; on_long_sample is for what still does not."""
+    """Take the images of a sample over max_length at a lower limit of tiles (hd_num, max_patches) or of size,
+    the highest that fits, and log it; on_long_sample is for what still does not."""
     packing: bool = may_change(True)
     """A micro-batch is one row of whole samples without padding, and ranks get rows of equal cost; samples do
     not see each other, and the loss is the same. False: padded micro-batches."""

@@ -12,7 +12,7 @@ import base64
 import io
 import stat
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -75,13 +75,11 @@ class ImageProcessor(Protocol):
         """The smallest valid picture."""
         ...
 
-    @property
-    def hd_num(self) -> int | None:
-        """Largest number of tiles per picture; None if all pictures have the same number of slots."""
-        ...
+    def smaller(self) -> "Mapping[str, ImageProcessor]":
+        """The same processor with lower and lower limits of a picture's size, by limit ("hd_num=4").
 
-    def smaller(self) -> "Sequence[ImageProcessor]":
-        """The same processor with fewer and fewer tiles, down to one; empty if there are none."""
+        ValueError with the reason if it has no limit that could be lowered.
+        """
         ...
 
 

@@ -65,17 +65,18 @@ class SampleReader:
     on_long_sample: OnLongSample = "truncate"
     """A sample over max_length loses its tail, is left out (it keeps no label), or raises a DataError."""
     fit_images: bool = False
-    """First try to make a long sample fit by lowering the hd_num of its images, as little as needed."""
+    """First try to make a long sample fit by lowering the limit of its images' size, as little as needed."""
     needs_images: bool = True
     """The vision tower has collectives, so if any sample has an image, every micro-batch must have one."""
     positions: Callable[[np.ndarray, Sequence[Any]], np.ndarray | None] | None = None
     """A sample's ids and its pictures → its positions [k, T]; None where they are 0, 1, 2, …"""
 
     def __post_init__(self) -> None:
-        if self.fit_images and self.image_processor.hd_num is None:
-            raise DataError(
-                "--fit_images: this model resizes every image to the same square; remove the flag"
-            )
+        if self.fit_images:
+            try:
+                self.image_processor.smaller()
+            except ValueError as error:
+                raise DataError(f"--fit_images: {error}; remove the flag") from error
 
     def read(self, source_number: int, index: int, *, decode: bool = True) -> tuple[Encoded, list[Any]]:
         """The encoded sample and its pictures; DataError that names the record if it cannot be used.
@@ -132,9 +133,9 @@ class SampleReader:
 
     def _processor_of(self, encoded: Encoded) -> ImageProcessor:
         """The processor that a sample's images had."""
-        if encoded.hd_num is None:
+        if encoded.image_limit is None:
             return self.image_processor
-        return next(p for p in self.image_processor.smaller() if p.hd_num == encoded.hd_num)
+        return self.image_processor.smaller()[encoded.image_limit]
 
     def read_prompt(
         self, source_number: int, index: int, *, decode: bool = True
@@ -146,8 +147,8 @@ class SampleReader:
         """
         with self._open(source_number, index, needs_answer=False) as (sample, images, size):
             pieces = self.encoder.prompt_pieces(sample)
-            smaller = self.image_processor.smaller() if self.fit_images and sample.images else ()
-            for processor in (self.image_processor, *smaller):
+            smaller = self.image_processor.smaller() if self.fit_images and sample.images else {}
+            for processor in (self.image_processor, *smaller.values()):
                 if not (prompt := self._join(pieces, size, processor)).is_cut:
                     return sample, prompt, [process(image, processor) for image in images if decode]
             raise DataError(f"the question is longer than max_length={self.encoder.max_length}; raise it")
@@ -191,9 +192,11 @@ class SampleReader:
         processor, max_length = self.image_processor, self.encoder.max_length
         encoded = self._join(pieces, size, processor)
         if self.fit_images and encoded.is_cut and num_images and (smaller := processor.smaller()):
-            # A sample that does not fit even with one tile per image keeps one tile per image.
-            processor = next((p for p in smaller if num_tokens(p) <= max_length), smaller[-1])
-            encoded = replace(self._join(pieces, size, processor), hd_num=processor.hd_num)
+            # A sample that does not fit even at the lowest limit has its images at that.
+            fitting = (limit for limit, each in smaller.items() if num_tokens(each) <= max_length)
+            limit = next(fitting, [*smaller][-1])
+            processor = smaller[limit]
+            encoded = replace(self._join(pieces, size, processor), image_limit=limit)
         if encoded.is_cut and self.on_long_sample == "error":
             raise DataError(
                 f"has {num_tokens(processor):,} tokens, over max_length={max_length:,}; raise max_length, "
@@ -343,8 +346,8 @@ class _MicroBatches(Dataset[MicroBatch | DataError]):
             if sample.num_supervised == 0:
                 unsupervised.append((source_number, f"{where(index)} {self._reader.why_unsupervised}"))
                 continue
-            if sample.hd_num is not None:
-                shrunk.append((source_number, f"{where(index)} takes its images at hd_num={sample.hd_num}"))
+            if sample.image_limit is not None:
+                shrunk.append((source_number, f"{where(index)} takes its images at {sample.image_limit}"))
             samples.append(sample)
             pictures += images
             sample_ids.append((source_number, index))

@@ -76,8 +76,8 @@ class Encoded:
     """Tokens of each image before the cut at max_length: its slots, and what the model puts around them."""
     is_cut: bool = False
     """Whether max_length cut something off."""
-    hd_num: int | None = None
-    """Largest number of tiles per image if it was lowered to make the sample fit, else None."""
+    image_limit: str | None = None
+    """The limit of its images' size that was lowered to make the sample fit, as in "hd_num=4", else None."""
     position_ids: np.ndarray | None = None
     """int64 [k, T] where the model gives a token k positions; None: 0, 1, 2, …"""
 

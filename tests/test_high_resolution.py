@@ -214,10 +214,11 @@ def test_images_are_made_to_fit_by_the_largest_hd_num_that_does(model, tmp_path,
         assert not fitted.is_cut
         assert fitted.num_supervised == 8
         assert [tokens_of(image) for image in images] == fitted.image_tokens
-        assert (fitted.hd_num is None) == (len(sample.input_ids) <= 80), name
-        if fitted.hd_num is not None:
+        assert (fitted.image_limit is None) == (len(sample.input_ids) <= 80), name
+        if fitted.image_limit is not None:
             assert len(fitted.input_ids) <= 80
-            looser = reader_of(model, data, max_length=1000, hd_num=fitted.hd_num + 1)
+            hd_num = int(fitted.image_limit.removeprefix("hd_num="))
+            looser = reader_of(model, data, max_length=1000, hd_num=hd_num + 1)
             assert len(looser.read(0, index)[0].input_ids) > 80, "one tile more would have fitted as well"
     assert longest > 80
     lengths = measure_lengths(reader, num_workers=0, show_progress=False)[0]

@@ -189,19 +189,21 @@ def test_a_processor_that_needs_pixels_gets_a_blank_picture(case, monkeypatch):
 
 def test_smaller_limits_give_fewer_tokens(case):
     family, _, pictures = case
-    smaller = pictures.smaller()
-    if family not in ("qwen2_5_vl", "qwen3_vl", "glm4v", "internvl"):
-        assert pictures.limit is None
-        assert smaller == []
+    if family in ("llava", "llava_onevision", "gemma3", "paligemma"):
+        with pytest.raises(ValueError, match=r"ImageProcessorPil has no limit of a picture's tiles or size"):
+            pictures.smaller()
         return
-    counts = [each.num_tokens(390, 190) for each in (pictures, *smaller)]
-    limits = [each.limit for each in (pictures, *smaller)]
+    smaller = pictures.smaller()
+    limits = [int(limit.rpartition("=")[2]) for limit in smaller]
+    each = [pictures, *smaller.values()]
     assert limits == sorted(limits, reverse=True)
+    counts = [pictures.num_tokens(390, 190) for pictures in each]
     assert counts == sorted(counts, reverse=True)
     assert counts[-1] <= counts[0] / 2
-    inputs = num_features(family, smaller[-1](photo(390, 190)))
-    assert inputs == (smaller[-1].tokens(390, 190) == SLOT).sum()
-    assert len({each.fingerprint for each in (pictures, *smaller)}) == len(counts)
+    inputs = num_features(family, each[-1](photo(390, 190)))
+    assert inputs == (each[-1].tokens(390, 190) == SLOT).sum()
+    assert len({pictures.fingerprint for pictures in each}) == len(counts)
+    assert smaller is pictures.smaller(), "they keep their counts of tokens"
 
 
 def test_check_compares_size_and_pixels(case, monkeypatch):

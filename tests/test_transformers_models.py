@@ -2,17 +2,20 @@
 ranks, and into folders that transformers and peft load without this project."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from data.config import DataConfig
 from data.errors import DataError
+from data.loader import SampleReader
 from data.mixture import read_mixture
 from data.reader import open_reader
 from data.sampler import StepSampler
@@ -184,6 +187,52 @@ def test_answers_are_those_of_transformers(family, tmp_path):
         assert answer["prediction"] == text.strip()
 
 
+@pytest.mark.parametrize(
+    ("family", "limit"),
+    [
+        ("qwen2_5_vl", r"longest_edge=\d+"),
+        pytest.param("internvl", r"max_patches=\d", marks=pytest.mark.slow),
+        pytest.param("idefics3", r"longest_edge=\d+", marks=pytest.mark.slow),
+    ],
+)
+def test_images_of_a_long_sample_are_made_to_fit_by_the_highest_limit_that_does(family, limit, tmp_path):
+    world = world_of(family, tmp_path)
+    Image.new("RGB", (390, 190)).save(world / "data" / "red40.png")
+    (world / "data" / "data.txt").write_text("both.json 0.006\n")
+
+    def reader_of(max_length: int) -> SampleReader:
+        config = DataConfig(
+            data_path=str(world / "data" / "data.txt"),
+            model_name_or_path=str(world / "model"),
+            max_length=max_length,
+            fit_images=True,
+        )
+        return open_reader(config, read_mixture(config.data_path), models)[0]
+
+    whole, _ = reader_of(4096).read(0, 0)
+    room = len(whole.input_ids) - whole.image_tokens[0] // 2
+    reader = reader_of(room)
+    fitted, _ = reader.read(0, 0)
+    assert (whole.image_limit, fitted.is_cut) == (None, False)
+    assert re.fullmatch(limit, str(fitted.image_limit))
+    for name, processor in reader.image_processor.smaller().items():
+        tokens = [processor.num_tokens(*size) for size in ((390, 190), (90, 90))]
+        if name == fitted.image_limit:
+            assert tokens == fitted.image_tokens
+            break
+        assert len(whole.input_ids) - sum(whole.image_tokens) + sum(tokens) > room
+    run = train(world, "run", fit_images=True, max_length=room, max_steps=1, on_long_sample="error")
+    assert losses(run)[0] > 0
+
+
+def test_fit_images_is_refused_with_the_reason_where_no_limit_can_be_lowered(tmp_path):
+    world = world_of("llava", tmp_path)
+    options = {"plora_dropout": None, "max_steps": 1, "fit_images": True}
+    (output,) = run_ranks(1, main, flags(world, "run", **options), status=2)
+    sentence = "--fit_images: CLIPImageProcessorPil has no limit of a picture's tiles or size that could be "
+    assert f"{sentence}lowered; remove the flag" in " ".join(output.split())
+
+
 def test_a_picture_for_a_model_of_text_is_a_sentence_that_names_the_record(tmp_path):
     world = world_of("qwen3", tmp_path)
     config = DataConfig(
@@ -220,6 +269,5 @@ def test_flags_that_mean_nothing_for_a_model_of_transformers_are_refused_togethe
         return " ".join(output.split())
 
     assert "--img_size 70: this model's pictures are processed as its preprocessor" in refused(img_size=70)
-    assert "--measure_mfu: this model's operations cannot be counted" in refused(measure_mfu=True)
     flash = refused(attn_implementation="flash_attention_2")
     assert "--attn_implementation flash_attention_2: flash_attention_2 is not for this model" in flash

@@ -41,6 +41,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "glm4v": {"patch_size": 14, "image_size": TILE},
     "glm4v_moe": {"patch_size": 14, "image_size": TILE},
     "internvl": {"patch_size": [7, 7], "image_size": [TILE, TILE]},
+    "idefics3": {"patch_size": 7, "image_size": TILE},
+    "smolvlm": {"patch_size": 7, "image_size": TILE},
 }
 """Of the vision tower, to go with the processors; other towers take tiles of TILE pixels in four patches."""
 SAME_PROCESSOR = {"qwen3_vl_moe": "qwen3_vl", "qwen3_5": "qwen3_vl", "glm4v_moe": "glm4v"}

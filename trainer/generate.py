@@ -115,7 +115,7 @@ class Questions:
     hd_num: int | None = None
     """High-resolution models: the maximum number of tiles of an image; by default as in training."""
     fit_images: bool = False
-    """High-resolution models: for a question over max_length, use the largest smaller hd_num that fits."""
+    """For a question over max_length, use the highest lower limit of images' tiles or size that fits."""
     vision_micro_batch: int | None = 16
     """Images or tiles that a block of the vision tower processes at a time; none: all at once."""
     images_as_viewed: bool | None = None

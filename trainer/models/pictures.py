@@ -52,6 +52,8 @@ TEXT_INPUTS = (
     *("special_tokens_mask", "text_replacement_offsets"),
 )
 """What a processor computes from the text, and not from the pictures."""
+LARGE = (4096, 4096)
+"""A picture that reaches the limit of its size in any model."""
 DUMMY_SIZES = ((28, 28), (256, 256), (1024, 256), (1024, 32))
 
 
@@ -138,10 +140,6 @@ class Pictures:
             batch["batch_num_images"] = _images_per_sample(batch["batch_num_images"])
         return batch
 
-    @property
-    def hd_num(self) -> None:
-        """None: pictures have no number of tiles that could be lowered one by one."""
-
     def dummy(self) -> dict[str, torch.Tensor]:
         """The inputs of a black picture, with few pixels for the model."""
         return {name: value.clone() for name, value in self._dummy.items()}
@@ -155,25 +153,31 @@ class Pictures:
                 inputs.append(self(Image.new("RGB", size)))
         return min(inputs, key=lambda values: values["pixel_values"].numel())
 
-    @property
-    def limit(self) -> int | None:
-        """Most tiles of a picture (InternVL), or its most pixels (Qwen-VL, GLM-4V); None: no simple limit."""
-        image_processor = self.processor.image_processor
-        if hasattr(image_processor, "max_patches"):
-            return image_processor.max_patches
-        return image_processor.size.longest_edge if hasattr(image_processor, "merge_size") else None
+    def smaller(self) -> "dict[str, Pictures]":
+        """The same with lower limits: a tile less each time ("max_patches=3"), or a quarter of the size.
 
-    def smaller(self) -> "list[Pictures]":
-        """The same with lower and lower `limit`: one tile, or a quarter of the pixels less each time."""
-        limit, image_processor = self.limit, self.processor.image_processor
-        if limit is None:
-            return []
-        if hasattr(image_processor, "max_patches"):
-            lower = range(limit - 1, image_processor.min_patches - 1, -1)
-            return [self._with(max_patches=tiles) for tiles in lower]
-        size, smaller = image_processor.size, []
-        while (limit := limit * 3 // 4) >= size.shortest_edge:
-            smaller.append(self._with(size=replace(size, longest_edge=limit)))
+        ValueError if the processor has no such limit. `longest_edge` counts pixels in Qwen-VL and GLM-4V.
+        """
+        return self._smaller
+
+    @functools.cached_property
+    def _smaller(self) -> "dict[str, Pictures]":
+        image_processor = self.processor.image_processor
+        name = type(image_processor).__name__
+        size: Any = getattr(image_processor, "size", None)
+        if getattr(image_processor, "max_patches", None) is not None:
+            lower = range(image_processor.max_patches - 1, image_processor.min_patches - 1, -1)
+            smaller = {f"max_patches={tiles}": self._with(max_patches=tiles) for tiles in lower}
+        elif (edge := getattr(size, "longest_edge", None)) is not None:
+            tile = getattr(image_processor, "max_image_size", None)
+            least = size.shortest_edge or (tile["longest_edge"] if tile else edge // 16)
+            smaller = {}
+            while (edge := edge * 3 // 4) >= least:
+                smaller[f"longest_edge={edge}"] = self._with(size=replace(size, longest_edge=edge))
+        else:
+            raise ValueError(f"{name} has no limit of a picture's tiles or size that could be lowered")
+        if smaller and [*smaller.values()][-1].num_tokens(*LARGE) >= self.num_tokens(*LARGE):
+            raise ValueError(f"{name} gives a picture as many tokens at a lower limit of its size")
         return smaller
 
     def _with(self, **settings: Any) -> "Pictures":
@@ -182,7 +186,7 @@ class Pictures:
         other.processor = copy.copy(self.processor)
         other.processor.image_processor = copy.copy(self.processor.image_processor)
         vars(other.processor.image_processor).update(settings)
-        for name in ("fingerprint", "_dummy"):
+        for name in ("fingerprint", "_dummy", "_smaller"):
             vars(other).pop(name, None)
         other._start()
         return other
@@ -244,7 +248,7 @@ class Pictures:
         self._num_tokens = functools.lru_cache(CACHED_COUNTS)(lambda *size: len(self._tokens(*size)))
 
     def __getstate__(self) -> dict[str, Any]:
-        started = ("_shapes", "_tokens", "_num_tokens")
+        started = ("_shapes", "_tokens", "_num_tokens", "_smaller")
         return {name: value for name, value in vars(self).items() if name not in started}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

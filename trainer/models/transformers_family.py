@@ -184,7 +184,7 @@ NO_PICTURES = "has images, but this model takes text alone; leave them out, or t
 class NoPictures:
     """The image processor of a model of text alone: a DataError for a sample with a picture."""
 
-    as_viewed, hd_num = False, None
+    as_viewed = False
 
     def __repr__(self) -> str:
         return "NoPictures()"
@@ -213,8 +213,8 @@ class NoPictures:
     def dummy(self) -> Any:
         return None
 
-    def smaller(self) -> list["NoPictures"]:
-        return []
+    def smaller(self) -> dict[str, "NoPictures"]:
+        raise ValueError("this model takes text alone")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

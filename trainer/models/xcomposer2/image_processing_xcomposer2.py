@@ -118,13 +118,9 @@ class SquareImageProcessor(_Views):
         """int64 [num_tokens] of -1: each is the slot of a feature."""
         return np.full(self.num_tokens(width, height), -1)
 
-    @property
-    def hd_num(self) -> None:
-        """None, as there are no tiles."""
-
-    def smaller(self) -> list[SquareImageProcessor]:
-        """Empty, as every picture takes the same number of tokens."""
-        return []
+    def smaller(self) -> dict[str, SquareImageProcessor]:
+        """ValueError, as every picture takes the same number of tokens."""
+        raise ValueError("this model resizes every image to the same square")
 
     def dummy(self) -> torch.Tensor:
         """The smallest valid image, all zeros."""
@@ -178,9 +174,9 @@ class HDImageProcessor(_Views):
         """int64 [num_tokens] of -1: each is the slot of a feature."""
         return np.full(self.num_tokens(width, height), -1)
 
-    def smaller(self) -> list[HDImageProcessor]:
-        """The same processor with fewer tiles, from hd_num - 1 down to one."""
-        return [replace(self, hd_num=tiles) for tiles in range(self.hd_num - 1, 0, -1)]
+    def smaller(self) -> dict[str, HDImageProcessor]:
+        """The same processor with fewer tiles, from hd_num - 1 down to one, by limit ("hd_num=4")."""
+        return {f"hd_num={tiles}": replace(self, hd_num=tiles) for tiles in range(self.hd_num - 1, 0, -1)}
 
     def dummy(self) -> torch.Tensor:
         """The smallest valid image, all zeros: one tile."""
