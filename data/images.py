@@ -71,6 +71,10 @@ class ImageProcessor(Protocol):
         """How many they are."""
         ...
 
+    def check(self, image: Image.Image) -> None:
+        """ValueError unless the tokens by an opened picture's size are those by its pixels."""
+        ...
+
     def dummy(self) -> Any:
         """The smallest valid picture."""
         ...

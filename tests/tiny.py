@@ -115,6 +115,7 @@ def flags(world: Path, output_dir: str | Path, *more: str, **changes: Any) -> li
         "bf16": False,
         "plora_dropout": 0,
         "dataloader_num_workers": 0,
+        "check_model": False,  # half a second a run; tests/test_check_model.py is for it
         "save_strategy": "no",
         "learning_rate": 1e-3,
         "report": False,

@@ -208,6 +208,10 @@ class Config(DataConfig):
     """Use only deterministic kernels, so that on GPUs, as on CPUs, a resumed run equals the uninterrupted one
     bit for bit; without it the two may differ by rounding. This costs time on GPUs, most of it in attention's
     backward pass."""
+    check_model: bool = may_change(True)
+    """Check before the first step, on the shortest samples with and without a picture, that logits are those
+    of the model's own class, pictures have as many tokens as features, samples of a batch do not see each
+    other, and every parameter that trains gets a gradient."""
     rehearse: bool = may_change(True)
     """Run the micro-batches with most tokens and most image slots once before the first step, so that a lack
     of memory is found immediately."""

@@ -30,6 +30,7 @@ from torch.profiler import record_function
 from tqdm import tqdm
 
 from data.errors import DataError
+from trainer.check_model import check_model, problems_of
 from trainer.checkpoint import Checkpoints, SaveError, load, resumable
 from trainer.config import Config, ConfigError, parse
 from trainer.distributed import (
@@ -64,7 +65,7 @@ from trainer.report import write_own_report
 from trainer.resume import choose_start, describe_run
 from trainer.stopping import StopRequest, wait_for_the_end
 from trainer.trackers import Trackers
-from trainer.trainable import part_of, refuse_idle
+from trainer.trainable import part_of
 
 
 def train(config: Config, ranks: Ranks, lock: Lock, trackers: Trackers) -> int:
@@ -101,10 +102,13 @@ def train(config: Config, ranks: Ranks, lock: Lock, trackers: Trackers) -> int:
     )
     optimizer = adamw(groups, config.adam_betas, config.adam_epsilon, device, config.optim_state)
 
-    # --- log the plan, restore the state, prepare output_dir ---------------------------------------------
+    # --- log the plan, restore the state, check the model, prepare output_dir ----------------------------
     log_plan(plan, config, ranks, loaded)
     if start_point.folder:
         load(start_point.folder, resumable(trained, optimizer))
+    checks = check_model(model, plan, config, device) if config.check_model else []
+    if agree_on_problems(problems_of(checks)):
+        return BAD_INPUT
     space = bytes_of_a_save(model, trained, resumable(trained, optimizer), plan.save_dtype, config)
     if agree_on_problems(prepare_output_dir(output_dir, run, start_point, space) if ranks.rank == 0 else []):
         return BAD_INPUT
@@ -164,8 +168,6 @@ def train(config: Config, ranks: Ranks, lock: Lock, trackers: Trackers) -> int:
                 (outputs.loss / divisor).backward()
             window.add(batch, outputs.token_losses)
 
-        if step == 1:
-            refuse_idle(trained)
         # --- optimizer step, skipped if loss or gradient is not finite; all ranks decide alike -----------
         with record_function("optimizer"):
             norm = get_total_norm([p.grad for p in trained.values() if p.grad is not None])

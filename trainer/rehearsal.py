@@ -88,7 +88,7 @@ def largest_micro_batches(
     packing, all lengths are known: a full row of the longest samples, and one of those with most slots per
     token. Otherwise the `num_samples` largest samples among PROBED evenly spaced records of each source.
     """
-    sizes = _all_sizes(packing.lengths) if packing else _probed_sizes(reader)
+    sizes = all_sizes(reader, packing)
     tokens, slots = sizes[:, 0], sizes[:, 1]
     batches: dict[tuple[tuple[int, int], ...], MicroBatch] = {}
     for size in (tokens, slots / tokens if packing else slots):
@@ -102,17 +102,20 @@ def largest_micro_batches(
     return list(batches.values())
 
 
-def _all_sizes(lengths: Sequence[np.ndarray]) -> np.ndarray:
-    """[samples, 4]: tokens, image slots, source and record of all measured samples that are trained on."""
+def all_sizes(reader: SampleReader, packing: Packing | None) -> np.ndarray:
+    """[samples, 4]: tokens, image slots, source and record of all measured samples that are trained on;
+    without packing, of PROBED records of each source."""
+    if packing is None:
+        return _probed_sizes(reader)
     found = [np.zeros((0, 4), np.int64)]
-    for source, rows in enumerate(lengths):
+    for source, rows in enumerate(packing.lengths):
         (records,) = np.nonzero(rows[:, 2] > 0)
         found.append(np.column_stack([rows[records, :2], np.full(len(records), source), records]))
     return np.concatenate(found)
 
 
 def _probed_sizes(reader: SampleReader) -> np.ndarray:
-    """`_all_sizes` of PROBED records of each source, measured here."""
+    """`all_sizes` of PROBED records of each source, measured here."""
     found = []
     for number, source in enumerate(reader.sources):
         for index in np.unique(np.linspace(0, len(source.records) - 1, PROBED, dtype=int)):
@@ -148,7 +151,13 @@ def read_batch(
 
 
 def rehearse(model: Any, micro_batch: MicroBatch, device: torch.device, config: Config) -> None:
-    """Run forward and backward as in a step, then drop the gradients; parameters and moments are unchanged.
+    """`forward_backward`, then drop the gradients; parameters and moments are unchanged."""
+    forward_backward(model, micro_batch, device, config)
+    model.zero_grad(set_to_none=True)
+
+
+def forward_backward(model: Any, micro_batch: MicroBatch, device: torch.device, config: Config) -> None:
+    """Run forward and backward as in a step.
 
     With accumulation the first of two micro-batches keeps its whole gradient on every rank, which is the peak
     memory of a step.
@@ -157,4 +166,3 @@ def rehearse(model: Any, micro_batch: MicroBatch, device: torch.device, config: 
         set_communication(model, config, is_last)
         loss = model(**micro_batch.to(device).inputs).loss
         (loss / max(1, micro_batch.num_supervised)).backward()
-    model.zero_grad(set_to_none=True)

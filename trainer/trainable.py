@@ -101,7 +101,7 @@ def refuse_idle(trained: Mapping[str, nn.Parameter]) -> None:
     """ValueError if parameters that are set to train have no gradient after a backward pass."""
     if idle := [name for name, parameter in trained.items() if parameter.grad is None]:
         raise ValueError(
-            f"{len(idle)} parameters are set to train but got no gradient in the first step, "
+            f"{len(idle)} parameters are set to train but got no gradient in a backward pass, "
             f"first {idle[0]}; freeze them, or give data that reaches them"
         )
 

@@ -35,6 +35,7 @@ __all__ = [
     "load_conversation",
     "load_image_processor",
     "load_tokenizer",
+    "own_arguments",
     "parts_of",
     "positions_of",
     "preprocessing_of",
@@ -159,6 +160,11 @@ def use_generation_defaults(model: Any, folder: str | Path) -> None:
 def prompt_arguments(config: PreTrainedConfig, im_mask: Tensor) -> dict[str, Any]:
     """The arguments of `generate` for a prompt's image slots [B, T], beside those for its pictures."""
     return _family_of(config).prompt_arguments(config, im_mask)
+
+
+def own_arguments(config: PreTrainedConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of the class's own forward, given those of the training one for a single sample."""
+    return _family_of(config).own_arguments(config, inputs)
 
 
 def cost_sizes(config: PreTrainedConfig) -> dict[str, Any]:

@@ -160,6 +160,13 @@ class Family(Protocol):
         """The arguments of `generate` for a prompt's image slots [B, T], beside those for its pictures."""
         ...
 
+    def own_arguments(self, config: PreTrainedConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of the class's own forward for the logits of one sample.
+
+        inputs: the sample in a row of its own, as `data.batch` gives it to the training forward.
+        """
+        ...
+
     def cost_sizes(self, config: PreTrainedConfig) -> dict[str, Any]:
         """The sizes that determine a sample's cost: the arguments of `data.packing.CostModel.from_sizes`."""
         ...

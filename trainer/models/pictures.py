@@ -193,9 +193,9 @@ class Pictures:
 
     def check(self, image: Image.Image) -> None:
         """ValueError unless the tokens of an opened picture's size are those of its pixels."""
-        picture = self.rgb(image)
+        picture, size = self.rgb(image), self.size(image)
         for count in (1, 2) if self._depends_on_count else (1,):
-            if self._expansion(*picture.size, count) != _expansion(self.processor, picture, count, "pt"):
+            if self._expansion(*size, count) != _expansion(self.processor, picture, count, "pt"):
                 raise ValueError(
                     f"{type(self.processor).__name__} gives a picture of {picture.width}×{picture.height} "
                     "pixels other tokens than follow from its size"

@@ -128,11 +128,20 @@ class TransformersFamily:
         takes_types = "mm_token_type_ids" in inspect.signature(base_class.forward).parameters
         return {"mm_token_type_ids": im_mask.int()} if takes_types else {}
 
+    def own_arguments(self, config: PreTrainedConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        ids, slots = inputs["input_ids"], inputs["im_mask"]
+        vision = transformers_vlm.vision_arguments(inputs) if inputs["image_runs"] else {}
+        types = self.prompt_arguments(config, slots) if vision else {}
+        types |= answers_of(config).token_types(slots if vision else None, inputs["labels"], [ids.shape[1]])
+        return {"input_ids": ids, **vision, **types}
+
     def cost_sizes(self, config: PreTrainedConfig) -> dict[str, Any]:
         """From the names that configurations of transformers use; an unknown tower costs nothing."""
         text: Any = config.get_text_config(decoder=True)
         experts = getattr(text, "num_experts_per_tok", None)
-        width = text.moe_intermediate_size * experts if experts else text.intermediate_size
+        width = text.intermediate_size  # in some families with experts, of one
+        if experts:
+            width = getattr(text, "moe_intermediate_size", width) * experts
         sizes = {
             "language": (text.hidden_size, width, text.num_hidden_layers),
             "vision": (0, 0, 0),
@@ -205,6 +214,9 @@ class NoPictures:
         return len(self.tokens(width, height))
 
     def tokens(self, width: int, height: int) -> np.ndarray:
+        raise DataError(NO_PICTURES)
+
+    def check(self, image: Image.Image) -> None:
         raise DataError(NO_PICTURES)
 
     def batch(self, pictures: Sequence[Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ height and width, [4, 1, T] in a row.
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -196,6 +196,12 @@ def _training_forward(
     return OutputWithTokenLosses(loss=loss, logits=logits, token_losses=losses)
 
 
+def vision_arguments(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the training forward's arguments that the processor made of pictures."""
+    known = _parameters(_training_forward)
+    return {name: value for name, value in inputs.items() if name not in known and value is not None}
+
+
 TRAINING_ARGUMENTS = _parameters(_training_forward) - {
     "model",
     "head",
@@ -252,7 +258,8 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 def positions(config: PreTrainedConfig, input_ids: Tensor, **vision: Any) -> Tensor | None:
     """The positions of one sample, [k, n], for a model whose positions are not 0 … n − 1; otherwise None.
 
-    input_ids [n]; vision: what the processor made of its pictures. No model is built:
+    input_ids [n]; vision: what the processor made of its pictures; ValueError if they do not fit. No model is
+    built:
 
         positions(qwen_config, ids, image_grid_thw=tensor([[1, 4, 4]]))       # [4, n]: text first
     """
@@ -263,7 +270,10 @@ def positions(config: PreTrainedConfig, input_ids: Tensor, **vision: Any) -> Ten
     stub.__dict__["config"] = config
     types = (input_ids == image_token(config)).int()
     grids = {name: value for name, value in vision.items() if "grid" in name and value is not None}
-    pictures, _ = stub.get_rope_index(input_ids[None], mm_token_type_ids=types[None], **grids)
+    try:
+        pictures, _ = stub.get_rope_index(input_ids[None], mm_token_type_ids=types[None], **grids)
+    except RuntimeError as error:  # of shapes
+        raise ValueError(f"{int(types.sum())} image tokens are not those of its pictures: {error}") from error
     return torch.cat([torch.arange(len(input_ids))[None], pictures[:, 0]])
 
 

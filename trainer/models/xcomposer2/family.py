@@ -96,6 +96,9 @@ class XComposer2:
     def prompt_arguments(self, config: PreTrainedConfig, im_mask: Tensor) -> dict[str, Any]:
         return {"im_mask": im_mask}
 
+    def own_arguments(self, config: PreTrainedConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: inputs.get(name) for name in ("input_ids", "im_mask", "pixel_values")}
+
     def cost_sizes(self, config: PreTrainedConfig) -> dict[str, Any]:
         own = cast(InternLMXcomposer2Config, config)
         vision = own.vision_config

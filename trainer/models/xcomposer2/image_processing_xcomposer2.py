@@ -95,6 +95,11 @@ class _Views:
         return {"pixel_values": torch.stack(list(pictures)) if same_size else list(pictures)}
 
 
+def _compare(by_size: int, by_pixels: int) -> None:
+    if by_size != by_pixels:
+        raise ValueError(f"it has {by_size} tokens by its size, but {by_pixels} by its pixels")
+
+
 @dataclass(frozen=True)
 class SquareImageProcessor(_Views):
     """Resizes every picture to img_size × img_size pixels."""
@@ -117,6 +122,12 @@ class SquareImageProcessor(_Views):
     def tokens(self, width: int, height: int) -> np.ndarray:
         """int64 [num_tokens] of -1: each is the slot of a feature."""
         return np.full(self.num_tokens(width, height), -1)
+
+    def check(self, image: Image.Image) -> None:
+        """ValueError unless the tokens by an opened picture's size are those by its pixels."""
+        width, height = self.resize(image).size
+        by_pixels = (width // self.patch_size) * (height // self.patch_size)
+        _compare(self.num_tokens(*self.size(image)), by_pixels)
 
     def smaller(self) -> dict[str, SquareImageProcessor]:
         """ValueError, as every picture takes the same number of tokens."""
@@ -166,9 +177,16 @@ class HDImageProcessor(_Views):
         long, short = (
             math.ceil(side / self.tile) for side in self._size(max(width, height), min(width, height))
         )
-        rows = short if width >= height else long
+        return self._num_tokens(long * short, rows=short if width >= height else long)
+
+    def check(self, image: Image.Image) -> None:
+        """ValueError unless the tokens by an opened picture's size are those by its pixels."""
+        columns, rows = (side // self.tile for side in self.resize(image).size)
+        _compare(self.num_tokens(*self.size(image)), self._num_tokens(columns * rows, rows))
+
+    def _num_tokens(self, tiles: int, rows: int) -> int:
         merged = self.tile // self.patch_size // 2  # tokens along a tile's side
-        return (long * short + 1) * merged**2 + 1 + (rows + 1) * merged
+        return (tiles + 1) * merged**2 + 1 + (rows + 1) * merged
 
     def tokens(self, width: int, height: int) -> np.ndarray:
         """int64 [num_tokens] of -1: each is the slot of a feature."""
