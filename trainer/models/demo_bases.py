@@ -81,10 +81,10 @@ class DemoBase:
 def make_qwen2_5_vl(folder: Path, texts: Iterable[str]) -> None:
     """Four patches are one of 16 slots; the tower's first block sees a quarter of the picture at a time."""
     tokenizer = make_tokenizer(texts, QWEN_TOKENS)
-    vision = {"depth": 3, "num_heads": 4, "patch_size": PATCH, "window_size": SIDE // 2}
-    vision["fullatt_block_indexes"] = [1, 2]
+    vision = SIZES | {"depth": 3, "num_heads": 4, "patch_size": PATCH}
+    vision |= {"window_size": SIDE // 2, "fullatt_block_indexes": [1, 2]}
     text = TEXT | {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}}
-    write_qwen2_5_vl(folder, tokenizer, text, SIZES | vision, SIDE**2, SIDE**2)
+    write_qwen2_5_vl(folder, tokenizer, text, vision, min_pixels=SIDE**2, max_pixels=SIDE**2)
 
 
 def write_qwen2_5_vl(
