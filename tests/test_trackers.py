@@ -67,7 +67,8 @@ def test_a_resumed_run_has_the_same_id_in_wandb(tmp_path):
 
 
 @needs("wandb")
-def test_wandb_without_a_login_is_a_warning_and_asks_nothing(tmp_path):
+def test_wandb_without_a_login_is_a_warning_and_asks_nothing(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
     environment = {"WANDB_MODE": "online", "WANDB_CONFIG_DIR": str(tmp_path), "NETRC": str(tmp_path / "no")}
     (said,) = run_ranks(1, lambda: report("wandb", tmp_path, (1, 2), **environment))
     assert said.count("warning: --report_to wandb: No API key configured") == 1
@@ -178,7 +179,8 @@ def test_no_tracker_and_other_ranks_start_nothing(tmp_path):
 def test_a_run_from_scratch_gets_a_new_id_and_a_resumed_one_keeps_it(tmp_path):
     (tmp_path / ID_FILE).write_text("0123abcd")
     (tmp_path / "checkpoint-2").mkdir()
-    assert prepare_output_dir(tmp_path, {}, Start(2, tmp_path / "checkpoint-2"), 0) == []
+    run = {"ranks": 1, "device": "cpu", "device_name": "cpu", "versions": {}}
+    assert prepare_output_dir(tmp_path, run, Start(2, tmp_path / "checkpoint-2"), 0) == []
     assert (tmp_path / ID_FILE).read_text() == "0123abcd"
-    assert prepare_output_dir(tmp_path, {}, Start(), 0) == []
+    assert prepare_output_dir(tmp_path, run, Start(), 0) == []
     assert not (tmp_path / ID_FILE).exists()
