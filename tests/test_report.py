@@ -114,6 +114,8 @@ def evaluated(world, tmp_path_factory) -> Path:
 def test_the_trainer_writes_the_page_and_it_tells_the_resumes_of_a_run_that_was_killed_twice(world):
     page = (world / "run" / "report.html").read_text(encoding="utf-8")
     assert "finished after step 8" in page
+    assert "This run was not evaluated." in page
+    assert "<article" not in page
     assert "2 times" in page
     starts = json.loads((world / "run" / "run.json").read_text())["starts"]
     assert [start["step"] for start in starts] == [0, 2, 4]
@@ -229,7 +231,9 @@ def test_texts_of_users_stay_text(world, tmp_path):
 
 
 def test_several_runs_are_overlaid_and_their_differences_are_a_table(world, tmp_path, capsys):
-    argv = flags(world, "other", max_steps=4, per_device_train_batch_size=6, learning_rate=5e-4)
+    evaluation = {"eval_data_path": world / "data" / "data.txt", "eval_strategy": "steps", "eval_steps": 2}
+    evaluation |= {"eval_on_start": True, "eval_generate": 2, "eval_max_new_tokens": 3}
+    argv = flags(world, "other", max_steps=4, per_device_train_batch_size=6, learning_rate=5e-4, **evaluation)
     run_ranks(1, main, argv)
     out = tmp_path / "compare.html"
     assert trainer.report.main([str(world / "run"), str(world / "other")]) == 2
@@ -241,10 +245,15 @@ def test_several_runs_are_overlaid_and_their_differences_are_a_table(world, tmp_
         assert "--fix_vit" not in results, "it is the same"
         labels = [label for label, *_ in page.evaluate(TEXTS)]
         assert {"run: training", "other: training", "run: colour", "other: colour"} <= set(labels)
+        lines = read_metrics(world / "other", "eval")
+        assert [line["step"] for line in lines] == [0, 2, 4]
+        numbers = r"\s+".join([r"step 0: the base model\s+0\.00", f"{lines[0]['loss']:.4f}"])
+        assert re.search(numbers, page.text("#evaluations"))
+        page.choose("#source", "both")
+        cards = "[...document.querySelectorAll('article')].filter(card => card.offsetHeight)"
+        assert page.evaluate(f"{cards}.map(card => card.querySelectorAll('img').length)") == [2, 2]
+        assert "what are the two?" in page.text("#answers")
         assert not page.errors
-    page = report([world / "other"])
-    assert "This run was not evaluated." in page
-    assert "<article" not in page
 
 
 def test_the_commands_repeat_the_run_and_load_its_result(world):
@@ -403,3 +412,12 @@ def test_a_page_that_cannot_be_written_is_a_warning_and_not_the_end_of_a_trainin
 def test_a_folder_without_a_run_is_a_sentence(tmp_path, capsys):
     assert trainer.report.main([str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path} holds no run")
+
+
+def test_answers_to_steps_that_will_be_done_again_are_not_shown(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 4, "loss": 1.0}\n')
+    write_evaluations(tmp_path, [0, 4])
+    stale = (tmp_path / "eval" / "step-4.jsonl").read_text().replace("red", "of a killed run")
+    (tmp_path / "eval" / "step-8.jsonl").write_text(stale)
+    found = read_questions([read_run(tmp_path)])
+    assert {answer.last for question in found.shown for answer in question.answers} == {0, 4}

@@ -115,7 +115,8 @@ def read_questions(runs: Sequence[Run]) -> Questions:
             for path in (run.folder / "eval").glob("step-*.jsonl")
             if path.stem.removeprefix("step-").isdecimal()
         }
-        steps = sorted(files)
+        # Later ones are of steps that a killed run did, and that will be done again.
+        steps = sorted(step for step in files if step <= run.last_step)
         if steps:
             places = np.linspace(0, len(steps) - 1, min(len(steps), MOST_EVALUATIONS)).round().astype(int)
             for step in [steps[place] for place in places]:

@@ -77,6 +77,12 @@ class Run:
         return [step for entry in self.starts[1:] if (step := number(entry.get("step"))) >= 0]
 
     @property
+    def last_step(self) -> float:
+        """The last step of any line; infinite if there is none."""
+        steps = [*self.train["step"][-1:], *(number(line.get("step")) for line in self.evaluations[-1:])]
+        return max(steps, default=np.inf)
+
+    @property
     def steps_per_line(self) -> np.ndarray:
         """How many steps each line of kind "train" stands for."""
         steps = self.train["step"]

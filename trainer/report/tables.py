@@ -240,7 +240,7 @@ def evaluations(run: Run) -> Section:
     last = run.evaluations[-1]
     note = (
         f"The same {count(last.get('samples'))} samples with {count(last.get('supervised_tokens'))} "
-        "supervised tokens at every evaluation; the training does not see them."
+        "supervised tokens at every evaluation."
     )
     if len(run.evaluations) > MOST_ROWS:
         note += f" {MOST_ROWS} of {len(run.evaluations):,} evaluations; metrics.jsonl has them all."
