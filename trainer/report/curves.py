@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from bokeh.document import Document
 from bokeh.embed import components
 from bokeh.models import (
     ColumnDataSource,
@@ -122,6 +123,12 @@ def curves(runs: Sequence[Run]) -> tuple[str, list[Figure]]:
         if drawn:
             plot.x_range = drawn[0].x_range  # a zoom into one is a zoom into all
         drawn.append(plot)
+    document = Document()
+    with (
+        document.models.freeze()
+    ):  # else it looks through all figures, which are linked, once for each of them
+        for plot in drawn:
+            document.add_root(plot)
     script, elements = components({str(place): plot for place, plot in enumerate(drawn)})
     library = Resources(mode="inline", components=["bokeh"]).render_js()
     figures = [Figure(plan.title, elements[str(place)]) for place, plan in enumerate(wanted)]
