@@ -2,6 +2,7 @@
 sees something that is really broken, and none changes the training."""
 
 import re
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -205,7 +206,7 @@ def test_the_shortest_readable_samples_with_and_without_a_picture_are_checked(tm
 
     def chosen(*numbers):
         sources = read_mixture(write_json(tmp_path / "a.json", [records[number] for number in numbers]))
-        reader = SampleReader(sources, encoder(1000), SquareProcessor())
+        reader = SampleReader(sources, encoder(1000), cast(Any, SquareProcessor()))
         samples = shortest_samples(reader, all_sizes(reader, None))
         return samples and [numbers[index] for _, index in samples]
 
