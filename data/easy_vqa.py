@@ -8,6 +8,7 @@
     OUT/yesno.json        28,407 yes-or-no questions
     OUT/text.json         English → Chinese, without a picture
     OUT/test.json         9,673 questions about the 1,000 held-out pictures, and held-out translations
+    OUT/eval.txt          300 of them, to look at during the training
     OUT/chinese.txt       an adapter's training data: the training questions and answers in Chinese
     OUT/chinese.json, OUT/chinese_test.json
 
@@ -66,6 +67,7 @@ QUESTIONS = {
 """All of easy-VQA's questions; the blank is a shape, "shape", or a colour and "shape"."""
 
 DATA_TXT = "# <json path> <thousands of samples an epoch>\nopen.json 12.4\nyesno.json 8.2\ntext.json 0.4\n"
+EVAL_TXT = "test.json 0.3\n"
 CHINESE_TXT = "chinese.json 12\n"
 SIDES = (48, 64, 96)
 TRANSLATE = "translate to Chinese: "
@@ -140,6 +142,7 @@ def write_demo_data(folder: Path, num_images: int | None = None, unequal: bool =
     _write(folder / "chinese.json", chinese_splits["train"])
     _write(folder / "chinese_test.json", chinese_splits["test"])
     (folder / "data.txt").write_text(DATA_TXT, encoding="utf-8")
+    (folder / "eval.txt").write_text(EVAL_TXT, encoding="utf-8")
     (folder / "chinese.txt").write_text(CHINESE_TXT, encoding="utf-8")
 
 

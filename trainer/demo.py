@@ -7,7 +7,8 @@ Input: the package easy-vqa, 5,000 pictures of one coloured shape with questions
 
     data/         the pictures and questions as this project's own files (data/easy_vqa.py)
     base/         a randomly initialised model with its own tokenizer (trainer/models/demo_bases.py)
-    model/        that model after full fine-tuning, and its predictions on held-out pictures
+    model/        that model after full fine-tuning, and its predictions on held-out pictures; report.html
+                  tells how it learned, with answers to held-out pictures during training
     adapter/      a LoRA adapter on it, after the same questions in Chinese
     demo.json     the results that are printed at the end
 
@@ -42,6 +43,9 @@ TRAIN = """
     --packing False --vision_micro_batch none --reshard_after_forward False
     --per_device_train_batch_size 16 --warmup_ratio 0.03 --logging_steps 20 --save_strategy no
     --dataloader_num_workers 1
+"""
+EVALUATE = """
+    --eval_strategy steps --eval_steps 500 --eval_on_start True --eval_generate 24 --eval_max_new_tokens 16
 """
 LORA = "--use_lora True --lora_r 16 --lora_alpha 32 --lora_dropout 0 --fix_sampler True"
 KINDS = {"colour": "12 %", "shape": "33 %", "yesno": "50 %"}
@@ -142,6 +146,7 @@ def demo(
     run(
         "trainer.main", "--model_name_or_path", base, "--data_path", data / "data.txt", "--output_dir", model,
         "--num_train_epochs", epochs, "--fix_vit", False, "--learning_rate", chosen.learning_rate, *flags,
+        "--eval_data_path", data / "eval.txt", *EVALUATE.split(),
     )  # fmt: skip
     answers = ask(model, data / "test.json", tiles)
     seconds_base = time.perf_counter() - started
@@ -176,7 +181,8 @@ def demo(
     print(f"{'in Chinese, after':<24}{result['chinese_after']:>7.1%}   with the adapter, as peft loads it")
     print(
         f"\n{result['seconds']:.0f} seconds, {seconds_base:.0f} of them for the full model; in {out}: "
-        "model/, adapter/ (they load in transformers and peft without this project), data/, demo.json"
+        "model/, adapter/ (they load in transformers and peft without this project), data/, demo.json\n"
+        f"How it learned, on one page: open {model / 'report.html'}"
     )
     return result
 
