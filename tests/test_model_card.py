@@ -119,7 +119,7 @@ def test_the_models_evaluation_is_in_the_card(world):
     assert card.data.metrics == ["loss", "anls", "exact_match", "token_f1"]
     assert card.data.model_name == "pets"
     assert "Steps: 2;" in card.text
-    assert "Evaluation after step 2, with a loss of 1.25:" in card.text
+    assert "Evaluation after step 2; loss: 1.25." in card.text
     assert "| doc | anls | 0.8125 |" in card.text
 
 

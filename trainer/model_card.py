@@ -20,7 +20,7 @@ or edited by somebody, and is never replaced.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ torch {run[versions][torch]}, transformers {run[versions][transformers]}.
 
 """
 EVALUATION = """
-Evaluation after step {step:,}, with a loss of {loss}:
+Evaluation after step {step:,}; loss: {loss}.
 
 | data | metric | value |
 |---|---|---|
@@ -123,7 +123,6 @@ def model_card(
         **license_of(folder, config),
     )
     loader = "AutoProcessor" if parts.vision_blocks and not has_code else "AutoTokenizer"
-    scores = ((r.dataset_name, r.metric_type, f"{r.metric_value:.4g}") for r in results)
     return CARD.format(
         metadata=metadata.to_yaml(),
         name=name,
@@ -133,8 +132,19 @@ def model_card(
         step=step,
         run=run,
         flags=flags,
-        evaluation=EVALUATION.format(**evaluation, results=_rows(scores)) if results else "",
+        evaluation=_evaluation_section(evaluation, results),
         usage=_usage(name, base, is_adapter, answering_class(config).__name__, loader, has_code),
+    )
+
+
+def _evaluation_section(evaluation: Mapping[str, Any], results: Sequence[EvalResult]) -> str:
+    if not evaluation:
+        return ""
+    loss = evaluation["loss"]  # null in the file if it was not finite
+    return EVALUATION.format(
+        step=evaluation["step"],
+        loss="not finite" if loss is None else f"{loss:.4g}",
+        results=_rows((r.dataset_name, r.metric_type, f"{r.metric_value:.4g}") for r in results),
     )
 
 
