@@ -125,11 +125,11 @@ def train(config: Config, ranks: Ranks, lock: Lock, trackers: Trackers) -> int:
     )
     if evaluation.has_stalled:
         total_steps = start_point.step
-    flops = peak = tracer = None
+    flops, peak, tracer = plan.flops, None, None
     if config.measure_mfu:
-        from trainer.extras.flops import count_flops, matmul_peak
+        from trainer.extras.flops import matmul_peak
 
-        flops, peak = count_flops(model), matmul_peak(device, config.bf16)
+        peak = matmul_peak(device, config.bf16)
     if config.profile:
         from trainer.extras.profile import Tracer
 

@@ -75,8 +75,8 @@ def sum_over_ranks(
     """Totals of a step that all ranks need before its forward pass, in one reduction: float64 [6] on the
     device.
 
-    Supervised tokens; tokens; operations of vision and of language (0 without `flops`, a
-    `trainer.extras.flops.ModelFlops`); and the numbers of ranks that ask to stop, or to save by the clock.
+    Supervised tokens; tokens; operations of vision and of language (0 without `flops`, see
+    trainer/extras/flops.py); and the numbers of ranks that ask to stop, or to save by the clock.
     """
     mine = [0.0, 0.0, 0.0, 0.0, float(stop), float(save)]
     for batch in micro_batches:

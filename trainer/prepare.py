@@ -52,6 +52,8 @@ class Plan:
     save_dtype: torch.dtype
     """Dtype of the saved weights."""
     reader: SampleReader
+    flops: Any
+    """Operations of the model, with --measure_mfu (trainer/extras/flops.py); else None."""
     sampler: StepSampler
     packing: Packing | None
     evaluation: EvalPlan | None
@@ -209,8 +211,11 @@ def _describe_model(config: Config, ranks: Ranks, sources: list[Source]) -> Plan
                 f"--shard_frozen_vision False: {base} does not store the vision tower in bfloat16, so it "
                 "would not compute in bfloat16 either: use --shard_frozen_vision True"
             )
-    if config.measure_mfu and not parts.counts_flops:
-        raise ValueError("--measure_mfu: this model's operations cannot be counted; remove the flag")
+    flops = None
+    if config.measure_mfu:
+        from trainer.extras.flops import flops_of
+
+        flops = flops_of(model, reader)
     # Whole on every rank, a frozen tower has no collectives, so a rank without images need not run it.
     reader.needs_images = vision_trains or (config.shard_frozen_vision and config.sharding != "none")
     global_batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * ranks.world
@@ -227,6 +232,7 @@ def _describe_model(config: Config, ranks: Ranks, sources: list[Source]) -> Plan
         training=training,
         save_dtype=base_dtype if config.save_dtype == "auto" else getattr(torch, config.save_dtype),
         reader=reader,
+        flops=flops,
         sampler=sampler,
         packing=None,
         evaluation=None,

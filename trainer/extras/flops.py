@@ -2,7 +2,7 @@
 
 Input: a model (its layers, and which of them train) and a micro-batch. Output: two integers.
 
-    flops = count_flops(model)                       # once; the model may be on the meta device, or sharded
+    flops = flops_of(model, reader)                  # once; the model is on the meta device
     vision, language = flops.of(micro_batch)
     peak = matmul_peak(device, bf16=True)            # operations a second of all ranks; the whole of an MFU
 
@@ -19,7 +19,8 @@ is between all tokens of a sample (n² pairs, including masked ones, as PaLM cou
 samples, packed or not. Padding and dummies do not count. PLoRA's products are at image slots only, the output
 layer's at supervised positions only. DoRA's norms are not counted.
 
-The published 7B with a frozen tower, a sample of 1,500 tokens, 1,225 of them one image's, 200 supervised:
+XComposer2's layers are counted here one by one, any other model by `measured_flops.py`. The published 7B with
+a frozen tower, a sample of 1,500 tokens, 1,225 of them one image's, 200 supervised:
 
     vision 1.03e12 (the projector included), language 7.13e13
 """
@@ -34,7 +35,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from data.batch import MicroBatch
+from data.loader import SampleReader
 from trainer.distributed import all_sum, barrier
+from trainer.extras.measured_flops import MeasuredFlops, measure_flops
+from trainer.models.xcomposer2.modeling_xcomposer2 import InternLMXComposer2ForCausalLM
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,12 @@ class ModelFlops:
             return len(images)
         side = self.config.image_size
         return sum(1 + image.shape[1] // side * (image.shape[2] // side) for image in images)
+
+
+def flops_of(model: Any, reader: SampleReader) -> "ModelFlops | MeasuredFlops":
+    """Count the operations of any model on the meta device; ValueError if they cannot be counted."""
+    is_ours = isinstance(model, InternLMXComposer2ForCausalLM)
+    return count_flops(model) if is_ours else measure_flops(model, reader)
 
 
 def count_flops(model: nn.Module, backward: bool = True) -> ModelFlops:

@@ -93,8 +93,6 @@ class Parts:
     """Files that a saved folder needs beside its configuration, weights and tokenizer: the model's code, or
     its processor's settings."""
     names: Names = SAME_NAMES
-    counts_flops: bool = False
-    """Whether trainer/extras/flops.py knows the model's layers."""
 
     def blocks(self, model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
         """The language blocks and the vision blocks of `model`, in order."""
