@@ -84,8 +84,11 @@ def prepare_for_training(model: PreTrainedModel) -> None:
     token's; it can be replaced. ValueError for a model that cannot be trained so.
     """
     base: Any = model.base_model
-    if hasattr(base, "get_image_features") and "mm_encoder_outputs" not in _parameters(base.forward):
-        raise ValueError(f"{type(model).__name__} does not take the features of pictures, only pictures")
+    if takes_pictures(model.config) and "mm_encoder_outputs" not in _parameters(base.forward):
+        raise ValueError(
+            f"{type(model).__name__} cannot be trained: its base model takes pictures, but not their "
+            "features (mm_encoder_outputs), so its vision tower cannot run before the text on every rank"
+        )
     for block in model.get_submodule(find_parts(model).language_blocks).children():
         if mixers := [module for module in block.modules() if _mixes_tokens(module, model.config)]:
             mix_by_sample(block, mixers)
