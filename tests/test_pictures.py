@@ -273,6 +273,17 @@ def test_folders_that_cannot_be_used(tmp_path):
             Pictures(tmp_path)
 
 
+def test_a_processor_without_the_package_that_it_insists_on_names_the_extra(tmp_path, monkeypatch):
+    make_processor("idefics3", tmp_path)
+    settings = tmp_path / "processor_config.json"
+    settings.write_text(settings.read_text().replace("Idefics3Processor", "SmolVLMProcessor"))
+    monkeypatch.setattr("transformers.models.smolvlm.processing_smolvlm.num2words", None)
+    with pytest.raises(
+        ValueError, match=r"SmolVLMProcessor cannot be loaded: it needs num2words: pip .*smolvlm"
+    ):
+        Pictures(tmp_path)
+
+
 def test_the_models_config_names_the_slot(tmp_path):
     processor = make_processor("gemma3", tmp_path)
     assert Pictures(tmp_path).slot_id == processor.tokenizer.image_token_id != processor.image_token_id

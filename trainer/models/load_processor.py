@@ -45,6 +45,8 @@ def load_processor(folder: str | Path) -> Any:
             reason = (
                 "it needs torchvision, which the trainer does without; choose a model with the PIL backend"
             )
+        elif "num2words" in reason:
+            reason = "it needs num2words: pip install -e '.[smolvlm]'"
         raise ValueError(f"{folder}: {name} cannot be loaded: {reason}") from error
 
 
