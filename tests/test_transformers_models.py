@@ -22,6 +22,7 @@ from data.sampler import StepSampler
 from tests.processor_cases import NEEDS_NUM2WORDS
 from tests.tiny import flags, read_metrics, run_ranks, tiny_data
 from tests.tiny_models import tiny_folder
+from tests.vlm_cases import TEXT_ONLY
 from trainer import models
 from trainer.export import main as export
 from trainer.export import merge
@@ -36,7 +37,6 @@ FAMILIES = [
         *("gemma3", "glm4v", "paligemma", "qwen3_vl_moe", "glm4v_moe", "idefics3", "smolvlm"),
     )
 ]
-TEXT = ("qwen3", "llama")
 STEPS = 3
 
 
@@ -44,7 +44,7 @@ def world_of(family: str, folder: Path, **changes: Any) -> Path:
     """A folder with a tiny `model`, and the `data` of other tests, without pictures for a model of text."""
     tiny_folder(family, folder / "model", **changes)
     data = tiny_data(folder / "data")
-    if family in TEXT:
+    if family in TEXT_ONLY:
         data.write_text("text.json 0.024\n")
     return folder
 
@@ -168,7 +168,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_also_on_another_number_of_ranks(
 @pytest.mark.parametrize("family", ["qwen3", "qwen2_5_vl"])
 def test_answers_are_those_of_transformers(family, tmp_path):
     world = world_of(family, tmp_path)
-    records = world / "data" / ("text.json" if family in TEXT else "both.json")
+    records = world / "data" / ("text.json" if family in TEXT_ONLY else "both.json")
     asked = ["--data_path", str(records), "--output", str(tmp_path / "answers.json")]
     asked += ["--model_name_or_path", str(world / "model"), "--max_new_tokens", "6", "--bf16", "False"]
     assert generate([*asked, "--batch_size", "3"]) == 0
@@ -274,3 +274,12 @@ def test_flags_that_mean_nothing_for_a_model_of_transformers_are_refused_togethe
     assert "--img_size 70: this model's pictures are processed as its preprocessor" in refused(img_size=70)
     flash = refused(attn_implementation="flash_attention_2")
     assert "--attn_implementation flash_attention_2: flash_attention_2 is not for this model" in flash
+
+
+def test_blocks_that_run_by_sample_are_not_compiled_and_the_reason_is_a_sentence(tmp_path):
+    world = world_of("lfm2", tmp_path)
+    options = {"plora_dropout": None, "max_steps": 1, "compile": True}
+    (output,) = run_ranks(1, main, flags(world, "run", **options), status=2)
+    assert "--compile: linear attention and convolutions of this model run once for" in " ".join(
+        output.split()
+    )

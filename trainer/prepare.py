@@ -211,6 +211,11 @@ def _describe_model(config: Config, ranks: Ranks, sources: list[Source]) -> Plan
                 f"--shard_frozen_vision False: {base} does not store the vision tower in bfloat16, so it "
                 "would not compute in bfloat16 either: use --shard_frozen_vision True"
             )
+    if config.compile and any("forward" in vars(block) for blocks in parts.blocks(model) for block in blocks):
+        raise ValueError(
+            "--compile: linear attention and convolutions of this model run once for each sample of a row, "
+            "which cannot be compiled; remove the flag"
+        )
     flops = None
     if config.measure_mfu:
         from trainer.extras.flops import flops_of
