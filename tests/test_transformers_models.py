@@ -24,9 +24,11 @@ from tests.tiny import flags, read_metrics, run_ranks, tiny_data
 from tests.tiny_models import tiny_folder
 from tests.vlm_cases import TEXT_ONLY
 from trainer import models
+from trainer.config import Config
 from trainer.export import main as export
 from trainer.export import merge
 from trainer.generate import main as generate
+from trainer.lora import add_adapters
 from trainer.main import main
 
 IN_THE_FAST_SUITE = ("qwen3", "qwen2_5_vl")
@@ -117,7 +119,9 @@ def test_losses_are_those_of_transformers_and_of_two_ranks_and_the_folder_loads_
     assert losses(again)[0] < found[0]
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", pytest.param("gemma3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family", ["qwen2_5_vl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3", "qwen3_vl"))]
+)
 def test_an_adapter_of_two_ranks_answers_in_peft_as_in_the_merged_model(family, tmp_path):
     world = world_of(family, tmp_path)
     lora = {"use_lora": True, "lora_r": 4, "lora_dropout": 0, "learning_rate": "1e-2"}
@@ -150,6 +154,18 @@ def test_a_merged_model_ties_its_output_layer_to_the_trained_embeddings_though_t
     train(world, "head", use_lora=True, lora_r=4, lora_target_modules="lm_head", max_steps=1)
     with pytest.raises(DataError, match="lm_head shares its weight with the embeddings and cannot be merged"):
         merge(world / "head", world / "none")
+
+
+def test_a_list_of_projectors_that_trains_beside_adapters_is_saved_as_its_modules(tmp_path):
+    """Qwen3-VL has one for each of its deepstack features, and peft takes no list of modules."""
+    folder = tiny_folder("qwen3_vl", tmp_path / "model")
+    config = models.load_config(folder)
+    with torch.device("meta"):
+        model = models.build_model(config)
+        settings = Config(model_name_or_path=str(folder), use_lora=True)
+        saved = add_adapters(model, models.parts_of(config), settings).peft_config.modules_to_save
+    lists = "model.visual.deepstack_merger_list"
+    assert saved == [f"{lists}.0", f"{lists}.1", "model.visual.merger"]
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", pytest.param("gemma3", marks=pytest.mark.slow)])

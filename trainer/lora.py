@@ -67,8 +67,13 @@ def add_adapters(model: PreTrainedModel, parts: Parts, config: Config) -> Adapte
     inject(model, peft_config)
 
     whole = trained_whole(model, parts, config)
-    modules = {name for name, _ in model.named_modules()}
-    modules_to_save |= {place for place in whole if place in modules and ".base_layer." not in place}
+    modules = dict(model.named_modules())
+    places = [place for place in whole if place in modules and ".base_layer." not in place]
+    for place in places:  # peft takes no containers, only what is in them
+        if isinstance(modules[place], nn.ModuleList | nn.ModuleDict):
+            places += [f"{place}.{name}" for name, _ in modules[place].named_children()]
+        else:
+            modules_to_save.add(place)
     peft_config.modules_to_save = sorted(modules_to_save) or None
     saved = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     saved = saved.union(*whole.values(), parameters_in(model, source, base) if source else ())
