@@ -96,9 +96,8 @@ def frequencies_of_the_longest_sample():
     transformers_vlm.rotate_by_sample = lambda rotary: None
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_mask_that_leaks_between_samples_is_refused_and_its_module_named(ranks, tmp_path):
-    sentence = refusal(world_of("qwen2_5_vl", tmp_path), masks_of_the_whole_row, ranks)
+def test_a_mask_that_leaks_between_samples_is_refused_by_all_ranks_and_its_module_named(tmp_path):
+    sentence = refusal(world_of("qwen2_5_vl", tmp_path), masks_of_the_whole_row, ranks=2)
     assert sentence.startswith("leak: model.language_model.layers.0.self_attn: other words in one sample")
 
 
@@ -165,18 +164,18 @@ def test_families_pass_with_small_differences(family, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        {"bf16": True, "fix_vit": True},
         {"use_lora": True, "fix_vit": True, "sharding": "none", "bf16": True},
-        {"use_lora": True, "fix_vit": True, "packing": False},
         {"sharding": "hybrid", "gradient_accumulation_steps": 2},
-        {"fix_vit": True, "shard_frozen_vision": False},
+        pytest.param({"use_lora": True, "fix_vit": True, "packing": False}, marks=pytest.mark.slow),
+        pytest.param({"bf16": True, "fix_vit": True}, marks=pytest.mark.slow),
+        pytest.param({"fix_vit": True, "shard_frozen_vision": False}, marks=pytest.mark.slow),
     ],
 )
 def test_ways_to_train_pass(options, tmp_path):
     assert measured(world_of("xcomposer2", tmp_path), ranks=2, **options).keys() >= {"leak", "gradients"}
 
 
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_run_is_the_same_bit_for_bit_with_and_without_the_checks(lora, tmp_path):
     world = world_of("xcomposer2", tmp_path)
     options = {"max_steps": 3, "plora_dropout": 0.2, "per_device_train_batch_size": 2, "bf16": lora}
