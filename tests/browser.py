@@ -17,7 +17,6 @@ import os
 import shutil
 import subprocess
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,6 @@ class Browser:
         """Of the page's scripts, and what it wrote to the console as an error or warning."""
         self.requests: list[str] = []
         """Addresses that the page asked for, apart from its own and data URIs."""
-        self.seconds_to_open = 0.0
         self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         to_browser, self._out = os.pipe()
         self._in, from_browser = os.pipe()
@@ -65,14 +63,12 @@ class Browser:
         for domain in ("Page", "Runtime", "Network", "Log"):
             self._call(f"{domain}.enable")
         self.resize(width, height)
-        begun = time.monotonic()
         self._call("Page.navigate", url=page.resolve().as_uri())
         while "Page.loadEventFired" not in self._events:
             self._read()
         self._address = page.resolve().as_uri()
         # Two frames later everything is drawn.
         self.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
-        self.seconds_to_open = time.monotonic() - begun
 
     def __enter__(self) -> "Browser":
         return self
