@@ -92,7 +92,7 @@ def test_the_loss_is_the_mean_over_the_supervised_tokens_of_the_base_model(world
     assert first["samples"] == sum(map(len, losses.values()))
 
 
-@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize("ranks", [4, pytest.param(1, marks=pytest.mark.slow)])
 def test_any_number_of_ranks_measures_and_answers_the_same(world, two_ranks, ranks):
     batch = {1: {"per_device_train_batch_size": 6}, 4: {"per_device_train_batch_size": 1}}[ranks]
     run_ranks(ranks, main, eval_flags(world, f"ranks-{ranks}", max_steps=1, **batch))
@@ -148,7 +148,11 @@ CASES: dict[str, tuple[int, Any, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+IN_THE_FAST_SUITE = ("whole", "block by block")
+SLOW = [pytest.param(case, marks=pytest.mark.slow) for case in CASES if case not in IN_THE_FAST_SUITE]
+
+
+@pytest.mark.parametrize("case", [*IN_THE_FAST_SUITE, *SLOW])
 def test_answers_are_those_of_the_saved_model(world, tmp_path, case):
     ranks, function, changes = CASES[case]
     changes = {"max_steps": 2, "learning_rate": 1e-2, "eval_on_start": False, **changes}
