@@ -69,6 +69,14 @@ def test_every_flag_exists(name):
     known |= {"merge", "modernise", "adapter", "checkpoint"}  # of export
     known |= {"out", "epochs", "high_resolution", "family"}  # of preview and report, of the demo
     known |= {"workloads", "peers", "rounds", "dtype", "steps", "ranks", "ours"}  # of compare
+    known |= {
+        "enable-lora",
+        "max-lora-rank",
+        "lora-modules",
+        "model",
+        "model_args",
+        "tasks",
+    }  # of vLLM, lmms-eval
     torchrun = {"nproc_per_node", "signals-to-handle", "shutdown-timeout", "max-restarts"}
     slurm = {"signal", "requeue", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "time"}
     slurm |= {"open-mode", "output"}
