@@ -38,6 +38,7 @@ from data.images import open_image, process
 from data.loader import SampleReader
 from trainer.config import Config
 from trainer.distributed import all_max, log
+from trainer.evaluate import without_dropout
 from trainer.models import own_arguments
 from trainer.prepare import Plan
 from trainer.rehearsal import all_sizes, forward_backward, read_batch
@@ -113,18 +114,14 @@ def check_model(model: Any, plan: Plan, config: Config, device: torch.device) ->
     if samples is None:
         return []
     subject, checks = Subject(model, plan, config, device, samples), []
-    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
-        # Without dropout; but the root, which decides whether to form the logits of all positions, trains.
-        model.eval().training = True
-        try:
-            for check in (check_tokens, check_logits, check_leak, check_packed, check_gradients):
-                checks.append(check(subject))
-                if not checks[-1].passed:
-                    break
-            log("model checked: " + ", ".join(f"{c.name} {c.measured:.2g}" for c in checks))
-        finally:
-            model.train()
-            model.zero_grad(set_to_none=True)
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type=device.type), without_dropout(model):
+        for check in (check_tokens, check_logits, check_leak, check_packed, check_gradients):
+            checks.append(check(subject))
+            if not checks[-1].passed:
+                break
+        log("model checked: " + ", ".join(f"{c.name} {c.measured:.2g}" for c in checks))
+    model.zero_grad(set_to_none=True)
     return checks
 
 
