@@ -120,7 +120,11 @@ def test_losses_are_those_of_transformers_and_of_two_ranks_and_the_folder_loads_
 
 
 @pytest.mark.parametrize(
-    "family", ["qwen2_5_vl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3", "qwen3_vl"))]
+    "family",
+    [
+        "qwen2_5_vl",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3", "qwen3_vl", "qwen3_vl_moe")),
+    ],
 )
 def test_an_adapter_of_two_ranks_answers_in_peft_as_in_the_merged_model(family, tmp_path):
     world = world_of(family, tmp_path)
