@@ -160,6 +160,21 @@ def test_a_merged_model_ties_its_output_layer_to_the_trained_embeddings_though_t
         merge(world / "head", world / "none")
 
 
+def test_linear_layers_that_peft_takes_for_experts_get_no_adapter(tmp_path):
+    """GLM-4V-MoE's shared experts and its dense first layer are linear, the experts are not."""
+    folder = tiny_folder("glm4v_moe", tmp_path / "model")
+    config = models.load_config(folder)
+    settings = Config(model_name_or_path=str(folder), use_lora=True)
+    with torch.device("meta"):
+        model = models.build_model(config)
+        found = add_adapters(model, models.parts_of(config), settings).peft_config.target_modules
+        assert {name.rpartition(".")[2] for name in found or ()} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+        assert not [name for name, _ in model.named_parameters() if ".experts.base_layer" in name]
+        model, settings.lora_target_modules = models.build_model(config), ("q_proj", "up_proj", "gate_proj")
+        with pytest.raises(DataError, match="--lora_target_modules: up_proj is for peft the name of"):
+            add_adapters(model, models.parts_of(config), settings)
+
+
 def test_a_list_of_projectors_that_trains_beside_adapters_is_saved_as_its_modules(tmp_path):
     """Qwen3-VL has one for each of its deepstack features, and peft takes no list of modules."""
     folder = tiny_folder("qwen3_vl", tmp_path / "model")

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
@@ -56,7 +57,7 @@ def add_adapters(model: PreTrainedModel, parts: Parts, config: Config) -> Adapte
             task_type="CAUSAL_LM",
             r=config.lora_r,
             lora_alpha=config.lora_alpha,
-            target_modules=resolve_targets(model, config.lora_target_modules or parts.lora_targets),
+            target_modules=_targets(model, parts, config),
             bias=config.lora_bias,  # type: ignore[arg-type] (checked by Config)
             use_rslora=config.use_rslora,
             use_dora=config.use_dora,
@@ -78,6 +79,27 @@ def add_adapters(model: PreTrainedModel, parts: Parts, config: Config) -> Adapte
     saved = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     saved = saved.union(*whole.values(), parameters_in(model, source, base) if source else ())
     return Adapters(peft_config, base_checksum(base), base_class, frozenset(saved), source)
+
+
+def _targets(model: PreTrainedModel, parts: Parts, config: Config) -> list[str]:
+    """peft's `target_modules`: what `lora_target_modules` selects, or by default the family's targets without
+    those that peft would rewrite.
+
+    In some families peft takes gate_proj, up_proj and down_proj for those of the experts, which transformers
+    stores as one parameter of all experts, and adapts that; shared experts have the same names. DataError for
+    such a target in `lora_target_modules`.
+    """
+    targets = resolve_targets(model, config.lora_target_modules or parts.lora_targets)
+    rewritten = LoraConfig(target_modules=targets)
+    convert_peft_config_for_transformers(rewritten, model, None)
+    kept = [target for target in targets if target in (rewritten.target_modules or ())]
+    if config.lora_target_modules and kept != targets:
+        lost = next(target for target in targets if target not in kept)
+        raise DataError(
+            f"--lora_target_modules: {lost} is for peft the name of this model's experts, whose weights are "
+            "not linear layers; leave it out"
+        )
+    return kept
 
 
 def inject(model: nn.Module, peft_config: LoraConfig) -> None:
