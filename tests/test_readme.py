@@ -67,7 +67,7 @@ def test_every_module_that_is_run_exists(name):
 def test_every_flag_exists(name):
     known = {field.name for kind in (Config, Questions) for field in fields(kind)} | {"help", "config"}
     known |= {"merge", "modernise", "adapter", "checkpoint"}  # of export
-    known |= {"out", "epochs", "high_resolution", "family"}  # of preview and report, of the demo
+    known |= {"out", "epochs", "high_resolution", "family", "tiny"}  # of commands
     known |= {"workloads", "peers", "rounds", "dtype", "steps", "ranks", "ours"}  # of compare
     known |= {
         "enable-lora",
