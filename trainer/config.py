@@ -159,8 +159,9 @@ class Config(DataConfig):
     save_dtype: str = may_change("auto")
     """Dtype of the saved weights: auto (the base checkpoint's), float32 or bfloat16."""
     measure_mfu: bool = may_change(False)
-    """Count the model's floating-point operations, measure the speed of matrix products in the compute dtype
-    for a second at the start, and report the fraction of that speed that training reaches (mfu)."""
+    """Count the model's floating-point operations (half a minute for a 7B of transformers), measure the speed
+    of matrix products in the compute dtype for a second at the start, and report the fraction of that speed
+    that training reaches (mfu)."""
     profile: str | None = may_change(None)
     """START:STOP, both included: trace these steps, with named ranges, into output_dir/profile/, and print a
     table of where their time went."""

@@ -17,7 +17,7 @@ then a sum of so many for each
 
 which the samples determine, with two to spare: if no such sum gives what was counted, the model is refused.
 Linear attention works on chunks of 64 tokens and is measured on whole ones. Of a layer's experts, those
-count that a token is sent to.
+count that a token is sent to. It takes half a minute of a core for a 7B.
 
 Qwen2.5-VL-7B, its tower frozen, a sample of 500 tokens, 391 of them one picture's, 100 supervised:
 
