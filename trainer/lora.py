@@ -36,8 +36,12 @@ from trainer.trainable import trained_whole
 from trainer.weights import base_checksum, local_rows
 
 
-def add_adapters(model: PreTrainedModel, parts: Parts, config: Config) -> Adapters:
+def add_adapters(
+    model: PreTrainedModel, parts: Parts, config: Config, checksum: str | None = None
+) -> Adapters:
     """Add adapters to `model`, on the meta device; only they, and biases if configured, require gradients.
+
+    checksum: of the base's weights, which are read if it is None.
 
     DataError for targets that are not linear layers, and for a `lora_weight_path` without an adapter, with an
     adapter for another base, or with one that the flags contradict.
@@ -78,7 +82,8 @@ def add_adapters(model: PreTrainedModel, parts: Parts, config: Config) -> Adapte
     peft_config.modules_to_save = sorted(modules_to_save) or None
     saved = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     saved = saved.union(*whole.values(), parameters_in(model, source, base) if source else ())
-    return Adapters(peft_config, base_checksum(base), base_class, frozenset(saved), source)
+    checksum = base_checksum(base) if checksum is None else checksum
+    return Adapters(peft_config, checksum, base_class, frozenset(saved), source)
 
 
 def _targets(model: PreTrainedModel, parts: Parts, config: Config) -> list[str]:

@@ -74,10 +74,38 @@ class Plan:
 
 def make_plan(config: Config, ranks: Ranks) -> Plan | None:
     """Read all files except weights; every rank calls it. None if rank 0 has logged problems."""
-    problems = _machine_problems(config, ranks)
+    plan, problems = describe(config, ranks)
+    if agree_on_problems([*_machine_problems(config, ranks), *problems]):
+        return None
+    assert plan is not None
+    if not config.packing:
+        return plan
+    cost = cost_model(trainer.models, plan.model_config, config.fix_vit)
+    packing, problems = measure(plan.reader, plan.sampler, plan.total_steps, cost, config)
+    plan = replace(plan, packing=packing)
+    if plan.evaluation:
+        reader, sampler = plan.evaluation.reader, plan.evaluation.sampler
+        packing, more_problems = measure(reader, sampler, sampler.steps_per_epoch, cost, config)
+        plan = replace(plan, evaluation=replace(plan.evaluation, packing=packing))
+        problems += more_problems
+    return None if agree_on_problems(problems) else plan
+
+
+def describe(config: Config, ranks: Ranks, *, for_training: bool = True) -> tuple[Plan | None, list[str]]:
+    """The plan without the lengths of samples, or None; and all problems of the files, a sentence each.
+
+    for_training: False for a plan that nothing is loaded or saved with. It needs neither weights, which
+    are then taken to be bfloat16, nor data.
+    """
+    problems: list[str] = []
     sources, eval_sources = list[Source](), list[Source]()
     plan = None
-    files = [(config.data_path, sources)]
+    if config.sharding == "hybrid" and ranks.world % ranks.local_world:
+        problems.append(
+            f"--sharding hybrid: {ranks.world} ranks are not a whole number of nodes of {ranks.local_world}; "
+            "give every node as many ranks, or use --sharding full"
+        )
+    files = [(config.data_path, sources)] if config.data_path or for_training else []
     if config.eval_data_path is not None and config.evaluates:
         files.append((config.eval_data_path, eval_sources))
     for path, found in files:
@@ -93,30 +121,17 @@ def make_plan(config: Config, ranks: Ranks) -> Plan | None:
         except DataError as error:
             problems += str(error).splitlines()
     try:
-        plan = _describe_model(config, ranks, sources)
+        plan = _describe_model(config, ranks, sources, for_training)
         problems += _text_only_problems(plan, config)
         if eval_sources:
             evaluation = plan_evaluation(config, plan.reader, eval_sources, plan.global_batch)
             plan = replace(plan, evaluation=evaluation)
     except (ValueError, OSError) as error:
         problems += str(error).splitlines()
-    if agree_on_problems(problems):
-        return None
-    assert plan is not None
-    if not config.packing:
-        return plan
-    cost = cost_model(trainer.models, plan.model_config, config.fix_vit)
-    packing, problems = _pack(plan.reader, plan.sampler, plan.total_steps, cost, config)
-    plan = replace(plan, packing=packing)
-    if plan.evaluation:
-        reader, sampler = plan.evaluation.reader, plan.evaluation.sampler
-        packing, more_problems = _pack(reader, sampler, sampler.steps_per_epoch, cost, config)
-        plan = replace(plan, evaluation=replace(plan.evaluation, packing=packing))
-        problems += more_problems
-    return None if agree_on_problems(problems) else plan
+    return plan, problems
 
 
-def _pack(
+def measure(
     reader: SampleReader, sampler: StepSampler, num_steps: int, cost: CostModel, config: Config
 ) -> tuple[Packing, list[str]]:
     """Measure the samples of the first `num_steps` steps; also returns the problems of bad ones."""
@@ -143,11 +158,6 @@ def _machine_problems(config: Config, ranks: Ranks) -> list[str]:
         )
     if config.attn_implementation == "flex_attention" and ranks.device.type == "cpu":
         problems.append("--attn_implementation flex_attention has no backward pass on a CPU: use sdpa")
-    if config.sharding == "hybrid" and ranks.world % ranks.local_world:
-        problems.append(
-            f"--sharding hybrid: {ranks.world} ranks are not a whole number of nodes of {ranks.local_world}; "
-            "give every node as many ranks, or use --sharding full"
-        )
     return problems
 
 
@@ -174,9 +184,10 @@ def _text_only_problems(plan: Plan, config: Config) -> list[str]:
     ]
 
 
-def _describe_model(config: Config, ranks: Ranks, sources: list[Source]) -> Plan:
+def _describe_model(config: Config, ranks: Ranks, sources: list[Source], for_training: bool) -> Plan:
     base = Path(config.model_name_or_path)
-    base_dtype = weights_dtype(base)
+    has_weights = for_training or any(base.glob("*.safetensors"))
+    base_dtype = weights_dtype(base) if has_weights else torch.bfloat16
     preprocessing = adapter_preprocessing(config.lora_weight_path)
     reader, model_config = open_reader(config, sources, trainer.models, preprocessing)
     set_options(model_config, plora_dropout=config.plora_dropout)
@@ -193,7 +204,9 @@ def _describe_model(config: Config, ranks: Ranks, sources: list[Source]) -> Plan
                 f"--attn_implementation {config.attn_implementation}: {' '.join(str(error).split())} "
                 "Install it if it is a package, or use --attn_implementation sdpa"
             ) from error
-        adapters = add_adapters(model, parts, config) if config.use_lora else None
+        adapters = None
+        if config.use_lora:
+            adapters = add_adapters(model, parts, config, None if for_training else "")
     training = trained_names(model, parts, config)
     # A full model is saved with its frozen parts unchanged; the base of adapters is not saved.
     frozen_dtype = torch.float32 if not config.bf16 else torch.bfloat16 if adapters else base_dtype
