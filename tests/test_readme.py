@@ -8,6 +8,7 @@ import pytest
 
 from tests.tiny import ROOT
 from trainer.config import Config
+from trainer.forecast.forecast import ForecastConfig
 from trainer.generate import Questions
 
 ENGLISH, CHINESE, BENCHMARKS = "README.md", "README_zh-CN.md", "tests/benchmarks/README.md"
@@ -65,7 +66,8 @@ def test_every_module_that_is_run_exists(name):
 
 @in_all
 def test_every_flag_exists(name):
-    known = {field.name for kind in (Config, Questions) for field in fields(kind)} | {"help", "config"}
+    known = {field.name for kind in (Config, ForecastConfig, Questions) for field in fields(kind)}
+    known |= {"help", "config"}
     known |= {"merge", "modernise", "adapter", "checkpoint"}  # of export
     known |= {"out", "epochs", "high_resolution", "family", "tiny"}  # of commands
     known |= {"workloads", "peers", "rounds", "dtype", "steps", "ranks", "ours"}  # of compare

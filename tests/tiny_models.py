@@ -49,8 +49,8 @@ SAME_PROCESSOR = {"qwen3_vl_moe": "qwen3_vl", "qwen3_5": "qwen3_vl", "glm4v_moe"
 """Families without a processor of their own."""
 
 
-def tiny_folder(family: str, folder: Path, **changes: Any) -> Path:
-    """Write a model; changes: other settings of its language model."""
+def tiny_folder(family: str, folder: Path, vision: dict[str, Any] | None = None, **changes: Any) -> Path:
+    """Write a model; vision, changes: other settings of its vision tower and of its language model."""
     torch.manual_seed(0)
     case = CASES[family]
     config: dict[str, Any] = {**case.config}
@@ -66,7 +66,7 @@ def tiny_folder(family: str, folder: Path, **changes: Any) -> Path:
         tower = {"patch_size": 14, "image_size": TILE} if "image_size" in config["vision_config"] else {}
         config |= {
             name: Pictures(folder).slot_id,
-            "vision_config": config["vision_config"] | tower | SIZES.get(family, {}),
+            "vision_config": config["vision_config"] | tower | SIZES.get(family, {}) | (vision or {}),
             "text_config": config["text_config"] | {"vocab_size": len(tokenizer)} | changes,
         }
         if pinpoints := getattr(processor.image_processor, "image_grid_pinpoints", None):
