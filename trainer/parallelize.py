@@ -22,6 +22,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+import torch.nn.attention.varlen  # registers its operator, named below
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
@@ -46,6 +47,7 @@ MATRIX_PRODUCTS: list[Any] = [
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
     aten._scaled_dot_product_fused_attention_overrideable.default,
+    torch.ops.torch_attn._varlen_attn.default,  # of packed rows on CUDA
 ]
 """Outputs that selective checkpointing saves: nearly all of a block's work, none quadratic in the length."""
 
