@@ -93,7 +93,7 @@ def world(tmp_path_factory) -> Path:
     """A tiny model and data, and `run`: killed twice, finished at the third start, and evaluated."""
     folder = tiny_world(tmp_path_factory.mktemp("report"))
     options = {"max_steps": 8, "per_device_train_batch_size": 6, "save_strategy": "steps", "save_steps": 2}
-    argv = flags(folder, "run", **options, report=True)
+    argv = flags(folder, "run", **options, report=True, async_save=False)
     run_ranks(1, killed_after, 3, argv, status=-signal.SIGKILL)
     run_ranks(1, killed_after, 5, argv, status=-signal.SIGKILL)
     (output,) = run_ranks(1, main, argv)

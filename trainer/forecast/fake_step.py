@@ -37,6 +37,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -255,6 +256,8 @@ def fake_ranks(world: int, local_world: int) -> Iterator[Ranks]:
         yield Ranks(0, world, 0, min(local_world, world), torch.device("cpu"))
     finally:
         dist.destroy_process_group()
+        # DTensor would go on communicating in this group for a later mesh of as many ranks.
+        _clear_sharding_prop_cache()
 
 
 @dataclass(frozen=True)
