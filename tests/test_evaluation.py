@@ -244,6 +244,7 @@ def test_early_stopping_goes_on_across_a_stop_and_other_ranks(world, tmp_path):
     assert_same_weights(tmp_path / "run", tmp_path / "run" / f"checkpoint-{best}")
 
 
+@pytest.mark.slow
 def test_the_best_is_saved_even_where_no_checkpoint_is_due(world, tmp_path):
     changes = {"save_strategy": "no", "save_steps": None, "save_total_limit": None}
     run_ranks(2, main, stop_flags(world, tmp_path, **changes))

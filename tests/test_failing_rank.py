@@ -56,7 +56,7 @@ def test_a_rank_in_a_c_call_does_not_hold_up_the_end_after_an_error(world, tmp_p
 @pytest.mark.parametrize(
     ("launcher", "failing", "error"),
     [
-        ("trainer.launch", 1, 'RuntimeError("the boiler burst")'),
+        pytest.param("trainer.launch", 1, 'RuntimeError("the boiler burst")', marks=pytest.mark.slow),
         ("trainer.launch", 0, "SystemExit(3)"),
         pytest.param("torch.distributed.run", 0, 'RuntimeError("the boiler burst")', marks=pytest.mark.slow),
     ],

@@ -80,7 +80,13 @@ def stopped(world, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(name, marks=() if name in ("a flipped byte", "a foreign shard") else pytest.mark.slow)
+        for name in DAMAGES
+    ],
+)
 def test_a_damaged_checkpoint_is_named_and_passed_over(world, stopped, tmp_path, damage):
     pattern, spoil, said = DAMAGES[damage]
     shutil.copytree(stopped, tmp_path / "run")

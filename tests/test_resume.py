@@ -74,7 +74,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(name, marks=() if "checkpointed" in name else pytest.mark.slow) for name in CASES],
+)
 def test_stopping_twice_changes_no_bit(world, case):
     name, more = case.replace(" ", "-").replace(",", ""), CASES[case]
     run_ranks(2, main, resume_flags(world, f"{name}-straight", *more))
