@@ -269,6 +269,30 @@ def test_the_commands_repeat_the_run_and_load_its_result(world):
     assert isinstance(names["tokenizer"], type(AutoTokenizer.from_pretrained(world / "run")))
 
 
+@pytest.mark.parametrize(
+    ("own_code", "auto_class", "loaded"),
+    [
+        (
+            True,
+            "AutoModelForCausalLM",
+            "AutoPeftModelForCausalLM.from_pretrained('out', trust_remote_code=True)",
+        ),
+        (False, "AutoModelForImageTextToText", "AutoModelForImageTextToText.from_pretrained('a base')"),
+    ],
+)
+def test_an_adapter_is_loaded_on_its_base_as_its_family_needs(tmp_path, own_code, auto_class, loaded):
+    config = {"use_lora": True, "model_name_or_path": "a base", "output_dir": "out", "bf16": False}
+    about = {"config": config, "loads_with": auto_class, "has_own_code": own_code, "ranks": 2}
+    (tmp_path / "run.json").write_text(json.dumps(about))
+    repeat, load, ask = commands(read_run(tmp_path))
+    assert "--nproc_per_node 2" in repeat.text
+    assert "--model_name_or_path 'a base'" in repeat.text
+    assert loaded in load.text
+    assert ("--modernise 'a base'" in load.text) == own_code
+    compile(load.text, "load", "exec")
+    assert "--model_name_or_path out --bf16 False --data_path test.json" in ask.text
+
+
 def made_up_metrics(folder: Path, lines: int) -> None:
     """A long run with one spike of the loss and one skipped step."""
     folder.mkdir()
