@@ -15,7 +15,6 @@ evaluation sees the same samples, and so does any number of ranks. It changes no
 dropout, no gradients, no random numbers, and the order of the data is a function of the step alone.
 """
 
-import difflib
 import faulthandler
 import json
 import math
@@ -45,7 +44,7 @@ from trainer.distributed import Ranks, all_max, all_sum, is_main, log
 from trainer.generate import answer_some
 from trainer.models import use_generation_defaults
 from trainer.parallelize import gathered, reshard
-from trainer.scores import default_metrics, mean_scores, parse_metrics
+from trainer.scores import closest, default_metrics, mean_scores, parse_metrics
 
 PROMPTS_AT_ONCE = 8
 """Questions that a rank answers at a time."""
@@ -114,12 +113,11 @@ def _check_metric_for_best(
     config: Config, sources: Sequence[Source], metrics: Mapping[str, Sequence[str]]
 ) -> None:
     """ValueError if no evaluation has the value of `metric_for_best_model`."""
-    known = {"loss": 0, **{f"loss/{source.name}": 0 for source in sources}}
+    known = ["loss", *(f"loss/{source.name}" for source in sources)]
     for source, names in metrics.items():
-        known |= dict.fromkeys(names, 0) | {f"{name}/{source}": 0 for name in names}
+        known += [*names, *(f"{name}/{source}" for name in names)]
     if (wanted := config.metric_for_best_model.removeprefix("eval_")) not in known:
-        close = difflib.get_close_matches(wanted, known, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(known)}"
+        hint = closest(wanted, list(dict.fromkeys(known)))
         raise ValueError(f"--metric_for_best_model {wanted}: no evaluation gives this; {hint}")
 
 

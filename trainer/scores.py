@@ -218,7 +218,7 @@ def parse_metrics(words: Sequence[str], sources: Sequence[str]) -> dict[str, tup
         elif source in sources:
             own[source] = own.get(source, ()) + names
         else:
-            problems.append(f"{word}: there is no source {source!r}; {_closest(source, sources)}")
+            problems.append(f"{word}: there is no source {source!r}; {closest(source, sources)}")
     if problems:
         raise ValueError("\n".join(problems))
     chosen = {source: own.get(source, tuple(general)) for source in sources}
@@ -228,13 +228,14 @@ def parse_metrics(words: Sequence[str], sources: Sequence[str]) -> dict[str, tup
 def _problem(name: str) -> str | None:
     """What is wrong with the name of a metric, if anything."""
     if name not in METRICS:
-        return f"{name!r} is no metric; {_closest(name, list(METRICS))}"
+        return f"{name!r} is no metric; {closest(name, list(METRICS))}"
     if name == "rouge_l" and find_spec("rouge_score") is None:
         return "rouge_l needs rouge-score: pip install -e '.[rouge]'"
     return None
 
 
-def _closest(name: str, known: Sequence[str]) -> str:
+def closest(name: str, known: Sequence[str]) -> str:
+    """The end of a message about an unknown name: the known one that was probably meant, or all of them."""
     close = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {close[0]}?" if close else f"choose from {', '.join(known)}"
 

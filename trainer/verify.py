@@ -47,6 +47,7 @@ from data.reader import open_reader
 from trainer.check_model import ROUNDING, Check, check_model, shortest_samples
 from trainer.config import parse
 from trainer.distributed import BAD_INPUT, FAILED, Ranks, device_mesh, finish, start
+from trainer.evaluate import without_dropout
 from trainer.generate import load_model as load_for_answers
 from trainer.loss import chunked_cross_entropy
 from trainer.model_files import load_model
@@ -207,8 +208,8 @@ def packed_gradients(model: Any, plan: Plan, device: torch.device) -> Check:
         model.zero_grad(set_to_none=True)
         return {part: torch.cat(tensors) for part, tensors in found.items()}
 
-    model.eval().training = True  # without dropout
-    ours, theirs = gradients([[(0, 0), (0, 1)]]), gradients([[(0, 0)], [(0, 1)]])
+    with without_dropout(model):
+        ours, theirs = gradients([[(0, 0), (0, 1)]]), gradients([[(0, 0)], [(0, 1)]])
     gaps = {part: ((ours[part] - theirs[part]).norm() / theirs[part].norm()).item() for part in theirs}
     worst = max(gaps, key=lambda part: gaps[part])
     return Check("packed gradients", gaps[worst], LIMIT, f"those of {worst} differ the most")

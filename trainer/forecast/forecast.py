@@ -348,16 +348,16 @@ def ways_to_fit(config: ForecastConfig, peak: int) -> list[dict[str, Any]]:
     """Try changes one after the other, keeping those that help, until the run fits."""
     limit, kept, ways = USABLE * config.memory * GB, dict[str, Any](), list[dict[str, Any]]()
     for change in changes(config):
-        tried = replace(config, **kept, **change) if not kept.keys() & change.keys() else None
-        tried = tried or replace(config, **{**kept, **change})
+        together = kept | change
+        tried = replace(config, **together)
         if tried.problems():
             continue
-        flags = {name: value for name, value in {**kept, **change}.items() if value != getattr(config, name)}
+        flags = {name: value for name, value in together.items() if value != getattr(config, name)}
         text = " ".join(f"--{name} {value}" for name, value in flags.items())
         log(f"trying {text}")
         result = device_bytes(forecast(tried, config.ranks, counts_flops=False), tried)
         if result < 0.98 * peak:
-            kept, peak = {**kept, **change}, result
+            kept, peak = together, result
             ways.append({"flags": text, "peak_bytes": result, "fits": result <= limit})
             if result <= limit:
                 break
