@@ -12,8 +12,10 @@ from trainer.forecast.forecast import ForecastConfig
 from trainer.generate import Questions
 
 ENGLISH, CHINESE, BENCHMARKS = "README.md", "README_zh-CN.md", "tests/benchmarks/README.md"
+CODE, CHINESE_CODE = "trainer/README.md", "trainer/README_zh-CN.md"
 in_both = pytest.mark.parametrize("name", [ENGLISH, CHINESE])
-in_all = pytest.mark.parametrize("name", [ENGLISH, CHINESE, BENCHMARKS])
+in_all = pytest.mark.parametrize("name", [ENGLISH, CHINESE, BENCHMARKS, CODE, CHINESE_CODE])
+of_translations = pytest.mark.parametrize(("english", "chinese"), [(ENGLISH, CHINESE), (CODE, CHINESE_CODE)])
 
 
 def read(name: str) -> str:
@@ -41,7 +43,7 @@ def code_spans(name: str) -> set[str]:
     return {" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)}
 
 
-@in_both
+@pytest.mark.parametrize("name", [CODE, CHINESE_CODE])
 def test_every_file_of_the_tree_exists_and_every_module_is_in_it(name):
     folder, named = "", set()
     for line in tree(name).strip().splitlines():
@@ -64,7 +66,7 @@ def test_every_module_that_is_run_exists(name):
         assert importlib.util.find_spec(module), module
 
 
-@in_all
+@pytest.mark.parametrize("name", [ENGLISH, CHINESE, BENCHMARKS])
 def test_every_flag_exists(name):
     known = {field.name for kind in (Config, ForecastConfig, Questions) for field in fields(kind)}
     known |= {"help", "config"}
@@ -95,29 +97,36 @@ def test_every_link_leads_to_a_file(name):
         assert ((ROOT / name).parent / target).exists(), target
 
 
-@in_both
+@pytest.mark.parametrize("name", [CODE, CHINESE_CODE])
 def test_every_source_file_in_the_text_exists(name):
     files = {span for span in code_spans(name) if re.fullmatch(r"(?:trainer|data|tests)/[\w/.-]+", span)}
     assert files
     assert all((ROOT / file).exists() for file in files), files
 
 
-def test_the_two_languages_link_to_each_other_in_the_first_line():
-    assert f"]({CHINESE})" in read(ENGLISH).splitlines()[0]
-    assert f"]({ENGLISH})" in read(CHINESE).splitlines()[0]
-    for name in (ENGLISH, CHINESE):
+@of_translations
+def test_the_two_languages_link_to_each_other_in_the_first_line(english, chinese):
+    assert "](README_zh-CN.md)" in read(english).splitlines()[0]
+    assert "](README.md)" in read(chinese).splitlines()[0]
+
+
+def test_the_readme_links_to_the_benchmarks_and_the_code():
+    for name, code in ((ENGLISH, CODE), (CHINESE, CHINESE_CODE)):
         assert f"]({BENCHMARKS})" in read(name), name
+        assert f"]({code})" in read(name), name
 
 
-def test_both_languages_have_the_same_code_blocks_apart_from_comments():
-    english = [(language, without_comments(language, text)) for language, text in blocks(ENGLISH)]
-    assert len(english) > 10
-    assert [(language, without_comments(language, text)) for language, text in blocks(CHINESE)] == english
+@of_translations
+def test_both_languages_have_the_same_code_blocks_apart_from_comments(english, chinese):
+    expected = [(language, without_comments(language, text)) for language, text in blocks(english)]
+    assert expected
+    assert [(language, without_comments(language, text)) for language, text in blocks(chinese)] == expected
 
 
-def test_both_languages_name_the_same_commands_flags_and_files_in_the_text():
-    assert code_spans(ENGLISH) - code_spans(CHINESE) == set()
-    assert code_spans(CHINESE) - code_spans(ENGLISH) == set()
+@of_translations
+def test_both_languages_name_the_same_commands_flags_and_files_in_the_text(english, chinese):
+    assert code_spans(english) - code_spans(chinese) == set()
+    assert code_spans(chinese) - code_spans(english) == set()
 
 
 def test_both_languages_give_the_same_figures():
