@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
 from multiprocessing.util import Finalize
+from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
@@ -371,6 +372,7 @@ def start_worker(_: int) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(END_WORKER, lambda *_: os._exit(0))
+    sys.excepthook = _show_unless_orphaned
     threading.Thread(target=_end_with_parent, name="end with parent", daemon=True).start()
 
 
@@ -386,6 +388,22 @@ def _end_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
+
+
+def _show_unless_orphaned(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Show an error of this worker, unless its parent process is gone.
+
+    A parent that is killed while it fetches a tensor resets the connection to the thread that sends it, whose
+    traceback would hide why the run ended.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    if isinstance(error, ConnectionError | EOFError):
+        parent.join(1)
+    if parent.is_alive():
+        sys.__excepthook__(kind, error, trace)
 
 
 def end_workers_at_exit() -> None:

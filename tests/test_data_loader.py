@@ -3,11 +3,15 @@
 import logging
 import multiprocessing
 import os
+import signal
+import sys
+import time
 
 import pytest
 import torch
 from PIL import Image
 
+import data.loader
 from data.errors import DataError
 from data.loader import SampleReader, StepLoader
 from data.mixture import read_mixture
@@ -190,3 +194,37 @@ def test_a_process_ends_though_something_still_holds_its_workers(folder):
     process.kill()
     assert ended
     assert process.exitcode == 0
+
+
+def test_a_worker_shows_its_errors_but_not_that_its_rank_was_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.loader, "_end_with_parent", lambda: None)  # it would win the race, mostly
+    context, log = multiprocessing.get_context("fork"), tmp_path / "log"
+
+    def show(message: str) -> None:
+        try:
+            raise ConnectionResetError(message)
+        except ConnectionResetError:
+            sys.excepthook(*sys.exc_info())
+
+    def work() -> None:
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
+        sys.stderr = os.fdopen(2, "w", buffering=1)
+        data.loader.start_worker(0)
+        show("of another")
+        print("ready", file=sys.stderr)
+        show("of the rank, killed meanwhile")
+        print("done", file=sys.stderr)
+
+    def rank() -> None:
+        context.Process(target=work).start()
+        while not log.exists() or "ready" not in log.read_text():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    context.Process(target=rank).start()
+    until = time.monotonic() + 30
+    while not log.exists() or "done" not in log.read_text():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    assert "ConnectionResetError: of another" in log.read_text()
+    assert "of the rank" not in log.read_text()
