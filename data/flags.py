@@ -20,6 +20,7 @@ import ast
 import difflib
 import inspect
 import re
+import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -56,18 +57,20 @@ def parse_flags(
     usage = f"{prog} [--config FILE] [--flag VALUE …]"
     parser = _Parser(prog=prog, usage=usage, description=inspect.getdoc(kind), allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file with defaults for the flags below")
-    docs, groups = _field_docs(kind)
+    argv = sys.argv[1:] if argv is None else argv
     names = [field.name for field in fields(kind)]
+    # Reading the source takes a tenth of a second, which is only worth it where it is shown.
+    docs, groups = _field_docs(kind) if {"-h", "--help"} & set(argv) else ({}, {})
     sections = {title: parser.add_argument_group(title) for title in dict.fromkeys(groups.values())}
     for field in fields(kind):
         plain = _plain_type(field.type)
         options: dict[str, Any] = {"nargs": "?", "const": "True"} if plain is bool else {}
         if get_origin(field.type) is tuple:
             options = {"nargs": "+"}
-        sections[groups[field.name]].add_argument(
+        sections.get(groups.get(field.name), parser).add_argument(
             f"--{field.name}",
             metavar=plain.__name__.upper(),
-            help=f"{docs[field.name]} (default: {field.default})".replace("%", "%%"),
+            help=f"{docs.get(field.name)} (default: {field.default})".replace("%", "%%"),
             default=argparse.SUPPRESS,
             **options,
         )

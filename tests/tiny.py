@@ -116,6 +116,7 @@ def flags(world: Path, output_dir: str | Path, *more: str, **changes: Any) -> li
         "plora_dropout": 0,
         "dataloader_num_workers": 0,
         "check_model": False,  # half a second a run; tests/test_check_model.py is for it
+        "rehearse": False,  # and another; tests/test_rehearsal.py
         "save_strategy": "no",
         "learning_rate": 1e-3,
         "report": False,
