@@ -303,6 +303,8 @@ def test_a_pickle_in_a_checkpoint_is_never_opened(world, stopped, tmp_path):
     assert not ranks.wait(60)
     ranks.end()
     assert not trap.exists()
+    assert f"error: {again}/resume: {shard.name} cannot be read: " in ranks.output()
+    assert "Traceback" not in ranks.output()
 
 
 def test_nothing_in_the_project_unpickles_a_file():

@@ -6,15 +6,13 @@ the model's folder. Output, every `save_steps`, from 2 ranks:
     output/checkpoint-120/
         config.json, model.safetensors, tokenizer…    a Hugging Face folder: the model after step 120
         resume/shard-00001-model-….safetensors        rank 0's rows of the float32 parameters and of Adam's
-        resume/shard-00002-model-….safetensors        moments; and rank 1's
+        resume/shard-00002-model-….safetensors        moments; and rank 1's (trainer/shards.py)
         run.json                                      the configuration and the data plan of the run
         complete.json                                 step 120, and bytes and CRC-32 of every file above
 
 Data order and dropout masks are functions of (seed, step, rank), so neither a data position nor the state of
-a random number generator is saved. The shards are in the Hugging Face format of torch.distributed.checkpoint,
-which loads and reshards them: safetensors and JSON, no pickle, and any number of ranks can load what any
-other wrote. Its own writer is not used: it serialises a whole shard under the interpreter lock, which would
-stop the training loop, where `save_file` releases it.
+a random number generator is saved. Everything is safetensors and JSON, no pickle, and any number of ranks can
+load what any other wrote.
 
 The loop waits only until parameters and moments are copied to host memory; a thread writes them. When every
 rank has its files on disk, rank 0 writes `complete.json` and renames the folder to its final name. A save
@@ -32,8 +30,7 @@ import shutil
 import threading
 import time
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -41,11 +38,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
-from torch.distributed.tensor import DTensor
 
 from data.files import sync_to_disk
 from trainer.atomic import (
@@ -65,7 +58,7 @@ from trainer.atomic import (
 from trainer.config import Config
 from trainer.distributed import is_main, log
 from trainer.lock import Lock
-from trainer.weights import local_rows
+from trainer.shards import read_rows, rows_to_write, save_tensors, write_index
 
 T = TypeVar("T")
 WriteModel = Callable[[Path, Jobs], None]
@@ -74,6 +67,10 @@ WriteModel = Callable[[Path, Jobs], None]
 
 class SaveError(OSError):
     """At least one rank could not write; every rank raises it with the same message."""
+
+
+class LoadError(OSError):
+    """At least one rank could not read its rows; every rank raises it with the same message."""
 
 
 class Checkpoints:
@@ -146,6 +143,7 @@ class Checkpoints:
         for name, rows, offset in rows_to_write(tensors):
             shard[name], offsets[name] = jobs.on_host(f"{RESUME}/{name}", rows), offset
         jobs.later(partial(save_tensors, shard, offsets, temporary / RESUME))
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
         device = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
 
         def finish() -> None:
@@ -153,7 +151,7 @@ class Checkpoints:
                 if device is not None:
                     # A new thread is on device 0, where its first call would create a context of this rank.
                     torch.accelerator.set_device_index(device)
-                self._finish(temporary, folder, jobs, content, best_step)
+                self._finish(temporary, folder, jobs, content, shapes, best_step)
                 self.failed, self.newest = False, folder
             except SaveError as error:
                 self._warn(folder, error)
@@ -210,7 +208,7 @@ class Checkpoints:
                     log(f"warning: {checkpoint}, the best one, was not saved: the last step's model is taken")
                 jobs = Jobs()
                 temporary = self._begin(folder, write_model, jobs)
-                self._finish(temporary, folder, jobs, content)
+                self._finish(temporary, folder, jobs, content, {})
             self._on_main(lambda: move_into(folder, self.output_dir))
         except SaveError as error:
             raise SaveError(
@@ -245,12 +243,18 @@ class Checkpoints:
         folder: Path,
         jobs: Jobs,
         content: dict[str, Any],
+        shapes: Mapping[str, Sequence[int]],
         best_step: int | None = None,
     ) -> None:
-        """Run the deferred jobs, write the marker, and rename the folder."""
+        """Run the deferred jobs, write the marker, and rename the folder.
+
+        shapes: of the whole tensors in the shards, by name.
+        """
         self._together(jobs.finish)
+        names = self._on_main(lambda: _index_and_list(temporary, shapes))
+        mine = names[dist.get_rank() :: dist.get_world_size()]
         content["files"] = {}
-        for files in self._together(lambda: _sizes_and_checksums(temporary)):
+        for files in self._together(lambda: _sizes_and_checksums(temporary, mine)):
             content["files"].update(files)
 
         def complete() -> None:
@@ -260,14 +264,16 @@ class Checkpoints:
 
         self._on_main(complete)
 
-    def _on_main(self, work: Callable[[], object]) -> None:
-        """Run `work` on rank 0 after checking the lock of output_dir; SaveError on all ranks if it fails."""
+    def _on_main(self, work: Callable[[], T]) -> T:
+        """Run `work` on rank 0 after checking the lock of output_dir, and return its result on all ranks;
+        SaveError on all ranks if it fails."""
 
-        def guarded() -> None:
+        def guarded() -> T:
             self.lock.check()
-            work()
+            return work()
 
-        self._together(lambda: guarded() if is_main() else None)
+        results: list[Any] = self._together(lambda: guarded() if is_main() else None)
+        return results[0]
 
     def _together(self, work: Callable[[], T]) -> list[T]:
         """Run `work` on every rank and return all results; SaveError on all ranks if it fails on any."""
@@ -294,41 +300,18 @@ def resumable(trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimi
     return tensors
 
 
-def rows_to_write(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, list[int]]]:
-    """What this rank writes of `tensors` (from `resumable`): name, its rows, and the index of their first
-    element in the whole tensor.
+def load(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Fill `tensors` (from `resumable`) from a checkpoint of any number of ranks; every rank calls it.
 
-    Ranks that hold the same rows, on a mesh of (replicate, shard), take turns; rank 0 writes plain tensors.
+    LoadError if a tensor is missing or has another shape, or if a shard cannot be read.
     """
-    written = Counter[int]()  # replica → bytes: the same on all replicas
-    for name, tensor in tensors.items():
-        rows, where = local_rows(tensor)
-        if isinstance(tensor, DTensor):
-            mesh = tensor.device_mesh
-            replica, replicas = (mesh.get_local_rank(0), mesh.size(0)) if mesh.ndim == 2 else (0, 1)
-            turn = min(range(replicas), key=written.__getitem__)
-            written[turn] += rows.nbytes
-            is_mine = turn == replica and rows.numel() > 0
-        else:
-            is_mine = is_main()
-        if is_mine:
-            yield name, rows, [rows_of.start for rows_of in where]
-
-
-def save_tensors(tensors: dict[str, Tensor], offsets: Mapping[str, list[int]], folder: Path) -> None:
-    """Write this rank's shard to `folder`, in the format that HuggingFaceStorageReader reads."""
-    if tensors:
-        folder.mkdir(exist_ok=True)
-        path = folder / f"shard-{dist.get_rank() + 1:05d}-model-00001-of-00001.safetensors"
-        sharding = {name: {"saved_offsets": offset} for name, offset in offsets.items()}
-        metadata = {"DCP_SHARDING_INFO": json.dumps(sharding), "DCP_VERSION": "1.0", "format": "pt"}
-        save_file(tensors, path, metadata)
-        sync_to_disk(path)  # by the machine that wrote it
-
-
-def load(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill `tensors` (from `resumable`) from a checkpoint of any number of ranks; every rank calls it."""
-    load_tensors(tensors, storage_reader=HuggingFaceStorageReader(str(folder / RESUME)))
+    problem = None
+    try:
+        read_rows(folder / RESUME, tensors)
+    except ValueError as error:
+        problem = f"{folder / RESUME}: {error}"
+    if problem := _first_problem(problem):
+        raise LoadError(problem)
 
 
 def read_marker(folder: Path) -> dict[str, Any]:
@@ -366,7 +349,12 @@ def damage(folder: Path) -> str | None:
                 problem = f"{path} is damaged: its checksum differs from the one in {MARKER}"
     except (ValueError, OSError) as error:
         problem = str(error)
-    problems: list[Any] = [None] * world
+    return _first_problem(problem)
+
+
+def _first_problem(problem: str | None) -> str | None:
+    """The first rank's problem, if any has one; every rank calls it with its own."""
+    problems: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     return next(filter(None, problems), None)
 
@@ -380,11 +368,21 @@ def crc32(path: Path) -> int:
     return value
 
 
-def _sizes_and_checksums(folder: Path) -> dict[str, tuple[int, int]]:
-    """Sync this rank's share of the folder's files to the disk; returns name → bytes and CRC-32."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+def _index_and_list(folder: Path, shapes: Mapping[str, Sequence[int]]) -> list[str]:
+    """Write the index of the shards in a folder, if it has any; returns the names of all its files.
+
+    For one rank: a thousand ranks that look at a thousand files each would keep a file system busy.
+    """
+    if shapes:
+        write_index(folder / RESUME, shapes)
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _sizes_and_checksums(folder: Path, names: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Sync these files of the folder to the disk; returns name → bytes and CRC-32."""
     described = {}
-    for path in paths[dist.get_rank() :: dist.get_world_size()]:
+    for name in names:
+        path = folder / name
         sync_to_disk(path)
-        described[path.relative_to(folder).as_posix()] = (path.stat().st_size, crc32(path))
+        described[name] = (path.stat().st_size, crc32(path))
     return described

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from data.errors import DataError
 from trainer.check_model import check_model, problems_of
-from trainer.checkpoint import Checkpoints, SaveError, load, resumable
+from trainer.checkpoint import Checkpoints, LoadError, SaveError, load, resumable
 from trainer.config import Config, ConfigError, parse
 from trainer.distributed import (
     BAD_INPUT,
@@ -265,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 write_own_report(config)
         finish()
         return status
-    except SaveError as error:  # the same on every rank
+    except (SaveError, LoadError) as error:  # the same on every rank
         log(f"\nerror: {error}")
         return FAILED
     except DataError as error:
