@@ -5,11 +5,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import trainer.weights
 from tests.benchmarks.load_memory import growths, make_checkpoint
 from tests.tiny import flags, run_ranks, tiny_data, tiny_model
 from trainer.atomic import MARKER, Jobs, move_into, remove_old_checkpoints
@@ -125,6 +127,33 @@ def copy_through_shards_or_say(source: Path, target: Path) -> None:
         copy_through_shards(source, target, 10**9)
     except ValueError as error:
         print(error)
+
+
+def print_what_is_opened(source: Path, target: Path, bytes_between_closes: int) -> None:
+    """`copy_through_shards`; prints the names of the files that loading opens."""
+    opened, safe_open = [], trainer.weights.safe_open
+
+    def counted(path: Path, framework: str) -> Any:
+        opened.append(path.name)
+        return safe_open(path, framework)
+
+    trainer.weights.safe_open, trainer.weights.BYTES_BETWEEN_CLOSES = counted, bytes_between_closes
+    copy_through_shards(source, target, 10**9)
+    print(json.dumps(opened))
+
+
+def test_a_file_is_opened_for_its_names_and_its_rows_but_not_for_every_tensor(model, tmp_path):
+    run_ranks(1, copy_through_shards, model, tmp_path / "split", 10**5)
+    files = sorted(path.name for path in (tmp_path / "split").glob("*.safetensors"))
+    assert len(files) > 5
+    for ranks, limit in ((2, 1 << 30), (1, 1)):  # the least and the most often that files are closed
+        output, *_ = run_ranks(
+            ranks, print_what_is_opened, tmp_path / "split", tmp_path / f"by{ranks}", limit
+        )
+        opened = json.loads(output.splitlines()[-1])
+        if ranks == 2:
+            assert sorted(opened) == sorted(2 * files)
+        assert_same_tensors(tensors_of(model), tensors_of(tmp_path / f"by{ranks}"))
 
 
 def test_the_dtype_of_a_checkpoint_is_that_of_its_matrices(tmp_path):

@@ -55,11 +55,10 @@ from trainer.models.family import Conversion
 from trainer.trainable import checkpoint_name, is_adapter
 from trainer.weights import (
     SAFETENSORS_DTYPES,
-    opened,
+    OpenFiles,
     save_small_files,
     split_into_files,
     tensor_files,
-    tensor_shapes,
     weights_dtype,
     write_index,
 )
@@ -113,8 +112,7 @@ class _Merge:
             return key in file.keys()  # noqa: SIM118 (a safetensors file is not a mapping)
 
     def _base(self, name: str) -> Tensor:
-        with opened(self.files, self.base[name].sources) as read:
-            return self.base[name].convert(read)[name]
+        return self.base[name].convert(OpenFiles(self.files))[name]
 
     def _adapter(self, key: str) -> Tensor:
         with safe_open(self.folder / WEIGHTS_FILE, framework="pt") as file:
@@ -136,7 +134,7 @@ def merge(adapter: Path, out: Path, base: Path | None = None, dtype: torch.dtype
     model, names_in_file = adapted_model(adapter, base)
     parts = parts_of(config)
     base_files = tensor_files(base)
-    loaded = parts.names.loaded(tensor_shapes(base_files))
+    loaded = parts.names.loaded(OpenFiles(base_files).shapes())
     # A tied output layer may be stored too, but the embeddings are what the adapter was trained on.
     in_base = {name: c for c in loaded for name in c.results if not parts.names.is_tied(name)}
     layers = {

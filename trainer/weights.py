@@ -22,8 +22,8 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -42,10 +42,12 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from trainer.atomic import Jobs, write_json
 from trainer.distributed import is_main
 from trainer.models import Parts
-from trainer.models.family import SAME_NAMES, Conversion, Names, Read
+from trainer.models.family import SAME_NAMES, Conversion, Names
 from trainer.trainable import checkpoint_name, is_adapter
 
 INDEX = "model.safetensors.index.json"
+BYTES_BETWEEN_CLOSES = 64 << 20
+"""How much is read from mapped files before their pages are freed."""
 SAFETENSORS_DTYPES = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
@@ -91,25 +93,29 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     return files
 
 
-def tensor_shapes(files: Mapping[str, Path]) -> dict[str, list[int]]:
-    """Tensor name → its shape, from the headers of the files."""
-    shapes: dict[str, list[int]] = {}
-    for path in sorted(set(files.values())):
-        with safe_open(path, framework="pt") as file:
-            shapes |= {name: file.get_slice(name).get_shape() for name in files if files[name] == path}
-    return {name: shapes[name] for name in files}
+class OpenFiles:
+    """Slices of the tensors of several files, each of which is opened when it is first read from.
 
-
-@contextmanager
-def opened(files: Mapping[str, Path], names: Collection[str]) -> Iterator[Read]:
-    """A function from each of these tensors' names to its slice of a file.
-
-    Opened for a few tensors at a time: closing frees the pages of the mapped file that were read.
+    Opening parses the header of all tensors of a file. `close` frees the pages that were read of the mapped
+    files; the next read opens them again.
     """
-    with ExitStack() as stack:
-        paths = {files[name] for name in names}
-        by_path = {path: stack.enter_context(safe_open(path, framework="pt")) for path in paths}
-        yield lambda name: by_path[files[name]].get_slice(name)
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        """files: tensor name → its file."""
+        self._files, self._opened = files, dict[Path, Any]()
+
+    def __call__(self, name: str) -> Any:
+        path = self._files[name]
+        if path not in self._opened:
+            self._opened[path] = safe_open(path, framework="pt")
+        return self._opened[path].get_slice(name)
+
+    def shapes(self) -> dict[str, list[int]]:
+        """Tensor name → its shape, from the headers of the files."""
+        return {name: self(name).get_shape() for name in self._files}
+
+    def close(self) -> None:
+        self._opened.clear()
 
 
 def base_checksum(base: Path) -> str:
@@ -173,7 +179,8 @@ def load_weights(
     `model.resize_for_load`. ValueError names the first tensors that are missing or do not fit.
     """
     files = tensor_files(folder)
-    conversions = names.loaded(tensor_shapes(files))
+    read, bytes_read = OpenFiles(files), 0
+    conversions = names.loaded(read.shapes())
     origin = {name: conversion for conversion in conversions for name in conversion.results}
     parameters = {checkpoint_name(n): p for n, p in model.named_parameters() if not is_adapter(n)}
     buffers = {checkpoint_name(name): buffer for name, buffer in persistent_buffers(model).items()}
@@ -189,12 +196,15 @@ def load_weights(
             continue
         conversion = origin[name]
         target, where = local_rows(parameter)
-        with opened(files, conversion.sources) as read:
-            if conversion.results[name] == tuple(parameter.shape):
-                if target.numel():
-                    target.copy_(conversion.convert(read, where)[name])
-                continue
-            whole = cast(Any, model).resize_for_load(name, conversion.convert(read)[name])
+        bytes_read += target.nbytes
+        if bytes_read > BYTES_BETWEEN_CLOSES:
+            read.close()
+            bytes_read = target.nbytes
+        if conversion.results[name] == tuple(parameter.shape):
+            if target.numel():
+                target.copy_(conversion.convert(read, where)[name])
+            continue
+        whole = cast(Any, model).resize_for_load(name, conversion.convert(read)[name])
         if whole.shape != parameter.shape:
             raise ValueError(
                 f"{files[conversion.sources[0]]}: {name} has shape {list(whole.shape)}, "
