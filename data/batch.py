@@ -53,6 +53,8 @@ class MicroBatch:
     """(source, message) for each sample left out because max_length leaves no answer to train on."""
     shrunk: list[tuple[int, str]] = field(default_factory=list)
     """(source, message) for each sample whose images were made smaller to fit into max_length."""
+    planned_idle_share: float | None = None
+    """Fraction of all ranks' time that the plan of the whole step leaves idle; None without packing."""
 
     @property
     def num_tokens(self) -> int:

@@ -37,7 +37,7 @@ from data.batch import MicroBatch, collate
 from data.errors import DataError, FileChangedError
 from data.images import ImageProcessor, open_image, process, size_of
 from data.mixture import Source
-from data.packing import Packing, deal, idle_share
+from data.packing import Packing, deal, idle_share, pack
 from data.sample import Sample
 from data.sampler import StepSampler
 from data.tokens import IGNORED, SLOT, Encoded, Piece, SampleEncoder
@@ -245,32 +245,29 @@ class StepLoader:
         self._packing = packing
         self._num_logged: Counter[str] = Counter()
 
-    def plan(self, step: int) -> list[list[tuple[int, int]]]:
-        """(source, record) of this rank's samples in each of its micro-batches of a step."""
-        samples = self._sampler.samples(step)
+    def plan(self, step: int) -> tuple[list[list[tuple[int, int]]], float | None]:
+        """(source, record) of this rank's samples in each of its micro-batches of a step; and the fraction of
+        all ranks' time that the plan leaves idle, None without packing."""
+        samples, idle = self._sampler.samples(step), None
         if self._packing:
-            plan = self._packing.plan(samples, self._num_ranks)
+            tokens, costs = self._packing.measure(samples)
+            plan = pack(tokens, costs, self._num_ranks, self._packing.max_tokens)
+            idle = idle_share(plan, costs)
         else:
             plan = deal(len(samples), self._num_ranks, self._samples_per_micro_batch)
-        return [[(int(source), int(record)) for source, record in samples[row]] for row in plan[self._rank]]
-
-    def idle_share(self, step: int) -> float | None:
-        """Fraction of all ranks' time that a step's plan leaves idle; None without packing."""
-        if self._packing is None:
-            return None
-        samples = self._sampler.samples(step)
-        costs = self._packing.measure(samples)[1]
-        return idle_share(self._packing.plan(samples, self._num_ranks), costs)
+        mine = plan[self._rank]
+        return [[(int(source), int(record)) for source, record in samples[row]] for row in mine], idle
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         """Raises DataError at a sample that cannot be used, unless bad samples are skipped."""
-        ends_step: deque[bool] = deque()  # for each micro-batch that workers were asked for
+        # For each micro-batch that workers were asked for: whether it ends a step, and the step's idle share.
+        asked: deque[tuple[bool, float | None]] = deque()
 
         def samples_of_micro_batches() -> Iterator[list[tuple[int, int]]]:
             for step in self._steps:
-                micro_batches = self.plan(step)
+                micro_batches, idle = self.plan(step)
                 for number, samples in enumerate(micro_batches, 1):
-                    ends_step.append(number == len(micro_batches))
+                    asked.append((number == len(micro_batches), idle))
                     yield samples
 
         if self._num_workers:
@@ -285,7 +282,7 @@ class StepLoader:
             worker_init_fn=start_worker,
             pin_memory=torch.accelerator.is_available(),
         )
-        steps = self._group(iter(batches), ends_step)
+        steps = self._group(iter(batches), asked)
         if not self._num_workers:
             yield from steps
             return
@@ -297,7 +294,7 @@ class StepLoader:
                 yield step
 
     def _group(
-        self, batches: Iterator[MicroBatch | DataError], ends_step: deque[bool]
+        self, batches: Iterator[MicroBatch | DataError], asked: deque[tuple[bool, float | None]]
     ) -> Iterator[list[MicroBatch]]:
         """The micro-batches of each step as a list."""
         step: list[MicroBatch] = []
@@ -305,8 +302,9 @@ class StepLoader:
             if isinstance(batch, DataError):
                 raise DataError(*batch.args)  # not `batch` itself, whose traceback would keep the workers
             self._log(batch)
+            ends_step, batch.planned_idle_share = asked.popleft()
             step.append(batch)
-            if ends_step.popleft():
+            if ends_step:
                 yield step
                 step = []
 

@@ -227,6 +227,19 @@ def test_packing_keeps_each_steps_samples_and_pads_nothing(folder, num_ranks, nu
             assert (batch.inputs["position_ids"] == 0).sum() == max(1, batch.num_samples)
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_what_a_steps_plan_leaves_idle_comes_with_its_micro_batches(folder, num_workers):
+    reader = reader_of(folder, RECORDS[:4] * 4, max_length=120)
+    packing = Packing(measure_lengths(reader, num_workers=0), 120)
+    sampler = StepSampler(reader.sources, seed=0, global_batch=6)
+    for step, batches in enumerate(packed_steps(reader, num_ranks=3, num_workers=num_workers)):
+        samples = sampler.samples(step)
+        share = idle_share(packing.plan(samples, 3), packing.measure(samples)[1])
+        assert {batch.planned_idle_share for batch in batches} == {share}
+    for batches in packed_steps(reader, packing=False):
+        assert {batch.planned_idle_share for batch in batches} == {None}
+
+
 def test_left_out_samples_stay_left_out_when_packed(folder, caplog):
     records = [*RECORDS, record("<ImageHere>", "9", images=["absent.png"])]
     reader = reader_of(folder, records, skip_bad=True)

@@ -194,7 +194,7 @@ def train(config: Config, ranks: Ranks, lock: Lock, trackers: Trackers) -> int:
                 step,
                 epoch=step / steps_per_epoch,
                 learning_rate=config.learning_rate * rate,
-                planned_idle_share=loader.idle_share(step - 1),
+                planned_idle_share=micro_batches[0].planned_idle_share,
                 **line,
             )
             text = summary(line, config.learning_rate * rate)
