@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from PIL import Image
@@ -49,7 +49,13 @@ def start_ranks(
 
 def _rank(rank: int, world: int, port: int, function: Callable[..., Any], args: tuple, log: Path) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    call_in_fork(function, args, log)
+
+
+def call_in_fork(function: Callable[..., Any], args: tuple, log: Path) -> NoReturn:
+    """What a forked process does: it calls `function(*args)`, prints to the file `log`, and ends."""
+    os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
