@@ -19,7 +19,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -45,14 +45,14 @@ class Job:
     """A command or a forked function that runs on a machine; its output goes to the file `log`."""
 
     def __init__(
-        self, machine: int, action: Callable[[], NoReturn], log: Path, environment: dict[str, Any]
+        self, host: "Host", action: Callable[[], NoReturn], log: Path, environment: dict[str, Any]
     ) -> None:
-        self.log = log
+        self.host, self.log = host, log
         self.status: int | None = None
         reader, writer = os.pipe()
         self._waiting = os.fork()
         if self._waiting == 0:
-            _run_on(machine, action, environment, writer)
+            _run_on(host.process, action, environment, writer)
         os.close(writer)
         self.pid = int.from_bytes(os.read(reader, 8), "little")
         """The id of its process, as the test sees it."""
@@ -64,14 +64,17 @@ class Job:
     def wait(self, seconds: float) -> int:
         """The exit status, negative for a signal. A job that takes longer fails the test with its output."""
         until = time.monotonic() + seconds
-        while self.status is None:
+        while self.poll() is None:
+            assert time.monotonic() < until, f"it still runs after {seconds} s:\n{self.output()}"
+            time.sleep(0.02)
+        assert self.status is not None
+        return self.status
+
+    def poll(self) -> int | None:
+        """The exit status, None while it runs."""
+        if self.status is None:
             ended, status = os.waitpid(self._waiting, os.WNOHANG)
-            if ended:
-                self.status = os.waitstatus_to_exitcode(status)
-            elif time.monotonic() > until:
-                raise AssertionError(f"it still runs after {seconds} s:\n{self.output()}")
-            else:
-                time.sleep(0.02)
+            self.status = os.waitstatus_to_exitcode(status) if ended else None
         return self.status
 
     def output(self) -> str:
@@ -118,7 +121,7 @@ class Host:
     def call(self, function: Callable[..., Any], *args: Any, **environment: Any) -> Job:
         """Call `function(*args)` in a fork of this process, which saves the import of torch."""
         log = self._folder / f"{self.name}-{len(self.jobs)}.log"
-        self.jobs.append(Job(self.process, lambda: call_in_fork(function, args, log), log, environment))
+        self.jobs.append(Job(self, lambda: call_in_fork(function, args, log), log, environment))
         return self.jobs[-1]
 
     # --- what happens to it -------------------------------------------------------------------------------
@@ -127,7 +130,8 @@ class Host:
         """End all its processes at once: the kernel closes their connections, and the network goes too."""
         if self._parent.poll() is None:
             self._parent.kill()  # first: it would complain of the way its child ends
-            os.kill(self.process, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it ends with its parent, perhaps already
+                os.kill(self.process, signal.SIGKILL)
             self._parent.wait()
 
     def unplug(self) -> None:
@@ -157,10 +161,11 @@ class Host:
 
 
 @contextmanager
-def hosts(count: int, own_address: str | None = "127.0.1.1") -> Iterator[tuple[Host, ...]]:
+def hosts(count: int, own_addresses: Sequence[str | None] = ()) -> Iterator[tuple[Host, ...]]:
     """Machines while the block lasts.
 
-    own_address: what a machine's own name means to itself; by default as Debian sets it up, None: nothing.
+    own_addresses: what each machine's own name means to itself, None: nothing; by default 127.0.1.1, as
+    Debian sets it up.
     """
     _skip_where_forbidden()
     machines: list[Host] = []
@@ -172,9 +177,9 @@ def hosts(count: int, own_address: str | None = "127.0.1.1") -> Iterator[tuple[H
                 subprocess.run([*enter, "ip", *command.split()], check=True, capture_output=True)
             for number in range(1, count + 1):
                 machines.append(Host(number, network, Path(folder)))
-            for machine in machines:
+            for machine, own in zip(machines, own_addresses or ["127.0.1.1"] * count, strict=True):
                 addresses = {other.name: other.address for other in machines if other is not machine}
-                machine.set_names(addresses | ({machine.name: own_address} if own_address else {}))
+                machine.set_names(addresses | ({machine.name: own} if own else {}))
             yield tuple(machines)
         finally:
             for machine in machines:
@@ -252,6 +257,7 @@ def _run_on(
         os.chdir(folder)
         child = os.fork()  # only children enter a namespace of processes
         if child == 0:
+            os.environ.pop("GLOO_SOCKET_IFNAME", None)  # of a run in the test's own process
             os.environ.update({name: str(value) for name, value in environment.items()})
             action()
         os.write(pid_writer, child.to_bytes(8, "little"))
