@@ -58,7 +58,7 @@ class CheckConfig(CommandConfig):
     """The report as JSON; <data_path>.check.json by default."""
 
     def problems(self) -> list[str]:
-        return super().problems() + self.too_small(num_ranks=1)
+        return super().problems() + (self.too_small(num_ranks=1) or self.batch_problems(self.num_ranks))
 
 
 @dataclass
@@ -288,7 +288,7 @@ def expected_epoch(
 ) -> dict[str, Any]:
     """Expected steps, tokens, padding and idle time of the first epoch, packed and unpacked."""
     num_ranks, per_micro_batch = config.num_ranks, config.per_device_train_batch_size
-    global_batch = num_ranks * per_micro_batch * config.gradient_accumulation_steps
+    global_batch = config.global_batch(num_ranks)
     sampler = StepSampler(reader.sources, config.seed, global_batch)
     packing = Packing(lengths, config.row_tokens, cost)
     num_steps = min(sampler.steps_per_epoch, MAX_STEPS_ESTIMATED)

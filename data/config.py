@@ -64,9 +64,12 @@ class DataConfig:
     # --- what a step is made of ----------------------------------------------------------------------
     per_device_train_batch_size: int = may_change(1)
     """Samples a rank computes at once. Packed, they are as many as fit into this × max_length tokens."""
-    gradient_accumulation_steps: int = may_change(1)
-    """Micro-batches a rank sums before a step; global batch = this × per-device batch × ranks. Packed, a step
-    takes no more of them than its tokens need, seldom as many as this."""
+    gradient_accumulation_steps: int | None = may_change(None)
+    """Micro-batches a rank sums before a step, 1 by default; global batch = this × per-device batch × ranks.
+    Packed, a step takes no more of them than its tokens need, seldom as many as this."""
+    global_batch_size: int | None = may_change(None)
+    """Samples of a step, the same ones on any number of ranks, instead of gradient_accumulation_steps: a step
+    takes as many micro-batches as they need, and ranks may have unequal shares."""
     seed: int = 42
     """Of the data order, dropout, and newly made weights."""
 
@@ -100,8 +103,30 @@ class DataConfig:
             max_length=2,
             per_device_train_batch_size=1,
             gradient_accumulation_steps=1,
+            global_batch_size=1,
             seed=0,
         )
+
+    def global_batch(self, num_ranks: int) -> int:
+        """Samples of an optimizer step."""
+        accumulated = self.gradient_accumulation_steps or 1
+        return self.global_batch_size or self.per_device_train_batch_size * accumulated * num_ranks
+
+    def accumulation(self, num_ranks: int) -> int:
+        """The most micro-batches that a rank sums before a step."""
+        return -(-self.global_batch(num_ranks) // (self.per_device_train_batch_size * num_ranks))
+
+    def batch_problems(self, num_ranks: int) -> list[str]:
+        """A sentence if the flags that make up a step contradict each other on this number of ranks."""
+        batch, accumulated = self.global_batch_size, self.gradient_accumulation_steps
+        size = self.per_device_train_batch_size
+        if batch is None or accumulated is None or batch == size * accumulated * num_ranks:
+            return []
+        return [
+            f"--global_batch_size {batch} is not {size} per device × {accumulated} accumulated × {num_ranks} "
+            f"ranks = {size * accumulated * num_ranks}: leave out --gradient_accumulation_steps, which "
+            "follows from it"
+        ]
 
     @property
     def row_tokens(self) -> int:

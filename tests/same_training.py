@@ -32,7 +32,7 @@ def train(
     """Options: those of `run_ranks`."""
     shared = {"fix_vit": False, "packing": False, "gradient_checkpointing": False, "max_steps": 10}
     shared |= {"data_path": folder / data, "adam_epsilon": 1e-5, "warmup_ratio": 0.2}
-    shared |= {"per_device_train_batch_size": batch // ranks // accumulation}
+    shared |= {"per_device_train_batch_size": batch // ranks // (accumulation or 1)}
     argv = flags(folder, name, *more, gradient_accumulation_steps=accumulation, **shared)
     run_ranks(ranks, run, argv, **options)
 

@@ -48,6 +48,29 @@ def test_every_problem_is_reported_at_once(tmp_path):
     assert len(problems) == 8
 
 
+@pytest.mark.parametrize(
+    ("flags", "ranks", "said"),
+    [
+        ("--per_device_train_batch_size 4 --gradient_accumulation_steps 2", 2, None),
+        (
+            "--per_device_train_batch_size 4 --gradient_accumulation_steps 1",
+            2,
+            "× 1 accumulated × 2 ranks = 8",
+        ),
+        ("--per_device_train_batch_size 3", 2, None),
+        ("--per_device_train_batch_size 3 --loss_average micro_batch", 2, "_batch_size 1, 2, 4, 8 or --loss"),
+        ("--per_device_train_batch_size 4 --loss_average micro_batch", 3, "use 1, 2, 4 ranks or --loss_av"),
+        ("--per_device_train_batch_size 4 --loss_average micro_batch", 4, None),
+    ],
+)
+def test_flags_that_do_not_make_up_the_global_batch_are_refused(usable, flags, ranks, said):
+    config = parse([*usable, "--global_batch_size", "16", *flags.split()])
+    assert config.global_batch(ranks) == 16
+    problems = config.batch_problems(ranks)
+    assert len(problems) == (said is not None)
+    assert said is None or said in problems[0]
+
+
 @pytest.mark.parametrize("name", REPLACED)
 def test_a_flag_of_the_original_says_what_replaces_it(usable, name):
     (problem,) = problems_of([*usable, f"--{name}", "anything"])

@@ -25,6 +25,7 @@ def world(same_world):
         (1, 1, ("--packing", "True", "--max_length", "120")),
         (4, 1, ("--packing", "True", "--max_length", "4096")),
         (2, 1, ("--deterministic", "True", "--packing", "True", "--max_length", "120")),
+        (3, None, ("--global_batch_size", "4")),  # 1, 1 and 1 of them, then 1 and two empty micro-batches
     ],
 )
 def test_ranks_accumulation_packing_and_checkpointing_change_nothing(world, ranks, accumulation, flags):

@@ -93,20 +93,12 @@ def test_other_numbers_of_ranks_train_on_the_same_batches(world, tmp_path):
     more = ["--plora_dropout", "0", "--adam_epsilon", "1e-5", "--logging_steps", "1"]
     straight, changing = tmp_path / "straight.log", tmp_path / "changing.log"
 
-    def batch(ranks: int) -> list[str]:
-        per_device = {4: 3, 2: 3, 1: 3, 3: 2}[ranks]
-        return [
-            *("--per_device_train_batch_size", str(per_device)),
-            *("--gradient_accumulation_steps", str(12 // per_device // ranks)),
-        ]
-
-    run_ranks(2, main_that_logs_samples, straight, 0, resume_flags(world, "same", *more, *batch(2)))
+    run_ranks(2, main_that_logs_samples, straight, 0, resume_flags(world, "same", *more))
+    shares = {"gradient_accumulation_steps": None, "global_batch_size": 12}
+    argv = resume_flags(world, "ranks", *more, **shares)
     for ranks, steps in ((4, 2), (2, 1), (1, 3)):
-        argv = resume_flags(world, "ranks", *more, *batch(ranks))
         run_ranks(ranks, main_that_logs_samples, changing, steps, argv, status=STOPPED)
-    output, *_ = run_ranks(
-        3, main_that_logs_samples, changing, 0, resume_flags(world, "ranks", *more, *batch(3))
-    )
+    output, *_ = run_ranks(3, main_that_logs_samples, changing, 0, argv)
     assert "1 ranks then, 3 now" in output
     expected = [json.loads(line) for line in straight.read_text().splitlines()]
     assert [step for step, _ in expected] == list(range(8))
@@ -393,6 +385,7 @@ def run_file(**changed) -> dict:
         ({"base_checksum": "01"}, True, "the base model has other weights"),
         ({"data_plan": []}, True, "the data had 1 files and has 0"),
         ({"ranks": 3, "global_batch": 12}, True, "3 ranks cannot share 16 evenly: use 1, 2, 4, 8, 16 ranks"),
+        ({"ranks": 3, "global_batch": 12}, True, "or --global_batch_size 16, which allows any number"),
         ({"ranks": 8, "global_batch": 32}, True, "keep it with --gradient_accumulation_steps 1"),
         (
             {"ranks": 16, "global_batch": 32},

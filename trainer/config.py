@@ -260,6 +260,22 @@ class Config(DataConfig):
         first, last = (int(number) for number in (self.profile or "1:0").split(":"))
         return range(first, last + 1)
 
+    def batch_problems(self, num_ranks: int) -> list[str]:
+        """Also for a mean of means, to which every micro-batch must bring equally many samples."""
+        found, batch = super().batch_problems(num_ranks), self.global_batch(num_ranks)
+        size = self.per_device_train_batch_size
+        if found or self.loss_average == "token" or batch % (size * num_ranks) == 0:
+            return found
+        sizes = [n for n in range(1, batch + 1) if batch % (n * num_ranks) == 0]
+        ranks = [n for n in range(1, batch + 1) if batch % (n * size) == 0]
+        ways = [f"--per_device_train_batch_size {', '.join(map(str, sizes))}"] if sizes else []
+        ways += [f"{', '.join(map(str, ranks))} ranks"] if ranks else []
+        ways.append("--loss_average token")
+        return [
+            f"--loss_average micro_batch needs micro-batches of equally many samples, and {batch} of "
+            f"--global_batch_size are not {size} per device × {num_ranks} ranks: use {' or '.join(ways)}"
+        ]
+
     def problems(self) -> list[str]:
         """Problems with the values alone, a sentence each; of files, only their existence is checked."""
         found = super().problems()

@@ -105,6 +105,7 @@ def describe(config: Config, ranks: Ranks, *, for_training: bool = True) -> tupl
             f"--sharding hybrid: {ranks.world} ranks are not a whole number of nodes of {ranks.local_world}; "
             "give every node as many ranks, or use --sharding full"
         )
+    problems += config.batch_problems(ranks.world)
     files = [(config.data_path, sources)] if config.data_path or for_training else []
     if config.eval_data_path is not None and config.evaluates:
         files.append((config.eval_data_path, eval_sources))
@@ -236,7 +237,7 @@ def _describe_model(config: Config, ranks: Ranks, sources: list[Source], for_tra
         flops = flops_of(model, reader)
     # Whole on every rank, a frozen tower has no collectives, so a rank without images need not run it.
     reader.needs_images = vision_trains or (config.shard_frozen_vision and config.sharding != "none")
-    global_batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * ranks.world
+    global_batch = config.global_batch(ranks.world)
     sampler = StepSampler(sources, config.seed, global_batch)
     total_steps = math.ceil(config.num_train_epochs * sampler.steps_per_epoch)
     if config.max_steps > 0:
@@ -310,9 +311,11 @@ def log_plan(plan: Plan, config: Config, ranks: Ranks, loaded: LoadReport) -> No
         if plan.packing
         else f"{config.per_device_train_batch_size} per padded micro-batch"
     )
+    size, accumulated = config.per_device_train_batch_size, config.accumulation(ranks.world)
+    sign = "=" if plan.global_batch == size * accumulated * ranks.world else "≤"
     log(
-        f"global batch {plan.global_batch} samples = {config.per_device_train_batch_size} per device "
-        f"× {config.gradient_accumulation_steps} accumulated × {ranks.world} ranks, {rows}; "
+        f"global batch {plan.global_batch} samples {sign} {size} per device × {accumulated} accumulated "
+        f"× {ranks.world} ranks, {rows}; "
         f"{plan.sampler.steps_per_epoch} steps per epoch, {plan.total_steps} in all, "
         f"{plan.warmup_steps} of them warm-up"
     )

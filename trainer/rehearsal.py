@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from data.batch import MicroBatch, collate
@@ -162,7 +163,7 @@ def forward_backward(model: Any, micro_batch: MicroBatch, device: torch.device, 
     With accumulation the first of two micro-batches keeps its whole gradient on every rank, which is the peak
     memory of a step.
     """
-    for is_last in (True,) if config.gradient_accumulation_steps == 1 else (False, True):
+    for is_last in (True,) if config.accumulation(dist.get_world_size()) == 1 else (False, True):
         set_communication(model, config, is_last)
         loss = model(**micro_batch.to(device).inputs).loss
         (loss / max(1, micro_batch.num_supervised)).backward()

@@ -271,7 +271,7 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], 
 
 
 def _batch_sentence(batch: int, new: Mapping[str, Any]) -> str:
-    """A sentence on how to keep a global batch of `batch` samples on the current ranks."""
+    """A sentence on how to keep a global batch of `batch` samples, on the current ranks and on any."""
     ranks, per_device = new["ranks"], new["config"]["per_device_train_batch_size"]
     share, rest = divmod(batch, ranks)
     if rest:
@@ -282,6 +282,10 @@ def _batch_sentence(batch: int, new: Mapping[str, Any]) -> str:
         keep = f"keep it with --gradient_accumulation_steps {share // size}"
         if size != per_device:
             keep += f" --per_device_train_batch_size {size}"
+    if new["config"].get("global_batch_size"):
+        keep = f"keep it with --global_batch_size {batch}"
+    else:
+        keep += f", or --global_batch_size {batch}, which allows any number of ranks"
     return f"the global batch was {batch} samples and is {new['global_batch']}; {keep}"
 
 

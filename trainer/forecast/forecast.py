@@ -198,7 +198,7 @@ def epoch_of(plan: Plan, config: ForecastConfig, ranks: int) -> Epoch:
 
 def full_epoch(batch: MicroBatch, config: ForecastConfig, ranks: int) -> Epoch:
     """A step of full rows, where there is no data, as an epoch."""
-    rounds, slots = config.gradient_accumulation_steps, int(batch.inputs["im_mask"].sum())
+    rounds, slots = config.accumulation(ranks), int(batch.inputs["im_mask"].sum())
     pairs = sum(length**2 for length in batch.lengths)
     counts = (batch.num_samples, batch.num_tokens, slots, batch.num_supervised, pairs)
     return Epoch(*(ranks * rounds * count for count in counts), steps=1, rounds=rounds, idle=0.0)
@@ -321,7 +321,7 @@ def speed(config: ForecastConfig, result: Forecast) -> tuple[float | None, str]:
 
 def changes(config: ForecastConfig) -> Iterator[dict[str, Any]]:
     """Changes of flags that may lower the peak; what costs least speed, and changes no result, first."""
-    accumulation, samples = config.gradient_accumulation_steps, config.per_device_train_batch_size
+    accumulation, samples = config.accumulation(config.ranks), config.per_device_train_batch_size
     if accumulation > 1 and not config.reduce_every_micro_batch:
         yield {"reduce_every_micro_batch": True}
     if config.sharding == "hybrid" and config.ranks > config.local_ranks:
@@ -334,8 +334,10 @@ def changes(config: ForecastConfig) -> Iterator[dict[str, Any]]:
         yield {"reshard_after_forward": True}
     while samples > 1 and samples % 2 == 0:
         samples, accumulation = samples // 2, accumulation * 2
-        smaller = {"per_device_train_batch_size": samples, "gradient_accumulation_steps": accumulation}
-        yield smaller | {"reduce_every_micro_batch": True}
+        smaller = {"per_device_train_batch_size": samples, "reduce_every_micro_batch": True}
+        if config.gradient_accumulation_steps or not config.global_batch_size:
+            smaller["gradient_accumulation_steps"] = accumulation
+        yield smaller
     if config.optim_state == "float32" and config.adam_beta2 <= 0.996:
         yield {"optim_state": "bfloat16"}
     if config.optim_state != "8bit" and find_spec("torchao"):

@@ -39,7 +39,9 @@ def report(config: ForecastConfig) -> dict[str, Any]:
     for ranks in config.other_ranks:
         if ranks != config.ranks:
             log(f"forecasting for {ranks:,} ranks")
-            other = forecast(replace(config, sharding=_sharding(config, ranks)), ranks)
+            accumulated = None if config.global_batch_size else config.gradient_accumulation_steps
+            changes = {"sharding": _sharding(config, ranks), "gradient_accumulation_steps": accumulated}
+            other = forecast(replace(config, **changes), ranks)
             others.append(_line(config, other))
     return {
         "model": config.model_name_or_path,
