@@ -50,6 +50,7 @@ def main_without_a_compiler(arguments):
     return main(arguments)
 
 
+@pytest.mark.slow
 def test_a_block_that_cannot_be_compiled_ends_the_run_before_its_first_step(world):
     flags = ("--compile", "True")
     with pytest.raises(AssertionError, match=r"statuses \[1, 1\]") as failure:

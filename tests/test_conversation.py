@@ -129,6 +129,7 @@ print([token for piece in pieces for token in piece.ids])
 """
 
 
+@pytest.mark.slow
 def test_an_edited_format_is_that_of_training_answers_caches_and_the_saved_model(tmp_path):
     """A researcher's copy of the project, where a turn begins with "the <role>"."""
     for package in ("trainer", "data"):

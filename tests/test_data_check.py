@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,7 +13,7 @@ from data.check import CheckConfig, main
 from data.packing import CostModel
 from data.preview import PreviewConfig
 from tests.data_fixtures import record, write_json
-from tests.tiny import ROOT, tiny_data, tiny_model
+from tests.tiny import tiny_data, tiny_model
 from trainer.config import Config
 from trainer.models import cost_sizes, load_config
 
@@ -260,12 +258,10 @@ def test_long_lists_are_cut_on_the_terminal(tmp_path, model, capsys, monkeypatch
     assert "… and 7 more" in capsys.readouterr().out
 
 
-def test_the_command_uses_all_cores(tmp_path, model):
+def test_the_command_uses_all_cores(tmp_path, model, capsys):
     data = tiny_data(tmp_path, samples=600)
-    command = [sys.executable, "-m", "data.check", str(data), "--model_name_or_path", str(model)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
-    assert result.returncode == 0, result.stderr
-    assert "the whole report is in" in result.stdout
+    assert main([str(data), "--model_name_or_path", str(model)]) == 0
+    assert "the whole report is in" in capsys.readouterr().out
 
 
 def test_the_check_plans_the_order_and_the_rows_that_training_does(tmp_path, model):

@@ -4,7 +4,6 @@ import importlib
 import json
 import math
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -62,12 +61,10 @@ def test_the_demos_tokenizer_reads_back_whatever_people_write(make_tokenizer):
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
-def test_a_folder_that_is_no_demo_is_not_emptied(tmp_path):
+def test_a_folder_that_is_no_demo_is_not_emptied(tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("precious")
-    command = [sys.executable, "-m", "trainer.demo", str(tmp_path)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 2
-    assert "contains something other than a demo" in result.stderr
+    assert main([str(tmp_path)]) == 2
+    assert "contains something other than a demo" in capsys.readouterr().err
     assert (tmp_path / "thesis.txt").read_text() == "precious"
 
 

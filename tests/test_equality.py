@@ -17,7 +17,7 @@ def world(same_world):
     ("ranks", "accumulation", "flags"),
     [
         (2, 1, ()),
-        (4, 1, ()),
+        pytest.param(4, 1, (), marks=pytest.mark.slow),
         (1, 4, ()),
         (2, 2, ("--gradient_checkpointing", "True")),
         (1, 1, ("--gradient_checkpointing", "True", "--loss_chunk_tokens", "3")),

@@ -92,7 +92,7 @@ def test_the_loss_is_the_mean_over_the_supervised_tokens_of_the_base_model(world
     assert first["samples"] == sum(map(len, losses.values()))
 
 
-@pytest.mark.parametrize("ranks", [4, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_any_number_of_ranks_measures_and_answers_the_same(world, two_ranks, ranks):
     batch = {1: {"per_device_train_batch_size": 6}, 4: {"per_device_train_batch_size": 1}}[ranks]
     run_ranks(ranks, main, eval_flags(world, f"ranks-{ranks}", max_steps=1, **batch))
