@@ -9,10 +9,14 @@ loader will produce. A record that cannot be used is BAD; `bad_samples` gives th
 beside the JSON file, named by a hash of everything that lengths depend on: the JSON file, the conversation
 format and tokenizer, the image processor, max_length, the handling of longer samples, the image root. The
 images themselves are not part of it: if their sizes change, remove `*.lengths`.
+
+The cache is also written while lengths are measured, every WRITE_SECONDS: measuring that was interrupted goes
+on from there.
 """
 
 import hashlib
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -31,6 +35,7 @@ CHUNK_RECORDS = 256
 """Records that a worker measures at a time."""
 VERSION = 4
 """Increase it when samples are encoded differently."""
+WRITE_SECONDS = 30.0
 BAD, UNMEASURED = -1, -2
 
 
@@ -60,13 +65,16 @@ def measure_lengths(
     chunks = chunks_of(missing)
     results = in_parallel(partial(_measure, reader), chunks, num_workers)
     total = sum(map(len, missing))
+    unwritten, written = set[int](), time.monotonic()
     with tqdm(total=total, desc="lengths", unit="sample", delay=2, disable=not show_progress) as bar:
-        for (number, records), rows in zip(chunks, results, strict=True):
+        for done, ((number, records), rows) in enumerate(zip(chunks, results, strict=True), 1):
             lengths[number][records] = rows
+            unwritten.add(number)
             bar.update(len(records))
-    for number, paths in enumerate(caches):
-        if len(missing[number]):
-            write_cache(paths, lengths[number].data)
+            if done == len(chunks) or time.monotonic() - written > WRITE_SECONDS:
+                for source in unwritten:
+                    write_cache(caches[source], lengths[source].data)
+                unwritten, written = set(), time.monotonic()
     return lengths
 
 

@@ -1,6 +1,7 @@
 """Packing and balance: they say which rank runs what, and a pack trains what rows train."""
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import data.lengths
 from data.batch import collate
 from data.errors import DataError
 from data.lengths import BAD, UNMEASURED, bad_samples, measure_lengths, needed_records, num_cut
@@ -133,6 +135,27 @@ def test_lengths_are_what_the_loader_makes(folder, num_workers, monkeypatch):
         assert sum(picture[0].numel() for picture in pictures) == slots
     assert lengths[4, :3].tolist() == [60, 0, 0], "cut before its answer"
     assert num_cut(lengths) == 2
+
+
+def test_measuring_that_was_interrupted_goes_on_where_it_ended(folder, monkeypatch):
+    monkeypatch.setattr("data.lengths.CHUNK_RECORDS", 2)
+    monkeypatch.setattr("data.lengths.WRITE_SECONDS", 0)
+    measure, measured = data.lengths._measure, list[int]()
+
+    def measure_until(reader, chunk, last=3):
+        if chunk[1][-1] > last:
+            raise KeyboardInterrupt
+        measured.extend(chunk[1].tolist())
+        return measure(reader, chunk)
+
+    monkeypatch.setattr("data.lengths._measure", measure_until)
+    with pytest.raises(KeyboardInterrupt):
+        measure_lengths(reader_of(folder, RECORDS), num_workers=0)
+    assert measured == [0, 1, 2, 3]
+    monkeypatch.setattr("data.lengths._measure", partial(measure_until, last=len(RECORDS)))
+    (lengths,) = measure_lengths(reader_of(folder, RECORDS), num_workers=0)
+    assert measured == [*range(len(RECORDS))]
+    assert lengths.min() >= 0
 
 
 def test_lengths_are_computed_once_for_the_same_settings(folder, monkeypatch):
