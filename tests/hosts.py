@@ -3,7 +3,7 @@
 with hosts(2) as (first, second):                   # host1 at 10.77.0.1, host2 at 10.77.0.2, on one bridge
     ranks = start_ranks((first, second), 2, main, argv)      # two forked ranks on each machine
     job = second.start(["torchrun.sh", …], NNODES=2, …)      # or a command on one of them
-    second.unplug()                                 # or plug(), throttle("20mbit"), hide(folder), kill()
+    second.unplug()                                 # or plug(), throttle("20mbit"), hide(folder), kill(), …
     assert [rank.wait(60) for rank in ranks] == [1] * 4, ranks[0].output()
 
 A machine has its own processes, network, hostname and /etc/hosts, and shares all files with the others. It
@@ -88,6 +88,11 @@ class Host:
         self.name, self.address = f"host{number}", f"10.77.0.{number}"
         self.jobs: list[Job] = []
         self._network, self._folder, self._port = network, folder, f"port{number}"
+        self._addresses: dict[str, str] = {}
+        self._switch_on()
+
+    def _switch_on(self) -> None:
+        network = self._network
         namespaces = ["--net", "--mount", "--uts", "--pid", "--mount-proc", "--fork", "--kill-child"]
         self._parent = _start_first_process([*_enter(network.pid, "--user", "--net"), "unshare", *namespaces])
         children = Path(f"/proc/{self._parent.pid}/task/{self._parent.pid}/children")
@@ -102,6 +107,7 @@ class Host:
 
     def set_names(self, addresses: dict[str, str]) -> None:
         """Write /etc/hosts."""
+        self._addresses = addresses
         lines = [f"{address} {name}\n" for name, address in {"localhost": "127.0.0.1", **addresses}.items()]
         path = self._folder / f"etc-hosts-{self.name}"
         path.write_text("".join(lines))
@@ -133,6 +139,14 @@ class Host:
             with suppress(ProcessLookupError):  # it ends with its parent, perhaps already
                 os.kill(self.process, signal.SIGKILL)
             self._parent.wait()
+
+    def switch_on(self) -> None:
+        """Start a machine that was killed again; nothing runs on it yet."""
+        assert self._parent.stdin is not None
+        _pipes.remove(self._parent.stdin.fileno())
+        self._parent.stdin.close()
+        self._switch_on()
+        self.set_names(self._addresses)
 
     def unplug(self) -> None:
         """Pull the network cable: from now on nothing arrives, not even that a connection was closed."""

@@ -60,6 +60,48 @@ def test_two_launchers_on_one_machine_do_not_meet(world, tmp_path, monkeypatch):
     assert_same_model(tmp_path / "run0", tmp_path / "run1")
 
 
+SLURM = {"SLURM_JOB_ID": 40021, "SLURM_STEP_ID": 3, "SLURM_STEP_NODELIST": "node[3-4]", "SLURM_NODEID": 1}
+SLURM |= {"SLURM_STEP_NUM_NODES": 2, "SLURM_STEP_NUM_TASKS": 2}
+C10D = "--rdzv_backend c10d --rdzv_endpoint"
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({}, "--nproc_per_node 8 --standalone --max_restarts 0 -m trainer.main --max_steps 7"),
+        ({"RESTARTS": 3}, "--standalone --max_restarts 3"),
+        (
+            {"NNODES": 1, "MASTER_PORT": 7000},
+            "--nnodes 1 --node_rank 0 --master_addr localhost --master_port 7000",
+        ),
+        (
+            {"NNODES": 2, "NODE_RANK": 1, "MASTER_ADDR": "a"},
+            "--nnodes 2 --node_rank 1 --master_addr a --master_port 6001 --max_restarts 0",
+        ),
+        ({"NNODES": 2, "MASTER_ADDR": "a"}, f"--nnodes 2 {C10D} a:6001 --rdzv_id xcomposer"),
+        ({"NNODES": 2, "MASTER_ADDR": "a", "NODE_RANK": 0, "RESTARTS": 1}, f"--nnodes 2 {C10D} a:6001"),
+        ({"NNODES": "1:4", "MASTER_ADDR": "a", "MASTER_PORT": 7000}, f"--nnodes 1:4 {C10D} a:7000"),
+        ({"NNODES": 2}, "error: NNODES=2 needs MASTER_ADDR, the address of one of the machines"),
+        (SLURM, "--nnodes 2 --node_rank 1 --master_addr node3 --master_port 20024 --max_restarts 0"),
+        ({**SLURM, "RESTARTS": 2}, f"--nnodes 2 {C10D} node3:20024 --rdzv_id 40021"),
+        ({**SLURM, "NNODES": "1:2"}, f"--nnodes 1:2 {C10D} node3:20024"),
+        ({**SLURM, "SLURM_STEP_NUM_TASKS": 16}, "error: srun starts 16 tasks on 2 machines"),
+        ({**SLURM, "SLURM_STEP_NUM_NODES": 1, "SLURM_STEP_NUM_TASKS": 1}, "--standalone"),
+    ],
+)
+def test_the_launcher_tells_torchrun_where_machines_meet(tmp_path, environment, said):
+    """With stand-ins for python and scontrol."""
+    for name, line in {"python": 'echo "$@"', "scontrol": "printf 'node3\\nnode4\\n'"}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {name: str(value) for name, value in environment.items()}
+    environment |= {"PATH": f"{tmp_path}:/usr/bin:/bin", "GPUS_PER_NODE": "8"}
+    command = [ROOT / "torchrun.sh", "full", "--max_steps", "7"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert said in done.stdout + done.stderr
+    assert done.returncode == (2 if said.startswith("error") else 0)
+
+
 @pytest.fixture
 def busy_folder(tmp_path) -> Path:
     """A folder whose files have the names of our packages."""

@@ -19,6 +19,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -43,6 +44,11 @@ FAILED_RANK = "failed rank"
 """The key of the store that is set when a rank has failed."""
 POLL_SECONDS, ENDING_SECONDS = 1.0, 5.0
 """How often a rank checks whether another has failed, and the time it then has to end by itself."""
+JOINING_SECONDS = 2.0
+"""torchrun stops the ranks when a machine joins the run, and within this time it has noticed that on all
+machines. Where ranks have ended before, because the others stop, it would not start them again."""
+NEWEST_ATTEMPT = "newest attempt"
+"""The key of torchrun's store under which `store_of_attempt` leaves its prefix, for other processes."""
 LOST_PEER = "error: lost the connection to another rank, perhaps on another machine; see its error"
 before_exit: list[Callable[[], None]] = []
 """Called before a thread ends this process, as the main thread's clean-up does not run then."""
@@ -105,7 +111,7 @@ def start(timeout_seconds: float = 1800, host_collectives: bool = False) -> Rank
     # By default torch rounds the inputs of float32 convolutions to TF32, though not those of matrix products.
     torch.backends.cudnn.allow_tf32 = False
     store, rank, world = next(rendezvous("env://"))
-    store: Any = store_of_attempt(store, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+    store: Any = store_of_attempt(store, rank, world)
     backend = dist.get_default_backend_for_device(device.type)
     if host_collectives and device.type != "cpu":
         backend = f"cpu:gloo,{device.type}:{backend}"
@@ -128,10 +134,29 @@ def start(timeout_seconds: float = 1800, host_collectives: bool = False) -> Rank
     return Ranks(rank, world, local_rank, local_world, device)
 
 
-def store_of_attempt(store: Store, attempt: int) -> Store:
-    """The keys of one attempt: torchrun may reuse its store when it restarts ranks, which must not find the
-    failures and addresses of dead processes."""
-    return PrefixStore(f"attempt-{attempt}", store)
+def store_of_attempt(store: Store, rank: int, world: int) -> Store:
+    """The keys of the ranks that were started together; all of them call it.
+
+    torchrun may reuse its store when it restarts ranks, which must not find the failures and addresses of
+    dead processes. Its count of restarts is each machine's own, and a rank may start again before another
+    machine's ranks have ended. So a rank arrives by a name that no other process has, and rank 0 tells it the
+    name of the attempt until it has answered.
+    """
+    name = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"arrived as rank {rank}", name)
+        attempt = store.get(f"attempt of {name}").decode()
+        store.set(f"{attempt} has rank {rank}", "")
+    else:
+        attempt, missing = name, set(range(1, world))
+        while missing:
+            for other in missing:
+                if store.check([key := f"arrived as rank {other}"]):
+                    store.set(f"attempt of {store.get(key).decode()}", attempt)
+            missing = {other for other in missing if not store.check([f"{attempt} has rank {other}"])}
+            time.sleep(0.02)
+        store.set(NEWEST_ATTEMPT, attempt)
+    return PrefixStore(attempt, store)
 
 
 def tell_failure(rank: int | None = None) -> None:
@@ -224,6 +249,8 @@ def leave(status: int) -> NoReturn:
         Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(error))
     if status:
         tell_failure()
+    if status == STOPPED and os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        time.sleep(JOINING_SECONDS)
     if status == STOPPED and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
         status = 0  # any other status would make torchrun restart the ranks
     sys.stdout.flush()
@@ -259,16 +286,21 @@ def barrier() -> None:
 def rank_zero_first() -> Iterator[None]:
     """Rank 0 runs the block, then all others together: for results that are cached in files.
 
-    Rank 0 may take hours, so the others poll the store: a collective has a timeout and keeps a GPU busy.
+    Rank 0 may take hours, and where nothing can be cached the others too. So they wait for each other at the
+    store: a collective has a timeout and keeps a GPU busy.
     """
-    key = f"rank 0 is done {next(_turns)}"
-    while _store is not None and not is_main() and not _store.check([key]):
+    turn, store = f"turn {next(_turns)}", _store
+    if store is None:
+        yield
+        return
+    while not is_main() and store.add(turn, 0) == 0:
         time.sleep(0.2)
     try:
         yield
     finally:
-        if _store is not None and is_main():
-            _store.set(key, "")
+        store.add(turn, 1)
+    while store.add(turn, 0) < dist.get_world_size():
+        time.sleep(0.2)
 
 
 def all_sum(values: torch.Tensor) -> torch.Tensor:

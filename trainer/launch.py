@@ -6,9 +6,13 @@ Input: torchrun's arguments. Two have other defaults: SIGUSR1 is forwarded to th
 ten minutes to finish a step and its save. Output: the ranks' own; nothing is added when they have logged why
 they end. A rank that was killed is reported in one line, with its machine and the signal.
 
+On several machines with `--rdzv_backend c10d`, the one that has the address of `--rdzv_endpoint` holds the
+store at which they meet. With `--max_restarts`, machines that were lost may come back, that one too.
+
 Exit status: the trainer's (0, 2, 75, …), where torchrun's is 1 for every failure; 1 if a rank was killed.
 """
 
+import itertools
 import logging
 import os
 import signal
@@ -23,13 +27,42 @@ from datetime import timedelta
 from pathlib import Path
 
 from torch.distributed import DistError, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous import (
+    RendezvousClosedError,
+    RendezvousConnectionError,
+    RendezvousTimeoutError,
+)
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+from torch.distributed.launcher import api
 from torch.distributed.run import parse_args, run
 
-from trainer.distributed import FAILED, FAILED_RANK, POLL_SECONDS, store_of_attempt
+from trainer.distributed import FAILED, FAILED_RANK, NEWEST_ATTEMPT, POLL_SECONDS
 
 DEFAULTS = ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--shutdown-timeout", "600"]
+
+PATIENCE_SECONDS = 900.0
+"""How long a machine waits for the one that holds the store, as torchrun does without c10d."""
+
+
+class Agent(LocalElasticAgent):
+    """torchrun's process on a machine, with two differences."""
+
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:  # pyright: ignore
+        """Stop the ranks before a restart. When a machine joins, they finish their step and save it first."""
+        is_joined = worker_group.state == WorkerState.HEALTHY
+        self._shutdown(timeout=self._shutdown_timeout if is_joined else 30)
+
+    def run(self, role: str = "default") -> RunResult:  # pyright: ignore
+        """Also of a spare machine that the run did not need, for which torchrun has no result."""
+        return super().run(role) or RunResult(WorkerState.SUCCEEDED)  # pyright: ignore
+
+
+api.LocalElasticAgent = Agent  # pyright: ignore  # which torchrun starts
 
 
 def launch(arguments: Sequence[str], status_file: Path) -> int:
@@ -39,7 +72,10 @@ def launch(arguments: Sequence[str], status_file: Path) -> int:
         for name in ("multiprocessing.api", "agent.server.api"):
             logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     try:
-        run(options)
+        if options.rdzv_backend == "c10d" and options.rdzv_endpoint:
+            run_with_c10d(options)
+        else:
+            run(options)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0 and options.nnodes != "1" and options.rdzv_backend == "static":
@@ -51,12 +87,75 @@ def launch(arguments: Sequence[str], status_file: Path) -> int:
         if not status_file.is_file():
             print(f"\nerror: ended by {error.sigval.name}; nothing was saved after it", file=sys.stderr)
             return FAILED
-    except DistError as error:  # of the rendezvous
-        address, reason = f"{options.master_addr}:{options.master_port}", str(error).splitlines()[0]
+    except (DistError, RendezvousConnectionError) as error:
+        address = options.rdzv_endpoint or f"{options.master_addr}:{options.master_port}"
+        reason = str(error.__cause__ or error).splitlines()[0]
         problem = f"the machines cannot connect to {address}, MASTER_ADDR and MASTER_PORT: {reason}"
         print(f"error: {problem}", file=sys.stderr)
         return FAILED
+    except RendezvousClosedError:
+        print("error: the run has ended on another machine; see its error", file=sys.stderr)
+        return FAILED
+    except RendezvousTimeoutError:
+        print(f"error: there are fewer machines than NNODES={options.nnodes}", file=sys.stderr)
+        return FAILED
     return int(status_file.read_text()) if status_file.is_file() else 0
+
+
+def run_with_c10d(options: Namespace) -> None:
+    """Run torchrun on this machine; again when the machine that holds the store was lost, and is back."""
+    # torchrun's own store would tell its address to no machine that joins or comes back later. Without it,
+    # rank 0 has a store of its own.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    host, port = parse_rendezvous_endpoint(options.rdzv_endpoint, default_port=29400)
+    for losses in itertools.count():
+        here = Namespace(**vars(options))
+        is_host = can_listen(host, port)
+        if "is_host" not in here.rdzv_conf:  # torchrun compares names, which on Debian mean 127.0.1.1
+            here.rdzv_conf = ",".join(filter(None, [here.rdzv_conf, f"is_host={is_host}"]))
+        if not is_host:
+            wait_for_store(host, port)
+        here.local_addr = here.local_addr or (host if is_host else own_address(host, port))
+        try:
+            run(here)
+        except (RendezvousConnectionError, DistError) as error:
+            if losses == options.max_restarts:
+                raise
+            print(f"the connection to {host}:{port} was lost ({error}); trying again", file=sys.stderr)
+        else:
+            return
+
+
+def can_listen(host: str, port: int) -> bool:
+    """Whether this machine has the address, and the port is free."""
+    with suppress(OSError), socket.create_server((host, port), family=_family(host)):
+        return True
+    return False
+
+
+def wait_for_store(host: str, port: int) -> None:
+    """Return when there is an answer; RendezvousConnectionError if there is none in time."""
+    until = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+        except OSError as error:
+            if time.monotonic() > until:
+                raise RendezvousConnectionError(str(error)) from error
+            time.sleep(0.5)
+        else:
+            return
+
+
+def own_address(host: str, port: int) -> str:
+    """This machine's address on the way to another, by which that one can reach it."""
+    with socket.socket(_family(host), socket.SOCK_DGRAM) as probe:
+        probe.connect((host, port))
+        return probe.getsockname()[0]
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.getaddrinfo(host, None)[0][0]
 
 
 def tell_other_machines(options: Namespace, rank: int) -> None:
@@ -64,7 +163,8 @@ def tell_other_machines(options: Namespace, rank: int) -> None:
     with suppress(DistError):
         address, patience = (options.master_addr, options.master_port), timedelta(seconds=10)
         store = TCPStore(*address, is_master=False, wait_for_workers=False, timeout=patience)
-        store_of_attempt(store, options.max_restarts).set(FAILED_RANK, str(rank))
+        attempt = store.get(NEWEST_ATTEMPT).decode()
+        PrefixStore(attempt, store).set(FAILED_RANK, str(rank))
         time.sleep(1.5 * POLL_SECONDS)  # the first machine's launcher holds the store, which they poll
 
 

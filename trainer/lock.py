@@ -174,7 +174,7 @@ class Lock:
 
     def _create(self, path: Path) -> bool:
         """Create the lock file `path`; False if it exists already."""
-        facts = {"id": self.id, **_this_process(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+        facts = {"id": self.id, **identity(os.getpid()), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
         try:
             file = path.open("x", encoding="utf-8")
         except FileExistsError:
@@ -232,8 +232,9 @@ class Lock:
         )
 
 
-def _this_process() -> dict[str, Any]:
-    """Identifies this process among all machines and boots; a value is None where the system has none."""
+def identity(process: int) -> dict[str, Any]:
+    """Identifies a process of this machine among all machines and boots; a value is None where the system has
+    none."""
 
     def read(path: str) -> str | None:
         try:
@@ -249,14 +250,14 @@ def _this_process() -> dict[str, Any]:
         "host": socket.gethostname(),
         "boot": read("/proc/sys/kernel/random/boot_id"),
         "process_namespace": namespace,
-        "process": os.getpid(),
-        "process_ticks": _state_and_start(os.getpid())[1],
+        "process": process,
+        "process_ticks": _state_and_start(process)[1],
     }
 
 
 def _is_dead(facts: dict[str, Any]) -> bool:
     """Whether a process is known to be dead: it ran here, and no process of its start time has its id."""
-    here = _this_process()
+    here = identity(os.getpid())
     if any(here[key] is None or here[key] != facts.get(key) for key in ("host", "boot", "process_namespace")):
         return False
     try:

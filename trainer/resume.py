@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import transformers
 
 from data.files import replace_file
@@ -31,7 +32,8 @@ from data.mixture import Source
 from trainer.atomic import FINAL, MARKER, move_into, numbered
 from trainer.checkpoint import damage, read_marker
 from trainer.config import Config
-from trainer.distributed import Ranks, barrier, is_main, log
+from trainer.distributed import Ranks, is_main, log
+from trainer.lock import identity
 from trainer.models import answering_class
 from trainer.prepare import Plan
 from trainer.weights import base_checksum
@@ -76,6 +78,7 @@ def describe_run(config: Config, plan: Plan, ranks: Ranks) -> dict[str, Any]:
         "image_processor": repr(plan.reader.image_processor),
         "base_checksum": base_checksum(Path(config.model_name_or_path)),
         "ranks": ranks.world,
+        "launchers": _launchers(ranks),
         "device": ranks.device.type,
         "device_name": torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else None,
         "versions": {
@@ -104,7 +107,7 @@ def with_starts(run: Mapping[str, Any], output_dir: Path, start: Start) -> dict[
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "from": str(start.folder) if start.folder else None,
         "started_in": str(Path.cwd()),
-        **{name: run[name] for name in ("ranks", "device", "device_name", "versions")},
+        **{name: run[name] for name in ("ranks", "launchers", "device", "device_name", "versions")},
     }
     return {**run, "starts": [*earlier, this]}
 
@@ -114,11 +117,12 @@ def choose_start(config: Config, run: Mapping[str, Any]) -> Start:
     output_dir = Path(config.output_dir)
     if is_main() and (output_dir / FINAL).is_dir():
         _finish_move(output_dir)
-    barrier()
-    found = numbered(output_dir)
+    # Rank 0 decides: a file server may show other machines an older state of the folder.
+    shared: list[Any] = [(numbered(output_dir), _is_restarted(output_dir, run["launchers"]))]
+    dist.broadcast_object_list(shared, src=0)
+    found, restarted = shared[0]
     has = f"{output_dir} has {', '.join(path.name for path in found.values()) or 'no checkpoints'}"
     # Ranks that torchrun has restarted resume, regardless of --resume_from_checkpoint.
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     wanted = "auto" if restarted and found else config.resume_from_checkpoint
     if wanted == "auto" and (output_dir / MARKER).is_file():
         marker = read_marker(output_dir)
@@ -169,6 +173,26 @@ def choose_start(config: Config, run: Mapping[str, Any]) -> Start:
     else:
         log(f"starting from scratch: {has}")
     return start
+
+
+def _launchers(ranks: Ranks) -> list[dict[str, Any]]:
+    """The torchrun processes that started the ranks, one of each machine; none if it was not torchrun."""
+    found: list[Any] = [None] * ranks.world
+    is_first = ranks.local_rank == 0 and "TORCHELASTIC_RUN_ID" in os.environ
+    dist.all_gather_object(found, identity(os.getppid()) if is_first else None)
+    return [launcher for launcher in found if launcher]
+
+
+def _is_restarted(output_dir: Path, launchers: Sequence[dict[str, Any]]) -> bool:
+    """Whether a torchrun process that started these ranks also made the last start in output_dir.
+
+    torchrun's count of restarts does not tell: a machine that joins a run, or comes back, counts anew.
+    """
+    try:
+        content = json.loads((output_dir / "run.json").read_text(encoding="utf-8"))
+        return any(launcher in launchers for launcher in content["starts"][-1]["launchers"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def _since_best(marker: Mapping[str, Any]) -> int:
