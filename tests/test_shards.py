@@ -20,7 +20,7 @@ from tests.tiny import run_ranks
 from trainer.atomic import RESUME
 from trainer.checkpoint import LoadError, load
 from trainer.distributed import start
-from trainer.shards import INDEX, index_of, read_rows, save_tensors, write_index
+from trainer.shards import INDEX, index_of, read_index, read_rows, save_tensors, span, write_index
 
 SHARD = "shard-{:05d}-model-00001-of-00001.safetensors"
 SHAPES = {"matrix": (150, 3), "same_rows": (150,), "few_rows": (40, 2), "step": ()}
@@ -36,8 +36,10 @@ def rows_of(num_rows: int, rank: int, world: int) -> slice:
     return slice(min(rank * share, num_rows), min((rank + 1) * share, num_rows))
 
 
-def write_shards(folder: Path, world: int) -> None:
-    """What `world` ranks write of SHAPES: scalars by rank 0, and nothing for a rank without rows."""
+def write_shards(folder: Path, world: int) -> list[Tensor]:
+    """What `world` ranks write of SHAPES: scalars by rank 0, and nothing for a rank without rows. Returns the
+    spans for `write_index`."""
+    spans = []
     for rank in range(world):
         tensors, offsets = {}, {}
         for name, shape in SHAPES.items():
@@ -47,6 +49,9 @@ def write_shards(folder: Path, world: int) -> None:
                 offsets[name] = [rows.start, *[0] * (len(shape) - 1)] if shape else []
         with patch("torch.distributed.get_rank", return_value=rank):
             save_tensors(tensors, offsets, folder)
+        written = {name: span(rows, offsets[name]) for name, rows in tensors.items()}
+        spans.append(torch.tensor([written.get(name, (0, 0)) for name in SHAPES]))
+    return spans
 
 
 def read_as(folder: Path, rank: int, world: int) -> None:
@@ -81,8 +86,7 @@ def read_as(folder: Path, rank: int, world: int) -> None:
 
 
 def test_a_rank_opens_no_shard_without_its_rows_however_many_there_are(tmp_path):
-    write_shards(tmp_path, 64)  # 3 rows of 150 each, in 50 of them
-    write_index(tmp_path, SHAPES)
+    write_index(tmp_path, SHAPES, write_shards(tmp_path, 64))  # 3 rows of 150 each, in 50 of them
     cases = {(5, 64): [1, 6], (5, 24): [1, 11, 12, 13, 14], (63, 64): [1]}
     for (rank, world), numbers in cases.items():
         (output,) = run_ranks(1, read_as, tmp_path, rank, world)
@@ -93,10 +97,13 @@ def test_a_rank_opens_no_shard_without_its_rows_however_many_there_are(tmp_path)
 
 
 def test_tensors_with_as_many_rows_share_their_part_of_the_index(tmp_path):
-    write_shards(tmp_path, 64)
-    index = index_of(tmp_path)
+    write_index(tmp_path, SHAPES, write_shards(tmp_path, 64))
+    index = read_index(tmp_path)
     assert len(index.layouts) == len({shape[:1] for shape in SHAPES.values()})
-    assert {name: tuple(shape) for name, (shape, _) in index.tensors.items()} == SHAPES
+    from_headers = index_of(tmp_path)
+    for name, shape in SHAPES.items():
+        rows = slice(0, shape[0] if shape else 1)
+        assert index.find(name, shape, rows) == from_headers.find(name, shape, rows)
 
 
 def cut_short(path: Path) -> None:
@@ -137,9 +144,9 @@ BROKEN: dict[str, tuple[bool, Callable[[Path], Any], str]] = {
 @pytest.mark.parametrize("case", BROKEN)
 def test_what_is_missing_or_damaged_is_named(tmp_path, case):
     has_index, spoil, said = BROKEN[case]
-    write_shards(tmp_path, 4)
+    spans = write_shards(tmp_path, 4)
     if has_index:
-        write_index(tmp_path, SHAPES)
+        write_index(tmp_path, SHAPES, spans)
     spoil(tmp_path)
     with pytest.raises(ValueError, match=said):
         read_rows(tmp_path, {name: torch.zeros(shape) for name, shape in SHAPES.items()})
@@ -154,10 +161,12 @@ def test_a_tensor_that_is_not_there_or_has_another_shape_is_named(tmp_path):
 
 
 def test_shards_that_do_not_hold_every_row_get_no_index(tmp_path):
-    write_shards(tmp_path, 4)
-    (tmp_path / SHARD.format(3)).unlink()  # as if its rank's machine had another file system
+    spans = write_shards(tmp_path, 4)
     with pytest.raises(ValueError, match="matrix lacks some of its rows 0 to 149"):
-        write_index(tmp_path, SHAPES)
+        write_index(tmp_path, SHAPES, [*spans[:2], spans[2] * 0, spans[3]])
+    (tmp_path / SHARD.format(3)).unlink()  # as if its rank's machine had another file system
+    with pytest.raises(ValueError, match=r"rank 2 wrote .*shard-00003.* which another rank does not see"):
+        write_index(tmp_path, SHAPES, spans)
     assert not (tmp_path / INDEX).exists()
 
 
@@ -171,8 +180,7 @@ def load_or_say(folder: Path) -> None:
 
 
 def test_a_shard_that_one_rank_cannot_read_is_the_same_sentence_on_all(tmp_path):
-    write_shards(tmp_path / RESUME, 4)
-    write_index(tmp_path / RESUME, SHAPES)
+    write_index(tmp_path / RESUME, SHAPES, write_shards(tmp_path / RESUME, 4))
     (tmp_path / RESUME / SHARD.format(2)).unlink()
     first, second = run_ranks(2, load_or_say, tmp_path)
     assert first == second

@@ -58,7 +58,7 @@ from trainer.atomic import (
 from trainer.config import Config
 from trainer.distributed import is_main, log
 from trainer.lock import Lock
-from trainer.shards import read_rows, rows_to_write, save_tensors, write_index
+from trainer.shards import read_rows, rows_to_write, save_tensors, span, write_index
 
 T = TypeVar("T")
 WriteModel = Callable[[Path, Jobs], None]
@@ -140,8 +140,10 @@ class Checkpoints:
             return
         shard: dict[str, Tensor] = {}
         offsets: dict[str, list[int]] = {}
+        spans: dict[str, tuple[int, int]] = dict.fromkeys(tensors, (0, 0))
         for name, rows, offset in rows_to_write(tensors):
             shard[name], offsets[name] = jobs.on_host(f"{RESUME}/{name}", rows), offset
+            spans[name] = span(rows, offset)
         jobs.later(partial(save_tensors, shard, offsets, temporary / RESUME))
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         device = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
@@ -151,7 +153,7 @@ class Checkpoints:
                 if device is not None:
                     # A new thread is on device 0, where its first call would create a context of this rank.
                     torch.accelerator.set_device_index(device)
-                self._finish(temporary, folder, jobs, content, shapes, best_step)
+                self._finish(temporary, folder, jobs, content, shapes, [*spans.values()], best_step)
                 self.failed, self.newest = False, folder
             except SaveError as error:
                 self._warn(folder, error)
@@ -208,7 +210,7 @@ class Checkpoints:
                     log(f"warning: {checkpoint}, the best one, was not saved: the last step's model is taken")
                 jobs = Jobs()
                 temporary = self._begin(folder, write_model, jobs)
-                self._finish(temporary, folder, jobs, content, {})
+                self._finish(temporary, folder, jobs, content)
             self._on_main(lambda: move_into(folder, self.output_dir))
         except SaveError as error:
             raise SaveError(
@@ -243,15 +245,17 @@ class Checkpoints:
         folder: Path,
         jobs: Jobs,
         content: dict[str, Any],
-        shapes: Mapping[str, Sequence[int]],
+        shapes: Mapping[str, Sequence[int]] | None = None,
+        spans: Sequence[tuple[int, int]] = (),
         best_step: int | None = None,
     ) -> None:
         """Run the deferred jobs, write the marker, and rename the folder.
 
-        shapes: of the whole tensors in the shards, by name.
+        shapes: of the whole tensors in the shards, by name; spans: the rows of each that are in this rank's.
         """
         self._together(jobs.finish)
-        names = self._on_main(lambda: _index_and_list(temporary, shapes))
+        everyones = self._gather(torch.tensor(spans)) if shapes else []
+        names = self._on_main(lambda: _index_and_list(temporary, shapes, everyones))
         mine = names[dist.get_rank() :: dist.get_world_size()]
         content["files"] = {}
         for files in self._together(lambda: _sizes_and_checksums(temporary, mine)):
@@ -274,6 +278,12 @@ class Checkpoints:
 
         results: list[Any] = self._together(lambda: guarded() if is_main() else None)
         return results[0]
+
+    def _gather(self, values: Tensor) -> list[Tensor]:
+        """The tensors of all ranks, of one shape; empty on all ranks but rank 0."""
+        received = [torch.empty_like(values) for _ in range(dist.get_world_size())] if is_main() else []
+        dist.gather(values, received or None, group=self.group)
+        return received
 
     def _together(self, work: Callable[[], T]) -> list[T]:
         """Run `work` on every rank and return all results; SaveError on all ranks if it fails on any."""
@@ -368,13 +378,15 @@ def crc32(path: Path) -> int:
     return value
 
 
-def _index_and_list(folder: Path, shapes: Mapping[str, Sequence[int]]) -> list[str]:
+def _index_and_list(
+    folder: Path, shapes: Mapping[str, Sequence[int]] | None, spans: Sequence[Tensor]
+) -> list[str]:
     """Write the index of the shards in a folder, if it has any; returns the names of all its files.
 
     For one rank: a thousand ranks that look at a thousand files each would keep a file system busy.
     """
     if shapes:
-        write_index(folder / RESUME, shapes)
+        write_index(folder / RESUME, shapes, spans)
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 

@@ -20,8 +20,10 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
@@ -36,6 +38,8 @@ from trainer.weights import local_rows
 INDEX = "index.json"
 SHARDING = "DCP_SHARDING_INFO"
 """The entry of a shard's header with the index of each tensor's first element in the whole tensor."""
+Layout = tuple[tuple[int, int, int], ...]
+"""(place in `Index.files`, first row, row after the last) of a tensor's parts, by first row."""
 
 
 @dataclass
@@ -47,8 +51,7 @@ class Index:
     """
 
     files: list[str]
-    layouts: list[list[tuple[int, int, int]]]
-    """(place in `files`, first row, row after the last), by first row; a scalar is one row."""
+    layouts: list[Layout]
     tensors: dict[str, tuple[list[int], int]]
     """Name → shape of the whole tensor, and its place in `layouts`."""
 
@@ -93,26 +96,57 @@ def rows_to_write(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, 
             yield name, rows, [rows_of.start for rows_of in where]
 
 
+def file_name(rank: int) -> str:
+    return f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors"
+
+
 def save_tensors(tensors: dict[str, Tensor], offsets: Mapping[str, list[int]], folder: Path) -> None:
     """Write this rank's shard to `folder`; offsets: from `rows_to_write`."""
     if tensors:
         folder.mkdir(exist_ok=True)
-        path = folder / f"shard-{dist.get_rank() + 1:05d}-model-00001-of-00001.safetensors"
+        path = folder / file_name(dist.get_rank())
         sharding = {name: {"saved_offsets": offset} for name, offset in offsets.items()}
         metadata = {SHARDING: json.dumps(sharding), "DCP_VERSION": "1.0", "format": "pt"}
         save_file(tensors, path, metadata)
         sync_to_disk(path)  # by the machine that wrote it
 
 
-def write_index(folder: Path, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Write the index of all ranks' shards in `folder`; for one rank.
+def span(rows: Tensor, offset: Sequence[int]) -> tuple[int, int]:
+    """First row and row after the last, in the whole tensor, of `rows_to_write`; a scalar is one row."""
+    return (offset[0], offset[0] + len(rows)) if offset else (0, 1)
 
-    shapes: of the whole tensors by name. ValueError if the shards do not hold them completely.
+
+def write_index(folder: Path, shapes: Mapping[str, Sequence[int]], spans: Sequence[Tensor]) -> None:
+    """Write the index of the shards in `folder`; for one rank. ValueError if they do not hold every row.
+
+    shapes: of the whole tensors by name; spans: the `span` of what each rank wrote of them, int64
+    [tensors, 2], or two equal numbers where that is nothing.
     """
-    index = index_of(folder)
+
+    @cache  # by the bytes of an array [ranks, 2], which are mostly those of another tensor too
+    def parts_of(content: bytes) -> Layout:
+        by_rank = np.frombuffer(content, np.int64).reshape(-1, 2).tolist()
+        parts = [(rank, first, last) for rank, (first, last) in enumerate(by_rank) if first < last]
+        return tuple(sorted(parts, key=lambda part: part[1]))
+
+    by_tensor = torch.stack(list(spans), 1).numpy()
+    layouts = {name: parts_of(rows.tobytes()) for name, rows in zip(shapes, by_tensor, strict=True)}
+    index = _index([file_name(rank) for rank in range(len(spans))], shapes, layouts)
     for name, shape in shapes.items():
         index.find(name, shape, slice(0, shape[0] if shape else 1))
+    for rank in sorted({rank for layout in index.layouts for rank, _, _ in layout}):
+        if not (folder / file_name(rank)).is_file():
+            raise ValueError(f"rank {rank} wrote {folder / file_name(rank)}, which another rank does not see")
     replace_file(folder / INDEX, json.dumps(asdict(index), separators=(",", ":")).encode())
+
+
+def _index(files: list[str], shapes: Mapping[str, Sequence[int]], layouts: Mapping[str, Layout]) -> Index:
+    numbers: dict[Layout, int] = {}
+    tensors = {
+        name: (list(shapes[name]), numbers.setdefault(layout, len(numbers)))
+        for name, layout in layouts.items()
+    }
+    return Index(files, list(numbers), tensors)
 
 
 def index_of(folder: Path) -> Index:
@@ -120,7 +154,6 @@ def index_of(folder: Path) -> Index:
     paths = sorted(folder.glob("*.safetensors"))
     shapes: dict[str, list[int]] = {}
     parts: dict[str, dict[int, tuple[int, int, int]]] = defaultdict(dict)  # by first row
-    same: dict[tuple[int, int, int], tuple[int, int, int]] = {}  # one object for a million equal parts
     for number, path in enumerate(paths):
         try:
             with safe_open(path, framework="pt") as file:
@@ -131,16 +164,11 @@ def index_of(folder: Path) -> Index:
         for name, shape in shape_of.items():
             first, rows = (offsets[name]["saved_offsets"][0], shape[0]) if shape else (0, 1)
             if rows:
-                part = number, first, first + rows
-                parts[name][first] = same.setdefault(part, part)
+                parts[name][first] = number, first, first + rows
                 length = max(first + rows, shapes[name][0]) if name in shapes and shape else first + rows
                 shapes[name] = [length, *shape[1:]] if shape else []
-    layouts: dict[tuple[tuple[int, int, int], ...], int] = {}
-    tensors: dict[str, tuple[list[int], int]] = {}
-    for name, by_row in parts.items():
-        layout = tuple(by_row[first] for first in sorted(by_row))
-        tensors[name] = shapes[name], layouts.setdefault(layout, len(layouts))
-    return Index([path.name for path in paths], [list(layout) for layout in layouts], tensors)
+    layouts = {name: tuple(by_row[first] for first in sorted(by_row)) for name, by_row in parts.items()}
+    return _index([path.name for path in paths], shapes, layouts)
 
 
 def read_index(folder: Path) -> Index:
