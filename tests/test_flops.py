@@ -16,9 +16,10 @@ from tests.data_fixtures import pixel_values
 from tests.model_cases import FAMILIES, golden
 from tests.tiny import flags, read_metrics, run_ranks, tiny_world
 from trainer.distributed import finish, start
-from trainer.extras.flops import count_flops, matmul_peak
+from trainer.extras.flops import matmul_peak
 from trainer.lora import inject
 from trainer.main import main
+from trainer.models.xcomposer2.flops import count_flops
 from trainer.models.xcomposer2.modeling_xcomposer2 import InternLMXComposer2ForCausalLM
 
 SDPA = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

@@ -76,7 +76,7 @@ def sum_over_ranks(
     device.
 
     Supervised tokens; tokens; operations of vision and of language (0 without `flops`, see
-    trainer/extras/flops.py); and the numbers of ranks that ask to stop, or to save by the clock.
+    trainer/models/family.py); and the numbers of ranks that ask to stop, or to save by the clock.
     """
     mine = [0.0, 0.0, 0.0, 0.0, float(stop), float(save)]
     for batch in micro_batches:

@@ -32,7 +32,8 @@ from trainer.config import Config
 from trainer.distributed import Ranks, agree_on_problems, is_main, log, rank_zero_first
 from trainer.evaluate import EvalPlan, plan_evaluation
 from trainer.lora import Adapters, add_adapters
-from trainer.models import Parts, build_model, parts_of, set_options
+from trainer.models import Parts, build_model, flops_of, parts_of, set_options
+from trainer.models.family import Flops
 from trainer.trainable import model_table, parameter_rows, set_trainable, trained_names
 from trainer.weights import LoadReport, weights_dtype
 
@@ -52,8 +53,8 @@ class Plan:
     save_dtype: torch.dtype
     """Dtype of the saved weights."""
     reader: SampleReader
-    flops: Any
-    """Operations of the model, with --measure_mfu (trainer/extras/flops.py); else None."""
+    flops: Flops | None
+    """Operations of the model, with --measure_mfu; else None."""
     sampler: StepSampler
     packing: Packing | None
     evaluation: EvalPlan | None
@@ -230,11 +231,7 @@ def _describe_model(config: Config, ranks: Ranks, sources: list[Source], for_tra
             "--compile: linear attention and convolutions of this model run once for each sample of a row, "
             "which cannot be compiled; remove the flag"
         )
-    flops = None
-    if config.measure_mfu:
-        from trainer.extras.flops import flops_of
-
-        flops = flops_of(model, reader)
+    flops = flops_of(model, reader) if config.measure_mfu else None
     # Whole on every rank, a frozen tower has no collectives, so a rank without images need not run it.
     reader.needs_images = vision_trains or (config.shard_frozen_vision and config.sharding != "none")
     global_batch = config.global_batch(ranks.world)

@@ -9,7 +9,7 @@ words with a 490-pixel picture (1,225 slots) in 60 % of them. Output: a table on
 | model | trained | system | tokens/s a GPU | ours is | TFLOP/s a GPU | MFU | peak GB |
 
 All GPUs of this machine are used, one run at a time. The systems are those of compare.py, take turns and do
-the same work, which it checks. TFLOP/s and MFU count the model's operations alone (trainer/extras/flops.py):
+the same work, which it checks. TFLOP/s and MFU count the model's operations alone (trainer/models/family.py):
 padding, recomputation and logits that nobody reads lower them. The MFU is the fraction of the speed that
 matrix products reach on the same GPUs in bfloat16. Without an accelerator the benchmark says so and ends;
 `--smoke` then runs a small model, to check the benchmark itself.

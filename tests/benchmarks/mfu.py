@@ -28,9 +28,9 @@ import torch
 
 from tests.benchmarks.load_memory import make_checkpoint
 from tests.tiny import read_metrics, torchrun, word_tokenizer
-from trainer.extras.flops import count_flops
 from trainer.extras.profile import RANGES
 from trainer.models import build_model, load_config
+from trainer.models.xcomposer2.flops import count_flops
 
 SIZES: dict[str, Any] = {
     "vocab_size": 320,

@@ -1,7 +1,7 @@
 """Floating-point operations of any model of transformers, found by running it without memory.
 
 Input: the model on the meta device, with which of its parameters train, and the reader of its samples.
-Output: operations for each unit of work, as `trainer.extras.flops` counts them, by the same rules.
+Output: operations for each unit of work, by the rules of `trainer.models.family.Flops`.
 
     flops = measure_flops(model, reader)             # once, before the model is sharded
     vision, language = flops.of(micro_batch)
@@ -68,8 +68,11 @@ class MeasuredFlops:
     per: np.ndarray
     """float64 [7]: operations by unit, those of LANGUAGE first and then those of VISION."""
 
+    @property
+    def of_language(self) -> dict[str, float]:
+        return dict(zip(LANGUAGE, self.per.tolist(), strict=False))
+
     def of(self, micro_batch: MicroBatch) -> tuple[int, int]:
-        """(vision with projector, language with output layer), of a micro-batch that is still on the CPU."""
         work = self.per * _units(self.config, micro_batch)
         return round(work[len(LANGUAGE) :].sum()), round(work[: len(LANGUAGE)].sum())
 

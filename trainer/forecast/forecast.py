@@ -30,8 +30,6 @@ from data.packing import deal, idle_share
 from data.reader import cost_model
 from trainer.config import Config
 from trainer.distributed import log
-from trainer.extras.flops import ModelFlops, flops_of
-from trainer.extras.measured_flops import LANGUAGE
 from trainer.forecast.fake_step import FakeStep, fake_ranks, fake_step
 from trainer.prepare import Plan, describe, measure
 from trainer.rehearsal import largest_micro_batches
@@ -208,7 +206,7 @@ def _epoch_flops(plan: Plan, epoch: Epoch, batches: Sequence[MicroBatch]) -> tup
     """Operations of (vision, language), or None if they cannot be counted, as without pictures to measure
     with. Inputs of the tower are as many for each slot as in `batches`."""
     try:
-        flops = flops_of(plan.model, plan.reader)
+        flops = trainer.models.flops_of(plan.model, plan.reader)
     except ValueError:
         return None
     per_slot = [flops.of(b)[0] / n for b in batches if (n := int(b.inputs["im_mask"].sum()))]
@@ -216,10 +214,7 @@ def _epoch_flops(plan: Plan, epoch: Epoch, batches: Sequence[MicroBatch]) -> tup
         return None
     units = {"sample": epoch.samples, "token": epoch.tokens, "slot": epoch.slots}
     units |= {"pair": epoch.pairs, "supervised": epoch.supervised}
-    if isinstance(flops, ModelFlops):
-        language = sum(flops.per[unit] * number for unit, number in units.items())
-    else:
-        language = sum(float(per) * units[unit] for per, unit in zip(flops.per, LANGUAGE, strict=False))
+    language = sum(per * units[unit] for unit, per in flops.of_language.items())
     return round(max(per_slot, default=0.0) * epoch.slots), round(language)
 
 

@@ -21,8 +21,9 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from data.images import ImageProcessor
+from data.loader import SampleReader
 from data.tokens import Conversation
-from trainer.models.family import Family, Parts
+from trainer.models.family import Family, Flops, Parts
 from trainer.models.transformers_family import TransformersFamily
 from trainer.models.xcomposer2.family import MODEL_TYPES, XComposer2
 
@@ -31,6 +32,7 @@ __all__ = [
     "answering_class",
     "build_model",
     "cost_sizes",
+    "flops_of",
     "load_config",
     "load_conversation",
     "load_image_processor",
@@ -170,6 +172,11 @@ def own_arguments(config: PreTrainedConfig, inputs: Mapping[str, Any]) -> dict[s
 def cost_sizes(config: PreTrainedConfig) -> dict[str, Any]:
     """The sizes that determine a sample's cost: the arguments of `data.packing.CostModel.from_sizes`."""
     return _family_of(config).cost_sizes(config)
+
+
+def flops_of(model: Any, reader: SampleReader) -> Flops:
+    """The operations of a model on the meta device; ValueError if they cannot be counted."""
+    return _family_of(model.config).flops(model, reader)
 
 
 def preprocessing_of(config: PreTrainedConfig) -> dict[str, Any]:

@@ -29,7 +29,9 @@ import numpy as np
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from data.batch import MicroBatch
 from data.images import ImageProcessor
+from data.loader import SampleReader
 from data.tokens import Conversation
 
 Shapes = Mapping[str, Sequence[int]]
@@ -106,6 +108,33 @@ class Parts:
         return [model.get_submodule(self.vision_embeddings), *self.blocks(model)[1]]
 
 
+class Flops(Protocol):
+    """Floating-point operations of a model, forward and backward together.
+
+    A product of [m, k] and [k, n] is 2 m k n operations. All else (norms, softmax, rotations, the optimizer)
+    is not counted, as in PaLM's model FLOPs (arXiv 2204.02311, appendix B), and neither is recomputation: by
+    activation checkpointing, or by a fused attention kernel in its backward pass. A layer costs
+
+        1 product          always: the forward pass
+        1 product more     where something before it trains: the gradient of its input
+        1 product more     where its weight trains: the gradient of that
+
+    so a frozen tower costs its forward pass alone, and the base under adapters no gradients of weights.
+    Attention is between all tokens of a sample (n² pairs, including masked ones, as PaLM counts them) and
+    never between samples, packed or not. Padding and dummies do not count. DoRA's norms are not counted.
+    """
+
+    def of(self, micro_batch: MicroBatch) -> tuple[int, int]:
+        """(vision with projector, language with output layer), of a micro-batch that is still on the CPU."""
+        ...
+
+    @property
+    def of_language(self) -> Mapping[str, float]:
+        """Operations of language for each sample, token, image slot ("slot", beside its token), pair of
+        tokens of a sample ("pair") and supervised position; a unit that is not there costs nothing."""
+        ...
+
+
 class Family(Protocol):
     """A family of models that train alike."""
 
@@ -167,6 +196,11 @@ class Family(Protocol):
 
     def cost_sizes(self, config: PreTrainedConfig) -> dict[str, Any]:
         """The sizes that determine a sample's cost: the arguments of `data.packing.CostModel.from_sizes`."""
+        ...
+
+    def flops(self, model: Any, reader: SampleReader) -> Flops:
+        """Count the operations of a model on the meta device, adapters included; ValueError if they cannot
+        be counted. reader: of its samples."""
         ...
 
     def preprocessing(self, config: PreTrainedConfig) -> dict[str, Any]:

@@ -36,10 +36,11 @@ from transformers import (
 
 from data.errors import DataError
 from data.images import ImageProcessor
+from data.loader import SampleReader
 from trainer.models import conversions, transformers_vlm
 from trainer.models.answers import answers_of
 from trainer.models.chat import TemplateConversation
-from trainer.models.family import Conversion, Names, Parts, Shapes
+from trainer.models.family import Conversion, Flops, Names, Parts, Shapes
 from trainer.models.model_parts import find_parts
 from trainer.models.pictures import Pictures
 from trainer.models.transformers_vlm import takes_pictures
@@ -165,6 +166,11 @@ class TransformersFamily:
             "patches_per_image": (side // patch) ** 2 if side else 1024,
             "patches_per_slot": merged**2,
         }
+
+    def flops(self, model: Any, reader: SampleReader) -> Flops:
+        from trainer.extras.measured_flops import measure_flops
+
+        return measure_flops(model, reader)
 
     def preprocessing(self, config: PreTrainedConfig) -> dict[str, Any]:
         return {}

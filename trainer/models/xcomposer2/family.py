@@ -23,9 +23,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from data.loader import SampleReader
 from trainer.models.family import Parts
 from trainer.models.xcomposer2.configuration_xcomposer2 import PLORA_LAYERS, InternLMXcomposer2Config
 from trainer.models.xcomposer2.conversation_xcomposer2 import CHAT_TEMPLATE, Conversation
+from trainer.models.xcomposer2.flops import ModelFlops, count_flops
 from trainer.models.xcomposer2.image_processing_xcomposer2 import ImageProcessor, image_processor_for
 from trainer.models.xcomposer2.modeling_xcomposer2 import InternLMXComposer2ForCausalLM
 from trainer.models.xcomposer2.tokenization_xcomposer2 import tokenizer_from_sentencepiece
@@ -108,6 +110,9 @@ class XComposer2:
             "patches_per_image": (own.image_size // own.patch_size) ** 2,
             "patches_per_slot": 4 if own.high_resolution else 1,
         }
+
+    def flops(self, model: Any, reader: SampleReader) -> ModelFlops:
+        return count_flops(model)
 
     def preprocessing(self, config: PreTrainedConfig) -> dict[str, Any]:
         return cast(InternLMXcomposer2Config, config).preprocessing
