@@ -53,12 +53,13 @@ def test_a_rank_in_a_c_call_does_not_hold_up_the_end_after_an_error(world, tmp_p
     assert not (tmp_path / "run" / "run.lock").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "failing", "error"),
     [
-        pytest.param("trainer.launch", 1, 'RuntimeError("the boiler burst")', marks=pytest.mark.slow),
+        ("trainer.launch", 1, 'RuntimeError("the boiler burst")'),
         ("trainer.launch", 0, "SystemExit(3)"),
-        pytest.param("torch.distributed.run", 0, 'RuntimeError("the boiler burst")', marks=pytest.mark.slow),
+        ("torch.distributed.run", 0, 'RuntimeError("the boiler burst")'),
     ],
 )
 def test_a_rank_in_a_c_call_on_another_machine_ends_too(world, tmp_path, launcher, failing, error):
@@ -83,6 +84,7 @@ def test_a_rank_in_a_c_call_on_another_machine_ends_too(world, tmp_path, launche
     assert not (tmp_path / "run" / "run.lock").exists()
 
 
+@pytest.mark.slow
 def test_a_long_c_call_after_a_request_to_stop_is_not_cut_short(world, tmp_path):
     hook = f"""
     if (step, rank) == (3, 0):
@@ -122,7 +124,8 @@ def test_ranks_wait_for_rank_zero_and_it_for_them_longer_than_a_collective_may_t
     run_ranks(2, run)
 
 
-@pytest.mark.parametrize("end", [pytest.param("raised", marks=pytest.mark.slow), "killed"])
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["raised", "killed"])
 def test_a_failure_of_rank_zero_ends_those_that_wait_for_it(world, tmp_path, end):
     """While it measures the lengths of the samples."""
     raised = 'raise RuntimeError("the boiler burst")'

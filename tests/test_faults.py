@@ -92,12 +92,12 @@ def killed_at_call(number: int, argv: list[str]) -> int:
     return status
 
 
-@pytest.mark.parametrize("every", [60, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [120, pytest.param(3, marks=pytest.mark.slow)])
 def test_killed_between_any_two_changes_of_a_folder_the_model_is_the_same(world, tmp_path, every):
     argv = fault_flags(world, tmp_path / "run", "--max_steps", "4")
     output, _ = run_ranks(2, killed_at_call, 0, fault_flags(world, tmp_path / "straight", "--max_steps", "4"))
     calls = int(output.split()[-1])
-    assert calls > 60
+    assert calls > 120
     for number in range(1, calls, every):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         ranks = Ranks(2, killed_at_call, number, argv)
@@ -208,6 +208,7 @@ def hook(step, rank):
     assert all(is_gone(worker, seconds=15) for worker in workers)
 
 
+@pytest.mark.slow
 def test_a_rank_in_a_c_call_does_not_hold_up_the_end_after_a_kill(world, tmp_path):
     """As in a collective of NCCL, which waits for the killed rank and lets no signal handler run."""
     hook = """
@@ -240,6 +241,7 @@ def test_sigterm_to_torchrun_saves_and_its_workers_do_not_break_it(world, tmp_pa
     assert_same_model(tmp_path / "run", world / "straight")
 
 
+@pytest.mark.slow
 def test_a_stop_is_not_undone_by_restarts(world, tmp_path):
     hook = """
     if (step, rank) == (3, 1):

@@ -49,6 +49,7 @@ def test_the_launcher_passes_a_signal_on_and_ends_with_the_trainers_last_words(w
     assert (output_dir / f"checkpoint-{last}" / "complete.json").exists()
 
 
+@pytest.mark.slow
 def test_two_launchers_on_one_machine_do_not_meet(world, tmp_path, monkeypatch):
     monkeypatch.delenv("MASTER_PORT", raising=False)
     jobs = []
@@ -175,7 +176,8 @@ def test_a_port_that_is_taken_is_one_sentence(world, tmp_path):
     assert port in output
 
 
-@pytest.mark.parametrize("ending", [pytest.param("stopped", marks=pytest.mark.slow), "killed"])
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ["stopped", "killed"])
 def test_the_launchers_of_all_machines_end_with_the_trainers_status(world, tmp_path, ending):
     environment = {"GPUS_PER_NODE": "1", "NNODES": "2", "MASTER_PORT": str(free_port())}
     argv = ["full", *fault_flags(world, tmp_path / "run", max_steps=100000)]
