@@ -18,6 +18,7 @@ each other in every micro-batch, so the rows of one round should cost the same:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush, heapreplace
 
 import numpy as np
 
@@ -52,16 +53,22 @@ def _fill_rows(
 ) -> tuple[list[list[int]], np.ndarray] | None:
     """Adds each sample, costliest first, to the cheapest row with room; None if no row has room."""
     rows: list[list[int]] = [[] for _ in range(num_rows)]
-    row_tokens, row_costs = np.zeros(num_rows, dtype=np.int64), np.zeros(num_rows)
-    for sample in np.argsort(-costs, kind="stable"):
-        has_room = row_tokens + tokens[sample] <= max_tokens
-        if not has_room.any():
+    room = [max_tokens] * num_rows
+    cheapest = [(0.0, row) for row in range(num_rows)]  # a heap of all rows; of equal costs, the first row
+    sizes, prices = tokens.tolist(), costs.tolist()
+    for sample in np.argsort(-costs, kind="stable").tolist():
+        too_full = []
+        while cheapest and room[cheapest[0][1]] < sizes[sample]:
+            too_full.append(heappop(cheapest))
+        if not cheapest:
             return None
-        row = int(np.argmin(np.where(has_room, row_costs, np.inf)))
-        rows[row].append(int(sample))
-        row_tokens[row] += tokens[sample]
-        row_costs[row] += costs[sample]
-    return rows, row_costs
+        cost, row = cheapest[0]
+        heapreplace(cheapest, (cost + prices[sample], row))
+        rows[row].append(sample)
+        room[row] -= sizes[sample]
+        for entry in too_full:
+            heappush(cheapest, entry)
+    return rows, np.array([cost for cost, _ in sorted(cheapest, key=lambda entry: entry[1])])
 
 
 def idle_share(plan: Plan, costs: np.ndarray) -> float:
@@ -134,7 +141,10 @@ class Packing:
 
     def measure(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and costs of samples; both are 0 for samples that will be left out."""
-        rows = np.array([self.lengths[source][record] for source, record in samples], dtype=np.int64)
+        rows = np.zeros((len(samples), 3), dtype=np.int64)
+        for source in np.unique(samples[:, 0]):
+            mine = samples[:, 0] == source
+            rows[mine] = self.lengths[source][samples[mine, 1], :3]
         assert rows.min() >= -1, "a sample of this step was never measured"
         tokens, image_slots = np.where(rows[:, 2:3] > 0, rows[:, :2], 0).T
         return tokens, self.cost(tokens, image_slots)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import data.lengths
+import data.packing
 from data.batch import collate
 from data.errors import DataError
 from data.lengths import BAD, UNMEASURED, bad_samples, measure_lengths, needed_records, num_cut
@@ -53,6 +54,41 @@ def test_a_plan_runs_every_sample_once_in_rows_that_fit(tokens, num_ranks, seed)
     assert loads == sorted(loads, reverse=True), "the costliest round runs first"
     again = pack(tokens.copy(), costs.copy(), num_ranks, 100)
     assert all(np.array_equal(a, b) for a, b in zip(rows, itertools.chain(*again), strict=True))
+
+
+def fill_rows_by_looking_at_all(tokens, costs, num_rows, max_tokens):
+    rows, row_tokens, row_costs = [[] for _ in range(num_rows)], np.zeros(num_rows), np.zeros(num_rows)
+    for sample in np.argsort(-costs, kind="stable"):
+        has_room = row_tokens + tokens[sample] <= max_tokens
+        if not has_room.any():
+            return None
+        row = int(np.argmin(np.where(has_room, row_costs, np.inf)))
+        rows[row].append(int(sample))
+        row_tokens[row] += tokens[sample]
+        row_costs[row] += costs[sample]
+    return rows, row_costs.tolist()
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    tokens=st.lists(st.integers(0, 100), max_size=60),
+    num_rows=st.integers(1, 30),
+    seed=st.integers(0, 10),
+)
+def test_a_sample_goes_to_the_cheapest_row_with_room_and_of_equal_ones_to_the_first(tokens, num_rows, seed):
+    tokens = np.array(tokens, dtype=np.int64)
+    for costs in (tokens * np.random.default_rng(seed).uniform(0.5, 2, len(tokens)), tokens // 20 + 0.1):
+        expected = fill_rows_by_looking_at_all(tokens, costs, num_rows, 100)
+        found = data.packing._fill_rows(tokens, costs, num_rows, 100)
+        assert expected == (found and (found[0], found[1].tolist()))
+
+
+def test_planning_for_1024_ranks_looks_at_few_rows_for_a_sample(monkeypatch):
+    looked_at, heappop = [], data.packing.heappop
+    monkeypatch.setattr(data.packing, "heappop", lambda rows: looked_at.append(rows) or heappop(rows))
+    tokens, slots = realistic(16_384, np.random.default_rng(0))
+    pack(tokens, CostModel()(tokens, slots), 1024, 4096)
+    assert len(looked_at) < 16_384  # beside the one row that each sample goes to
 
 
 def test_the_documented_plan():
