@@ -82,12 +82,14 @@ class SampleReader:
     def read(self, source_number: int, index: int, *, decode: bool = True) -> tuple[Encoded, list[Any]]:
         """The encoded sample and its pictures; DataError that names the record if it cannot be used.
 
-        Pictures after the cut at max_length are not decoded, nor any if no answer is left before it.
-        `decode=False` reads only the pictures' headers and returns no pictures.
+        Pictures after the cut at max_length are not decoded, nor any if no answer is left before it; such a
+        sample is not trained on and has no positions. `decode=False` reads only the pictures' headers and
+        returns no pictures.
         """
         with self._open(source_number, index) as (sample, images, size):
             encoded, processor = self._fit(self.encoder.pieces(sample), size)
-            used = images[: len(encoded.image_tokens)] if decode and encoded.num_supervised else []
+            decode = decode and encoded.num_supervised > 0
+            used = images[: len(encoded.image_tokens)] if decode else []
             pictures = [process(image, processor) for image in used]
             if self.positions and decode:
                 encoded = replace(encoded, position_ids=self.positions(encoded.input_ids, pictures))

@@ -19,6 +19,7 @@ from data.config import DataConfig
 from data.loader import SampleReader
 from data.mixture import read_mixture
 from data.reader import open_reader
+from data.tokens import IGNORED
 from tests.tiny import flags, read_metrics, run_ranks, tiny_data
 from tests.tiny_models import tiny_folder
 from trainer import models
@@ -143,6 +144,15 @@ def test_a_model_that_cannot_be_counted_is_refused_in_a_sentence(tmp_path, monke
     monkeypatch.setattr(block, "forward", depends_on_values)
     with pytest.raises(ValueError, match="cannot be counted, because it does not run without values"):
         measure_flops(model, reader)
+
+
+def test_a_sample_whose_answer_is_cut_off_behind_its_picture_is_left_out(tmp_path):
+    """The positions of Qwen2.5-VL's tokens depend on pictures, which are not read for it."""
+    reader = world_of("qwen2_5_vl", tmp_path)
+    whole, _ = reader.read(0, 0)
+    reader.encoder.max_length = int((whole.labels != IGNORED).argmax())
+    sample, pictures = reader.read(0, 0)
+    assert sample.num_supervised == len(pictures) == 0 < sample.num_image_slots
 
 
 def test_a_run_reports_operations_of_any_family_and_the_same_on_two_ranks(tmp_path):
