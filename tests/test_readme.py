@@ -8,7 +8,7 @@ import pytest
 
 from tests.tiny import ROOT
 from trainer.config import Config
-from trainer.forecast.forecast import ForecastConfig
+from trainer.forecast.config import ForecastConfig
 from trainer.generate import Questions
 
 ENGLISH, CHINESE, BENCHMARKS = "README.md", "README_zh-CN.md", "tests/benchmarks/README.md"

@@ -25,6 +25,7 @@ from trainer.report.answers import MOST_QUESTIONS, read_questions
 from trainer.report.commands import commands
 from trainer.report.curves import thin
 from trainer.report.run import read_run
+from trainer.report.tables import facts
 
 MEGABYTE = 1_000_000
 TEXTS = """(() => {
@@ -310,6 +311,26 @@ def made_up_metrics(folder: Path, lines: int) -> None:
             line |= {"seconds_data_wait": 0.02, "memory_peak_bytes": 60_000_000_000}
             line["loss_by_source"] = {f"source {i}": loss + noise[step - 1, 2] + i for i in range(4)}
             file.write(json.dumps(line) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("device", "told"),
+    [
+        ("cuda", "55.88 GiB; forecast 53.09 GiB, -5.0%"),
+        ("cpu", "55.88 GiB with the program; tensors 53.09 GiB (forecast)"),
+    ],
+)
+def test_the_forecast_of_the_start_stands_beside_the_measured_peak(tmp_path, device, told):
+    run = tmp_path / "run"
+    made_up_metrics(run, 10)
+    (run / "run.json").write_text(json.dumps({"ranks": 2, "device": device}))
+    found = {"ranks": 2, "peak_bytes": 57_000_000_000, "sent_within_bytes": 3e9, "sent_between_bytes": 1e9}
+    (run / "forecast.json").write_text(json.dumps(found))
+    values = dict(facts(read_run(run)))
+    assert values["Peak memory of a rank"] == told
+    assert values["Sent by a rank in a step"] == "4.000 GB (forecast), 1.000 GB of them to other machines"
+    (run / "forecast.json").write_text(json.dumps(found | {"ranks": 4}))  # of an earlier start
+    assert dict(facts(read_run(run)))["Peak memory of a rank"] == "55.88 GiB"
 
 
 @pytest.mark.parametrize("lines", [10_000, pytest.param(100_000, marks=pytest.mark.slow)])

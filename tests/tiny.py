@@ -111,7 +111,8 @@ def flags(world: Path, output_dir: str | Path, *more: str, **changes: Any) -> li
     """The flags of a short training in float32 on the model and data of `world`, without checkpoints.
 
     output_dir: a folder in `world`, or a path of its own.
-    The report at the end, which takes seconds, is only written where a test says so.
+    The report at the end, and the forecast beside the start, which take seconds, are only made where a test
+    says so.
     changes: other flags, or other values of these; None leaves a flag out, a list gives it several values.
     """
     values = {
@@ -126,6 +127,7 @@ def flags(world: Path, output_dir: str | Path, *more: str, **changes: Any) -> li
         "save_strategy": "no",
         "learning_rate": 1e-3,
         "report": False,
+        "forecast": False,
         **changes,
     }
     argv = []

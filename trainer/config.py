@@ -165,6 +165,9 @@ class Config(DataConfig):
     profile: str | None = may_change(None)
     """START:STOP, both included: trace these steps, with named ranges, into output_dir/profile/, and print a
     table of where their time went."""
+    forecast: bool = may_change(True)
+    """Forecast at the start what a rank needs of memory and sends, as python -m trainer.forecast does, beside
+    the run, with the lowest priority; the log and the report tell it."""
     report_to: tuple[str, ...] = may_change(("none",))
     """Trackers of the metrics, each with a package of its own (pip install -e '.[wandb]'): tensorboard (event
     files in output_dir/tensorboard), wandb, trackio; or none."""

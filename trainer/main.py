@@ -87,6 +87,11 @@ def train(config: Config, ranks: Ranks, lock: Lock, trackers: Trackers) -> int:
         return BAD_INPUT
     if start_point.finished:
         return 0
+    forecaster = None
+    if config.forecast and ranks.rank == 0:
+        from trainer.forecast.at_start import Forecaster
+
+        forecaster = Forecaster(config, ranks)
 
     # --- the model: sharded on the meta device, then every rank reads its own shards ---------------------
     mesh = device_mesh(ranks, hybrid=config.sharding == "hybrid")
@@ -112,6 +117,8 @@ def train(config: Config, ranks: Ranks, lock: Lock, trackers: Trackers) -> int:
     space = bytes_of_a_save(model, trained, resumable(trained, optimizer), plan.save_dtype, config)
     if agree_on_problems(prepare_output_dir(output_dir, run, start_point, space) if ranks.rank == 0 else []):
         return BAD_INPUT
+    if forecaster:
+        forecaster.tell(output_dir)
     metrics = MetricsFile(output_dir if ranks.rank == 0 else None, trackers)
     write_model = functools.partial(save_model, model, plan, loaded)
 

@@ -176,6 +176,7 @@ def flags_of(settings: Settings, model: Path, folder: Path, name: str, **changes
         "check_model": False,  # done once, here
         "rehearse": False,
         "report": False,
+        "forecast": False,
     } | changes
     return [word for flag, value in values.items() if value is not None for word in (f"--{flag}", str(value))]
 

@@ -66,6 +66,7 @@ def our_arguments(
         --learning_rate {peers.LEARNING_RATE} --lr_scheduler_type constant --plora_dropout 0
         --bf16 {options.dtype == "bf16"} --gradient_checkpointing {checkpointing}
         --dataloader_num_workers {peers.NUM_WORKERS} --save_strategy no --rehearse False
+        --forecast False
     """
     flags += f"--fix_sampler {workload.fix_projector}"
     if workload.lora:

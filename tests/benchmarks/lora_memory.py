@@ -31,7 +31,8 @@ def measure(folder: Path, model: str, way: str, ranks: int) -> tuple[int, float]
     arguments = f"""
         --model_name_or_path {folder}/{model} --data_path {folder}/data/colour.json
         --max_steps 2 --max_length 64
-        --per_device_train_batch_size 1 --save_strategy no --dataloader_num_workers 0 {WAYS[way]}
+        --per_device_train_batch_size 1 --save_strategy no --dataloader_num_workers 0
+        --forecast False {WAYS[way]}
     """
     flags = [*arguments.split(), "--output_dir", output]
     done = torchrun(ranks, flags, timeout=900, MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")

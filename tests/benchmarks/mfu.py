@@ -133,6 +133,7 @@ def measure(folder: Path, ranks: int, bf16: bool, steps: int, flags: Sequence[st
         --bf16 {bf16} --max_length 1024 --per_device_train_batch_size 6 --fix_vit True --fix_sampler True
         --gradient_checkpointing False --max_steps {steps + 3} --profile {steps + 2}:{steps + 3}
         --measure_mfu True --save_strategy no --dataloader_num_workers 0 --rehearse False
+        --forecast False
     """
     done = torchrun(ranks, [*arguments.split(), *flags], timeout=1800)
     assert done.returncode == 0, done.stderr

@@ -76,7 +76,7 @@ def measure(model: Path, folder: Path, curve: str, point: int, bf16: bool) -> di
         --model_name_or_path {model} --data_path {data} --output_dir {output} --max_steps {STEPS}
         --per_device_train_batch_size 1 --max_length {tokens + images * IMAGE_SLOTS}
         --fix_sampler {images == 0} --bf16 {bf16} --plora_dropout 0 --save_strategy no --rehearse False
-        --dataloader_num_workers 1
+        --dataloader_num_workers 1 --forecast False
     """.split()
     program = ["-m", "trainer.main"]
     if curve == "ranks":

@@ -1,1 +1,1 @@
-"""What a run will need, before machines are rented. Delete it and training still runs."""
+"""What a run will need, before machines are rented. Delete it and training runs with `--forecast False`."""

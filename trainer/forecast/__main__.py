@@ -30,7 +30,7 @@ from data.errors import DataError
 from data.flags import ConfigError, parse_flags
 from trainer.config import REPLACED
 from trainer.distributed import BAD_INPUT, log
-from trainer.forecast.forecast import ForecastConfig
+from trainer.forecast.config import ForecastConfig
 from trainer.forecast.report import as_text, report
 
 

@@ -270,7 +270,7 @@ class FakeStep:
     save_bytes: int
     """Of a checkpoint of all ranks."""
     padding: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Parameter → elements of its shard on every rank, and of its even share: shards are whole rows."""
+    """Parameter → bytes of its shard on every rank, and of its even share: shards are whole rows."""
 
     @property
     def peak_bytes(self) -> int:
@@ -406,6 +406,7 @@ def _fsdp_parameters(model: nn.Module) -> Iterator[Any]:
 
 
 def _rows(parameter: Any) -> tuple[int, int]:
-    """Elements of a rank's shard, with its padding to whole rows, and of an even share."""
-    ranks = parameter.shard_mesh.size()
-    return parameter.padded_sharded_param_size.numel(), math.ceil(parameter._orig_size.numel() / ranks)
+    """Bytes of a rank's shard, with its padding to whole rows, and of an even share."""
+    ranks, each = parameter.shard_mesh.size(), parameter.orig_dtype.itemsize
+    elements = parameter.padded_sharded_param_size.numel()
+    return each * elements, each * math.ceil(parameter._orig_size.numel() / ranks)

@@ -12,24 +12,18 @@ from typing import Any
 
 from data.ledger import table
 from trainer.distributed import log
+from trainer.forecast.config import ForecastConfig
 from trainer.forecast.fake_step import COMPONENTS, FakeStep
-from trainer.forecast.forecast import (
-    GB,
-    USABLE,
-    Forecast,
-    ForecastConfig,
-    device_bytes,
-    forecast,
-    speed,
-    ways_to_fit,
-)
+from trainer.forecast.forecast import GB, USABLE, Forecast, device_bytes, forecast, ways_to_fit
+from trainer.forecast.speed import MeasuredRun, measured_run, speed
 
 
 def report(config: ForecastConfig) -> dict[str, Any]:
     """All numbers, as JSON values; DataError with all problems of the files."""
     result = forecast(config, config.ranks)
     peak, limit = device_bytes(result, config), USABLE * config.memory * GB
-    seconds, source = speed(config, result)
+    run = measured_run(config)
+    seconds, source = speed(config, result, run)
     step, epoch = result.step, result.epoch
     has_weights = any(Path(config.model_name_or_path).glob("*.safetensors"))
     assumed = [] if has_weights else ["weights in bfloat16, as there are none in the folder"]
@@ -41,8 +35,9 @@ def report(config: ForecastConfig) -> dict[str, Any]:
             log(f"forecasting for {ranks:,} ranks")
             accumulated = None if config.global_batch_size else config.gradient_accumulation_steps
             changes = {"sharding": _sharding(config, ranks), "gradient_accumulation_steps": accumulated}
-            other = forecast(replace(config, **changes), ranks)
-            others.append(_line(config, other))
+            changed = replace(config, **changes)
+            other = forecast(changed, ranks, counts_flops=False, operations=result.operations)
+            others.append(_line(config, other, run))
     return {
         "model": config.model_name_or_path,
         "ranks": config.ranks,
@@ -55,7 +50,7 @@ def report(config: ForecastConfig) -> dict[str, Any]:
             "usable_bytes": round(limit),
             "fits": peak <= limit,
             "padding_bytes": _padding(step),
-            "padded": {name: size / even for name, (size, even) in step.padding.items()},
+            "padded": _padded(step),
         },
         "sent": [
             {"collective": kind, "dimension": dimension, **dataclasses.asdict(sent)}
@@ -71,7 +66,8 @@ def report(config: ForecastConfig) -> dict[str, Any]:
         "total_steps": result.total_steps if config.data_path else None,
         "checkpoint_bytes": step.save_bytes,
         "checkpoints_kept": _checkpoints(config, result),
-        "by_ranks": sorted([_line(config, result), *others], key=lambda line: line["ranks"]),
+        "host_copy_bytes": _host_copy(config, step),
+        "by_ranks": sorted([_line(config, result, run), *others], key=lambda line: line["ranks"]),
         "ways_to_fit": [] if peak <= limit else ways_to_fit(config, peak),
     }
 
@@ -83,8 +79,25 @@ def _sharding(config: ForecastConfig, ranks: int) -> str:
 
 
 def _padding(step: FakeStep) -> int:
-    """Bytes of a rank's padding, in parameters of float32 alone."""
-    return 4 * sum(size - even for size, even in step.padding.values())
+    """Bytes of a rank's padding, in parameters alone."""
+    return sum(size - even for size, even in step.padding.values())
+
+
+def _padded(step: FakeStep) -> list[dict[str, Any]]:
+    """What is padded, by the end of the parameters' names, that with most padding first."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, (size, even) in step.padding.items():
+        end = ".".join(name.split(".")[-2:])
+        row = found.setdefault(end, {"parameters": end, "number": 0, "bytes": 0, "even_bytes": 0})
+        row["number"], row["bytes"] = row["number"] + 1, row["bytes"] + size
+        row["even_bytes"] += even
+    return sorted(found.values(), key=lambda row: row["even_bytes"] - row["bytes"])
+
+
+def _host_copy(config: ForecastConfig, step: FakeStep) -> int:
+    """Bytes of host memory on a machine, on average, that saving in the background keeps."""
+    share = min(config.local_ranks, config.ranks) / config.ranks
+    return round(step.save_bytes * share) if config.async_save and config.makes_checkpoints else 0
 
 
 def _checkpoints(config: ForecastConfig, result: Forecast) -> int | None:
@@ -98,7 +111,7 @@ def _checkpoints(config: ForecastConfig, result: Forecast) -> int | None:
     return min(written, config.save_total_limit or written)
 
 
-def _line(config: ForecastConfig, result: Forecast) -> dict[str, Any]:
+def _line(config: ForecastConfig, result: Forecast, run: MeasuredRun | None) -> dict[str, Any]:
     """A row of the comparison of numbers of ranks."""
     sent = result.step.sent.values()
     return {
@@ -106,11 +119,12 @@ def _line(config: ForecastConfig, result: Forecast) -> dict[str, Any]:
         "held_bytes": sum(result.step.peaks["held"].values()),
         "peak_bytes": device_bytes(result, config),
         "padding_bytes": _padding(result.step),
+        "padding_share": _padding(result.step) / result.step.peaks["held"]["parameters"],
         "sent_within_bytes": sum(each.within for each in sent),
         "sent_between_bytes": sum(each.between for each in sent),
         "steps": result.epoch.steps,
         "idle": result.epoch.idle,
-        "seconds": speed(config, result)[0],
+        "seconds": speed(config, result, run)[0],
     }
 
 
@@ -141,10 +155,12 @@ def as_text(config: ForecastConfig, found: dict[str, Any]) -> str:
         outcome = "fits" if way["fits"] else "does not fit yet"
         text.append(f"  {way['flags']}: {_gb(way['peak_bytes'])} GB, {outcome}")
     if memory["padding_bytes"]:
-        name, factor = max(memory["padded"].items(), key=lambda item: item[1])
+        most = memory["padded"][0]
+        share = memory["padding_bytes"] / memory["phases"]["held"]["parameters"]
         text.append(
-            f"shards are whole rows: padding takes {_gb(memory['padding_bytes'])} GB of a rank's parameters, "
-            f"and as much of gradients and of each moment; {name} takes {factor:.2f} × its share"
+            f"shards are whole rows: padding takes {share:.1%} of a rank's parameters, and as much of "
+            f"gradients and moments; most of it is that of {most['number']:,} × {most['parameters']}, which "
+            f"take {most['bytes'] / most['even_bytes']:.1f} × an even share"
         )
     rows = [["sent by a rank in a step", "number", "GB within machines", "GB between machines"]]
     rows += [
@@ -162,15 +178,21 @@ def as_text(config: ForecastConfig, found: dict[str, Any]) -> str:
     if epoch["seconds"] is None:
         text.append(epoch["speed"])
     else:
-        text.append(f"time: {_time(epoch['seconds'])} at {epoch['speed']}; communication is not counted")
+        each = "" if epoch["steps"] == 1 else f", {_time(epoch['seconds'] / epoch['steps'])} a step,"
+        text.append(f"time: {_time(epoch['seconds'])}{each} at {epoch['speed']}")
     kept = found["checkpoints_kept"]
     number = "" if kept is None else f", and {kept} of them are kept"
     text.append(f"disk: a checkpoint takes {_gb(found['checkpoint_bytes'])} GB{number}")
+    if found["host_copy_bytes"]:
+        text.append(
+            f"host memory of a machine: a save in the background keeps a copy of "
+            f"{_gb(found['host_copy_bytes'])} GB (pinned memory is rounded up, to twice that at most)"
+        )
     rows = [["ranks", "GB held", "at peak", "padding", "sent within", "between", f"steps of {what}", "time"]]
     for line in found["by_ranks"]:
-        sizes = ("held", "peak", "padding", "sent_within", "sent_between")
+        cells = [_gb(line[f"{size}_bytes"]) for size in ("held", "peak", "sent_within", "sent_between")]
+        cells.insert(2, f"{line['padding_share']:.1%}")
         seconds = "" if line["seconds"] is None else _time(line["seconds"])
-        cells = [_gb(line[f"{size}_bytes"]) for size in sizes]
         rows.append([f"{line['ranks']:,}", *cells, f"{line['steps']:,}", seconds])
     return "\n".join([*text, "", table(rows)])
 

@@ -57,6 +57,8 @@ class Run:
     """Names of the bad-step-<step>.json."""
     profile: str = ""
     """profile/table.txt"""
+    forecast: dict[str, Any] = field(default_factory=dict)
+    """forecast.json, if it is of as many ranks; else empty."""
     finished_step: int | None = None
     """The step of the trained model, if the run finished."""
     checkpoints: list[int] = field(default_factory=list)
@@ -118,6 +120,9 @@ def read_run(folder: Path, name: str | None = None) -> Run:
     """The run in `folder`; see the module's docstring."""
     run = _read_metrics(folder / "metrics.jsonl", name or folder.resolve().name)
     run.about = read_json(folder / "run.json")
+    forecast = read_json(folder / "forecast.json")
+    if forecast.get("ranks") == run.about.get("ranks"):
+        run.forecast = forecast
     finished = number(read_json(folder / MARKER).get("step"))
     run.finished_step = int(finished) if finished >= 0 else None
     run.checkpoints = sorted(numbered(folder))

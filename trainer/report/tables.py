@@ -87,23 +87,39 @@ def facts(run: Run) -> list[tuple[str, str]]:
     if len(steps):
         speed = np.nansum(train["tokens"]) / seconds if seconds else np.nan
         waited = run.seconds("seconds_data_wait") / seconds if seconds else np.nan
-        peak = train["memory_peak_bytes"]
         found += [
             ("Samples", count(np.nansum(train["samples"]))),
             ("Tokens", count(np.nansum(train["tokens"]))),
             ("Time in steps", duration(seconds)),
             ("Tokens per second", count(speed)),
             ("Waiting for data", percent(waited)),
-            (
-                "Peak memory of a rank",
-                f"{np.nanmax(peak) / 2**30:.2f} GiB" if np.isfinite(peak).any() else "–",
-            ),
+            ("Peak memory of a rank", _peak(run)),
             ("Skipped steps", count(np.nansum(train["skipped_steps"]))),
         ]
+    within, between = (number(run.forecast.get(f"sent_{where}_bytes")) for where in ("within", "between"))
+    if within + between > 0:
+        sent = f"{(within + between) / 1e9:,.3f} GB (forecast)"
+        sent += f", {between / 1e9:,.3f} GB of them to other machines" if between else ""
+        found.append(("Sent by a rank in a step", sent))
     device = about.get("device_name") or about.get("device")
     found.append(("Ranks", f"{count(about.get('ranks'))} × {text(device)}"))
     found.append(("Resumed", f"{len(run.resumed_after):,} times" if run.starts else "–"))
     return found
+
+
+def _peak(run: Run) -> str:
+    """The peak of a rank's memory, beside its forecast: of tensors, which on CPUs is not what is measured."""
+    values = run.train["memory_peak_bytes"]
+    forecast = number(run.forecast.get("peak_bytes"))
+    if not np.isfinite(values).any():
+        return "–"
+    peak = float(np.nanmax(values))
+    measured = f"{peak / 2**30:.2f} GiB"
+    if np.isnan(forecast):
+        return measured
+    if run.about.get("device") == "cpu":
+        return f"{measured} with the program; tensors {forecast / 2**30:.2f} GiB (forecast)"
+    return f"{measured}; forecast {forecast / 2**30:.2f} GiB, {forecast / peak - 1:+.1%}"
 
 
 def compared(runs: Sequence[Run]) -> Table:
