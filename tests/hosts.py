@@ -11,6 +11,7 @@ takes no rights, only user namespaces; where they are forbidden, the test is ski
 """
 
 import ctypes
+import math
 import os
 import signal
 import subprocess
@@ -24,8 +25,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
+import trainer.launch
 from tests.tiny import call_in_fork
+from trainer.main import leave, main
 
 PORT = 29400
 """For MASTER_PORT: every machine has its own ports, so that it is free."""
@@ -226,6 +230,55 @@ def start_ranks(
     return jobs
 
 
+# --- torchrun that forks ----------------------------------------------------------------------------------
+
+
+def launch_forked(options: Sequence[str], argv: Sequence[str]) -> int:
+    """`python -m trainer.launch options -m trainer.main argv`, except that torchrun forks its ranks.
+
+    For `Host.call`: nothing is imported anew, neither here nor in a rank, which would take seconds in each.
+    """
+    subprocess_handler.Popen = ForkedRank  # pyright: ignore[reportAttributeAccessIssue]
+    return trainer.launch.main([*options, "-m", "trainer.main", *argv])
+
+
+class ForkedRank:
+    """What torchrun uses of a `subprocess.Popen`, for a fork that calls the main function of the trainer."""
+
+    def __init__(self, args: Sequence[str], env: dict[str, str], **_: Any) -> None:
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid:
+            return
+        status = 1
+        try:
+            os.setsid()
+            signal.set_wakeup_fd(-1)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1):
+                signal.signal(number, signal.SIG_DFL)
+            os.environ.clear()
+            os.environ.update(env)
+            leave(main(args[args.index("trainer.main") + 1 :]))
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        finally:
+            os._exit(status)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if ended else None
+        return self.returncode
+
+    def wait(self, timeout: float = math.inf) -> int:
+        until = time.monotonic() + timeout
+        while (status := self.poll()) is None:
+            if time.monotonic() > until:
+                raise subprocess.TimeoutExpired("a rank", timeout)
+            time.sleep(0.02)
+        return status
+
+
 # --- namespaces -------------------------------------------------------------------------------------------
 
 
@@ -271,7 +324,7 @@ def _run_on(
         os.chdir(folder)
         child = os.fork()  # only children enter a namespace of processes
         if child == 0:
-            os.environ.pop("GLOO_SOCKET_IFNAME", None)  # of a run in the test's own process
+            os.environ.pop("GLOO_SOCKET_IFNAME", None)  # machines have their own
             os.environ.update({name: str(value) for name, value in environment.items()})
             action()
         os.write(pid_writer, child.to_bytes(8, "little"))
@@ -279,6 +332,9 @@ def _run_on(
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if status < 0:
             os.kill(os.getpid(), -status)
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
-        traceback.print_exc()
-    os._exit(status)
+        os.write(2, traceback.format_exc().encode())  # the log, whose file Python has closed
+    finally:
+        os._exit(status)
