@@ -9,7 +9,8 @@ the CPU with gloo.
     all_sum(torch.tensor(3.0, device=ranks.device))   # 3.0 on each of 2 ranks → 6.0 on both
     log("only rank 0 logs this")
 
-A rank that fails tells the others through the store; on each, a thread then ends the process within seconds.
+A rank that fails tells the others why, through the store; on each, a thread then ends the process within
+seconds. trainer/machines.py does so for a machine that is gone and can tell nobody.
 """
 
 import itertools
@@ -25,7 +26,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -34,6 +35,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from trainer import machines
+
 BAD_INPUT, STOPPED, FAILED = 2, 75, 1
 """Exit statuses other than 0: bad input, nothing trained; stopped on request, resumable; other failures."""
 
@@ -41,7 +44,7 @@ _last_message = ""
 """The last message that this rank logged; on failure, the reason."""
 
 FAILED_RANK = "failed rank"
-"""The key of the store that is set when a rank has failed."""
+"""The key of the store that the first rank to fail sets: its number, a space, and what others log of it."""
 POLL_SECONDS, ENDING_SECONDS = 1.0, 5.0
 """How often a rank checks whether another has failed, and the time it then has to end by itself."""
 JOINING_SECONDS = 2.0
@@ -50,12 +53,20 @@ machines. Where ranks have ended before, because the others stop, it would not s
 NEWEST_ATTEMPT = "newest attempt"
 """The key of torchrun's store under which `store_of_attempt` leaves its prefix, for other processes."""
 LOST_PEER = "error: lost the connection to another rank, perhaps on another machine; see its error"
+PATIENCE_SECONDS = 3.0
+"""How long a rank waits for the store, and for why another has ended, as a launcher may be about to tell."""
 before_exit: list[Callable[[], None]] = []
 """Called before a thread ends this process, as the main thread's clean-up does not run then."""
 _neighbours: dict[int, int] = {}
 """The process ids of this machine's other ranks, by rank."""
+_met: tuple[Store, int, int] | None = None
+"""The store, this rank and the number of ranks, once several have met."""
 _store: Store | None = None
 """This module's own connection to the store: a call that waits would block the others on its connection."""
+lost_peer = threading.Event()
+"""Set by a main thread that has lost a peer and only waits for its end."""
+_is_ending = threading.Lock()
+"""Held by the first thread that ends this process, so that one reason is logged."""
 _over = threading.Event()
 """Set once this rank no longer depends on the others, so that their end is not a failure."""
 _turns = itertools.count()
@@ -91,8 +102,6 @@ def start(timeout_seconds: float = 1800, host_collectives: bool = False) -> Rank
     timeout_seconds: timeout of every collective, so that a missing rank ends the job instead of hanging it.
     host_collectives: also initialise gloo for tensors in host memory.
     """
-    global _store
-    _over.clear()
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -110,8 +119,8 @@ def start(timeout_seconds: float = 1800, host_collectives: bool = False) -> Rank
     torch.backends.cuda.enable_cudnn_sdp(False)
     # By default torch rounds the inputs of float32 convolutions to TF32, though not those of matrix products.
     torch.backends.cudnn.allow_tf32 = False
-    store, rank, world = next(rendezvous("env://"))
-    store: Any = store_of_attempt(store, rank, world)
+    store, rank, world = _meet()
+    machines.use_interface_towards(store, os.environ["MASTER_ADDR"])
     backend = dist.get_default_backend_for_device(device.type)
     if host_collectives and device.type != "cpu":
         backend = f"cpu:gloo,{device.type}:{backend}"
@@ -123,15 +132,37 @@ def start(timeout_seconds: float = 1800, host_collectives: bool = False) -> Rank
         timeout=timedelta(seconds=timeout_seconds),
         device_id=device if device.type != "cpu" else None,
     )
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    first = rank - local_rank
-    store.set(f"process {rank}", str(os.getpid()))
-    others = [other for other in range(first, first + local_world) if other != rank]
-    _neighbours.update({other: int(store.get(f"process {other}")) for other in others})
+    others = [other for other in _ranks_here() if other != rank]
+    _neighbours.update({other: json.loads(store.get(f"process {other}"))[1] for other in others})
+    return Ranks(rank, world, local_rank, _local_world(), device)
+
+
+def _meet() -> tuple[Store, int, int]:
+    """Connect to the store through which all ranks meet, and end if one of them fails from now on."""
+    global _met, _store
+    if _met is not None:
+        return _met
+    _over.clear()
+    store, rank, world = next(rendezvous("env://"))
+    store = store_of_attempt(store, rank, world)
+    store.set(f"process {rank}", json.dumps([socket.gethostname(), os.getpid()]))
     if world > 1:
-        _store = store.clone()
+        _met, _store = (store, rank, world), store.clone()
         threading.Thread(target=_watch, args=(store.clone(),), name="watch", daemon=True).start()
-    return Ranks(rank, world, local_rank, local_world, device)
+    if world > _local_world() and is_first_here():
+        machines.watch(store, os.environ["MASTER_ADDR"], _lose_machine)
+    return store, rank, world
+
+
+def _local_world() -> int:
+    """The number of ranks on this machine; all of them where no launcher says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+
+
+def _ranks_here() -> range:
+    """The ranks of this machine."""
+    first = int(os.environ["RANK"]) - int(os.environ["LOCAL_RANK"])
+    return range(first, first + _local_world())
 
 
 def store_of_attempt(store: Store, rank: int, world: int) -> Store:
@@ -159,38 +190,72 @@ def store_of_attempt(store: Store, rank: int, world: int) -> Store:
     return PrefixStore(attempt, store)
 
 
-def tell_failure(rank: int | None = None) -> None:
-    """Tell all ranks that one has failed, by default this one, so that they end too."""
+def tell_failure(rank: int | None = None, reason: str | None = None) -> None:
+    """Tell all ranks that one has failed and why, by default this one with its last message, so that they
+    end too; only the first failure counts."""
     if _store is None or _over.is_set():
         return
+    if reason is None:
+        reason = LOST_PEER
+        if _last_message.startswith("error: ") and _last_message != LOST_PEER:
+            first, *others = _last_message.removeprefix("error: ").splitlines()
+            what = " ".join([first, *others[-1:]])  # after a traceback, the exception
+            reason = f"error on {socket.gethostname()}: {what}\n{LOST_PEER}"
+    value = f"{os.environ['RANK'] if rank is None else rank} {reason}"
+    # In a thread, because a store on a silent machine would never answer.
+    telling = threading.Thread(target=_tell, args=(_store, value), daemon=True)
+    telling.start()
+    telling.join(PATIENCE_SECONDS)
+    if int(os.environ["WORLD_SIZE"]) > _local_world():
+        time.sleep(1.5 * POLL_SECONDS)  # the store may end with this machine's torchrun; others poll it
+
+
+def _tell(store: Store, value: str) -> None:
     with suppress(dist.DistError):  # the store has ended, which tells them as well
-        _store.set(FAILED_RANK, str(dist.get_rank() if rank is None else rank))
-        if dist.get_world_size() > 1 + len(_neighbours):
-            time.sleep(1.5 * POLL_SECONDS)  # the store may end with this machine's torchrun; others poll it
+        store.compare_set(FAILED_RANK, "", value)
 
 
 def _watch(store: Store) -> None:
     """End this process soon after another rank has failed, even if its main thread is blocked in a C call."""
-    failed = None
+    failed, reason = None, f"{LOST_PEER}; the store at {os.environ['MASTER_ADDR']} has ended"
     while not _over.wait(POLL_SECONDS):
         try:
             if not store.check([FAILED_RANK]):
                 continue
-            failed = int(store.get(FAILED_RANK))
+            number, _, reason = store.get(FAILED_RANK).decode().partition(" ")
+            failed = int(number)
         except dist.DistError:
             pass  # the store has ended, and the job with it
-        end_soon("" if failed in _neighbours else LOST_PEER)  # a neighbour's error is in the same log
+        # A neighbour's error is in the same log.
+        end_soon("" if failed in _ranks_here() else reason)
         return
+
+
+def _lose_machine(rank: int, name: str, how: str) -> None:
+    """Called by the thread that watches other machines when one, whose first rank is `rank`, is gone."""
+    if how == machines.ENDED and _over.wait(PATIENCE_SECONDS):
+        return
+    reason = f"error: {name} {how}"
+    if is_main():
+        tell_failure(rank, reason)  # this rank polls it too
+    else:
+        end_soon(reason)  # the store was on the machine that is gone
 
 
 def end_soon(reason: str = "") -> None:
     """Let the main thread end by itself for a while, then end this process; for other threads.
 
-    reason: logged by one rank per machine. Returns if the main thread has finished its work.
+    reason: logged by one rank per machine. Returns if the main thread has finished its work, or another
+    thread ends the process.
     """
-    if not _over.wait(ENDING_SECONDS):
-        _over.set()  # the others know already
-        end_now(reason)
+    if not _is_ending.acquire(blocking=False):
+        return
+    until = time.monotonic() + ENDING_SECONDS
+    while time.monotonic() < until and not lost_peer.is_set():
+        if _over.wait(0.1):
+            return
+    _over.set()  # the others know already
+    end_now(reason)
 
 
 def end_now(reason: str = "") -> NoReturn:
@@ -199,7 +264,7 @@ def end_now(reason: str = "") -> NoReturn:
     for function in before_exit:
         function()
     if reason:
-        log(reason, every_rank=os.environ["LOCAL_RANK"] == "0")
+        log(reason, every_machine=True)
         leave(FAILED)
     os._exit(FAILED)
 
@@ -227,10 +292,12 @@ def device_mesh(ranks: Ranks, hybrid: bool = False) -> DeviceMesh:
 
 def finish() -> None:
     """Wait for all ranks and destroy the process group; a no-op if none was started."""
+    global _met
     if dist.is_initialized():
         _over.set()  # before the barrier: behind it, no rank takes the end of another for a failure
         barrier()
         dist.destroy_process_group()
+        _met = None
 
 
 def leave(status: int) -> NoReturn:
@@ -239,9 +306,9 @@ def leave(status: int) -> NoReturn:
     torchrun's own status is only 0 or 1, so the first rank of each machine writes ours to the file
     XCOMPOSER_STATUS_FILE, if set. A failing rank's last message is written to torchrun's error file.
     """
-    if status == BAD_INPUT and not is_main():
-        time.sleep(10)  # torchrun ends all ranks after the first, which should be rank 0, as it logs
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0 and "XCOMPOSER_STATUS_FILE" in os.environ:
+    if status == BAD_INPUT and not is_first_here():
+        time.sleep(10)  # torchrun ends all ranks after the first, which should be the one that logs
+    if is_first_here() and "XCOMPOSER_STATUS_FILE" in os.environ:
         Path(os.environ["XCOMPOSER_STATUS_FILE"]).write_text(str(status))
     if status and _last_message and "TORCHELASTIC_ERROR_FILE" in os.environ:
         extra = {"py_callstack": _last_message, "timestamp": str(int(time.time()))}
@@ -263,11 +330,16 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def log(message: str, every_rank: bool = False) -> None:
+def is_first_here() -> bool:
+    """True on the first rank of every machine, which logs what concerns the machine or ends the run."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+
+def log(message: str, every_rank: bool = False, every_machine: bool = False) -> None:
     """Print to stderr, by default on rank 0 only; stdout is for results."""
     global _last_message
     _last_message = message.strip()
-    if every_rank or is_main():
+    if every_rank or is_main() or (every_machine and is_first_here()):
         print(message, file=sys.stderr, flush=True)
 
 
@@ -293,14 +365,21 @@ def rank_zero_first() -> Iterator[None]:
     if store is None:
         yield
         return
-    while not is_main() and store.add(turn, 0) == 0:
-        time.sleep(0.2)
+    if not is_main():
+        _wait_until(lambda: store.add(turn, 0) > 0)
     try:
         yield
     finally:
         store.add(turn, 1)
-    while store.add(turn, 0) < dist.get_world_size():
-        time.sleep(0.2)
+    _wait_until(lambda: store.add(turn, 0) == dist.get_world_size())
+
+
+def _wait_until(condition: Callable[[], bool]) -> None:
+    """Poll the store, soon ever less often."""
+    pause = 0.001
+    while not condition():
+        time.sleep(pause)
+        pause = min(0.2, 1.5 * pause)
 
 
 def all_sum(values: torch.Tensor) -> torch.Tensor:
@@ -325,17 +404,45 @@ def all_max(value: float, device: torch.device) -> float:
 
 
 def agree_on_problems(problems: Sequence[str]) -> bool:
-    """Log rank 0's problems, a line each; returns on every rank whether there are any.
+    """Log the problems of all ranks on every machine, a line each; returns whether any rank has one.
 
-    All ranks read the same files and end together, so that errors of ranks that lost a peer do not obscure
-    this list.
+    Every rank calls it, also before `start`, and all end together if there are any. What not all ranks have,
+    such as a file that is missing on one machine, is logged with the machines that do.
     """
-    shared = [list(problems)]
-    if dist.get_world_size() > 1:
-        dist.broadcast_object_list(shared, src=0)
-    if shared[0]:
-        log("\n".join(f"error: {problem}" for problem in shared[0]))
-    return bool(shared[0] or problems)
+    world, name = int(os.environ.get("WORLD_SIZE", "1")), socket.gethostname()
+    found = [(0, name, list(problems))] if world == 1 else _problems_of_all(name, problems)
+    machines_by_problem: dict[str, list[str]] = {}
+    for _, machine, its_problems in sorted(found):
+        for problem in dict.fromkeys(its_problems):
+            machines_by_problem.setdefault(problem, []).append(machine)
+    if not machines_by_problem:
+        return False
+    lines = []
+    for problem, having in machines_by_problem.items():
+        is_everywhere = len(having) == world or world == _local_world()
+        where = "" if is_everywhere else f"on {', '.join(dict.fromkeys(having))}: "
+        lines.append(f"error: {where}{problem}")
+    log("\n".join(lines), every_machine=True)
+    _over.set()  # all end alike
+    return True
+
+
+def _problems_of_all(name: str, problems: Sequence[str]) -> list[tuple[int, str, list[str]]]:
+    """Rank, machine and problems of the ranks that have any, through the store."""
+    _, rank, world = _meet()
+    store, key = _store, f"problems {next(_turns)}"
+    assert store is not None
+    if problems:
+        store.append(key, json.dumps([rank, name, list(problems)]) + "\n")
+    store.add(f"{key} given", 1)
+    _wait_until(lambda: store.add(f"{key} given", 0) == world)
+    if not store.check([key]):
+        return []
+    found = [tuple(json.loads(line)) for line in store.get(key).decode().splitlines()]
+    store.add(f"{key} read", 1)
+    if rank == 0:  # the store ends with it, or with its machine's torchrun
+        _wait_until(lambda: store.add(f"{key} read", 0) == world)
+    return found
 
 
 def is_lost_peer(error: BaseException) -> bool:

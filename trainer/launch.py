@@ -41,7 +41,7 @@ from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.launcher import api
 from torch.distributed.run import parse_args, run
 
-from trainer.distributed import FAILED, FAILED_RANK, NEWEST_ATTEMPT, POLL_SECONDS
+from trainer.distributed import FAILED, FAILED_RANK, LOST_PEER, NEWEST_ATTEMPT, POLL_SECONDS
 
 DEFAULTS = ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--shutdown-timeout", "600"]
 
@@ -78,10 +78,11 @@ def launch(arguments: Sequence[str], status_file: Path) -> int:
             run(options)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode < 0 and options.nnodes != "1" and options.rdzv_backend == "static":
-            tell_other_machines(options, rank)
-        if not Path(failure.error_file).is_file():
-            print(f"\nerror: {how_it_ended(rank, failure)}", file=sys.stderr)
+        how, has_said_why = how_it_ended(rank, failure), Path(failure.error_file).is_file()
+        if not has_said_why and options.nnodes != "1" and options.rdzv_backend == "static":
+            tell_other_machines(options, rank, how)
+        if not has_said_why:
+            print(f"\nerror: {how}", file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else FAILED
     except SignalException as error:
         if not status_file.is_file():
@@ -158,13 +159,13 @@ def _family(host: str) -> socket.AddressFamily:
     return socket.getaddrinfo(host, None)[0][0]
 
 
-def tell_other_machines(options: Namespace, rank: int) -> None:
-    """Tell the ranks of other machines that one was killed here, as it could not tell them itself."""
+def tell_other_machines(options: Namespace, rank: int, how: str) -> None:
+    """Tell the ranks of other machines how one has ended here that could not tell them itself."""
     with suppress(DistError):
         address, patience = (options.master_addr, options.master_port), timedelta(seconds=10)
         store = TCPStore(*address, is_master=False, wait_for_workers=False, timeout=patience)
         attempt = store.get(NEWEST_ATTEMPT).decode()
-        PrefixStore(attempt, store).set(FAILED_RANK, str(rank))
+        PrefixStore(attempt, store).compare_set(FAILED_RANK, "", f"{rank} error: {how}\n{LOST_PEER}")
         time.sleep(1.5 * POLL_SECONDS)  # the first machine's launcher holds the store, which they poll
 
 

@@ -80,10 +80,12 @@ def train(config: Config, ranks: Ranks, lock: Lock, trackers: Trackers) -> int:
     run = describe_run(config, plan, ranks)
     if agree_on_problems(lock.take() if ranks.rank == 0 else []):
         return BAD_INPUT
+    start_point, problems = None, []
     try:
         start_point = choose_start(config, run)
     except ValueError as error:
-        agree_on_problems(str(error).splitlines())
+        problems = str(error).splitlines()
+    if agree_on_problems(problems) or start_point is None:
         return BAD_INPUT
     if start_point.finished:
         return 0
@@ -256,15 +258,19 @@ def train(config: Config, ranks: Ranks, lock: Lock, trackers: Trackers) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse flags, join the process group and train; a failure is one message or traceback, and a status."""
+    rank = os.environ.get("RANK", "0")
     try:
-        config = parse(argv)
-    except ConfigError as error:
-        log("\n".join(f"error: {problem}" for problem in str(error).splitlines()))
-        return BAD_INPUT
-    if config.deterministic:
-        make_deterministic()
-    ranks = start(60 * config.hang_minutes + 60, host_collectives=config.cpu_offload)  # after the watchdog
-    try:
+        config, problems = None, []
+        try:
+            config = parse(argv)
+        except ConfigError as error:
+            problems = str(error).splitlines()
+        if agree_on_problems(problems) or config is None:  # files may be missing on one machine alone
+            return BAD_INPUT
+        if config.deterministic:
+            make_deterministic()
+        # Collectives end after the watchdog.
+        ranks = start(60 * config.hang_minutes + 60, host_collectives=config.cpu_offload)
         output_dir = Path(config.output_dir)
         with Lock(output_dir) as lock, Trackers(config.report_to, output_dir, vars(config)) as trackers:
             status = train(config, ranks, lock, trackers)
@@ -273,15 +279,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         finish()
         return status
     except (SaveError, LoadError) as error:  # the same on every rank
-        log(f"\nerror: {error}")
+        log(f"\nerror: {error}", every_machine=True)
         return FAILED
     except DataError as error:
-        log(f"\nerror: rank {ranks.rank}: {error}", every_rank=True)  # the newline ends the bar's line
+        log(f"\nerror: rank {rank}: {error}", every_rank=True)  # the newline ends the bar's line
         return FAILED
     except Exception as error:
         if is_lost_peer(error):
             wait_for_the_end()
-        log(f"\nerror: rank {ranks.rank} raised:\n{traceback.format_exc()}", every_rank=True)
+        log(f"\nerror: rank {rank} raised:\n{traceback.format_exc()}", every_rank=True)
         if is_lost_peer(error):
             log(LOST_PEER, every_rank=True)
         return FAILED

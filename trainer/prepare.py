@@ -29,7 +29,7 @@ from data.sampler import StepSampler
 from trainer.adapter_folder import adapter_preprocessing, loads_by_itself
 from trainer.atomic import output_dir_problems
 from trainer.config import Config
-from trainer.distributed import Ranks, agree_on_problems, is_main, log, rank_zero_first
+from trainer.distributed import Ranks, agree_on_problems, all_max, is_main, log, rank_zero_first
 from trainer.evaluate import EvalPlan, plan_evaluation
 from trainer.lora import Adapters, add_adapters
 from trainer.models import Parts, build_model, flops_of, parts_of, set_options
@@ -101,11 +101,8 @@ def describe(config: Config, ranks: Ranks, *, for_training: bool = True) -> tupl
     problems: list[str] = []
     sources, eval_sources = list[Source](), list[Source]()
     plan = None
-    if config.sharding == "hybrid" and ranks.world % ranks.local_world:
-        problems.append(
-            f"--sharding hybrid: {ranks.world} ranks are not a whole number of nodes of {ranks.local_world}; "
-            "give every node as many ranks, or use --sharding full"
-        )
+    if config.sharding == "hybrid" and not for_training:
+        problems += uneven_nodes(ranks)
     problems += config.batch_problems(ranks.world)
     files = [(config.data_path, sources)] if config.data_path or for_training else []
     if config.eval_data_path is not None and config.evaluates:
@@ -149,10 +146,29 @@ def measure(
     return Packing(lengths, config.row_tokens, cost), problems
 
 
+def uneven_nodes(ranks: Ranks) -> list[str]:
+    """The problem, if not all nodes can have as many ranks."""
+    if ranks.world % ranks.local_world == 0:
+        return []
+    return [
+        f"--sharding hybrid: {ranks.world} ranks are not a whole number of nodes of {ranks.local_world}; "
+        "give every node as many ranks, or use --sharding full"
+    ]
+
+
 def _machine_problems(config: Config, ranks: Ranks) -> list[str]:
     """Problems with output_dir, and flags that this machine cannot satisfy, a sentence each."""
     read = {name: getattr(config, name) for name in ("model_name_or_path", "lora_weight_path")}
     problems = output_dir_problems(Path(config.output_dir), read)
+    if config.sharding == "hybrid":
+        fewest, most = (int(sign * all_max(sign * ranks.local_world, ranks.device)) for sign in (-1, 1))
+        if fewest < most:
+            problems.append(
+                f"--sharding hybrid: some nodes have {fewest} ranks and others {most}; give every node as "
+                "many ranks, or use --sharding full"
+            )
+        else:
+            problems += uneven_nodes(ranks)
     if config.cpu_offload and ranks.device.type == "cpu":
         problems.append(
             "--cpu_offload: there is no accelerator here, so everything is in host memory already; "

@@ -17,17 +17,20 @@ thread that hears the signals tells them, and ends its own process.
 import os
 import select
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
 from types import FrameType
 
 from trainer.distributed import (
+    LOST_PEER,
     POLL_SECONDS,
     end_now,
     end_soon,
     gone_neighbour,
     is_main,
+    lost_peer,
     tell_failure,
 )
 
@@ -68,7 +71,8 @@ def _listen(received: int) -> None:
     first = None
     while True:
         if first is not None and (rank := gone_neighbour()) is not None:
-            tell_failure(rank)
+            where = f"rank {rank} on {socket.gethostname()}"
+            tell_failure(rank, f"error: {where} has ended without saying why\n{LOST_PEER}")
             end_soon()
             return  # the main thread is at its end
         if not select.select([received], [], [], None if first is None else POLL_SECONDS)[0]:
@@ -85,8 +89,10 @@ def _listen(received: int) -> None:
 def wait_for_the_end(seconds: float = 10.0) -> None:
     """After losing a peer, wait to be ended, so that only the cause is logged; returns if that fails.
 
-    torchrun's SIGTERM ends a rank of the same machine, and the thread that watches the store any other.
+    torchrun's SIGTERM ends a rank of the same machine, and the thread that watches the store any other, at
+    once then.
     """
+    lost_peer.set()
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     time.sleep(seconds)
