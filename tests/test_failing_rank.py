@@ -1,10 +1,12 @@
 """When a rank fails, the others end within seconds, wherever they wait; and not when a rank ends well."""
 
+import resource
 import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import trainer.distributed
 from tests.fault_cases import STOPPED, fault_flags, launch
@@ -96,6 +98,20 @@ def test_a_long_c_call_after_a_request_to_stop_is_not_cut_short(world, tmp_path)
     assert process.returncode == STOPPED, output
     assert "stopped after step 3 of 8, as asked" in output.rstrip().splitlines()[-1], output
     assert (tmp_path / "slept").exists()
+
+
+def test_ranks_with_more_sockets_than_files_may_be_open_start_all_the_same():
+    def run() -> None:
+        is_open = len(list(Path("/proc/self/fd").iterdir()))
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (is_open + 8, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+        )
+        start()
+        dist.new_group(backend="gloo")  # another 7 sockets, as for saves
+        assert all_sum(torch.ones(1)) == 8
+        finish()
+
+    run_ranks(8, run)
 
 
 def test_a_rank_may_end_well_long_before_another():

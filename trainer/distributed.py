@@ -16,6 +16,7 @@ seconds. trainer/machines.py does so for a machine that is gone and can tell nob
 import itertools
 import json
 import os
+import resource
 import socket
 import sys
 import threading
@@ -39,6 +40,9 @@ from trainer import machines
 
 BAD_INPUT, STOPPED, FAILED = 2, 75, 1
 """Exit statuses other than 0: bad input, nothing trained; stopped on request, resumable; other failures."""
+
+MANY_FILES = 1 << 15
+"""Files that a process of a large job may open: enough for four groups of 8,000 ranks."""
 
 _last_message = ""
 """The last message that this rank logged; on failure, the reason."""
@@ -96,12 +100,26 @@ def make_deterministic() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def allow_many_sockets() -> None:
+    """Raise this process's limit of open files, which is often 1,024, as far as it may.
+
+    In each of its groups gloo has a socket for every other rank, also where GPUs communicate by NCCL, and the
+    store has several for every rank. With TORCH_GLOO_LAZY_INIT=1 ranks connect when they first communicate,
+    but then one that is killed before that is noticed only at the timeout.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MANY_FILES if hard == resource.RLIM_INFINITY else min(MANY_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def start(timeout_seconds: float = 1800, host_collectives: bool = False) -> Ranks:
     """Join the process group that torchrun describes, or start one of a single process.
 
     timeout_seconds: timeout of every collective, so that a missing rank ends the job instead of hanging it.
     host_collectives: also initialise gloo for tensors in host memory.
     """
+    allow_many_sockets()
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

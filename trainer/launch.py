@@ -41,7 +41,14 @@ from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.launcher import api
 from torch.distributed.run import parse_args, run
 
-from trainer.distributed import FAILED, FAILED_RANK, LOST_PEER, NEWEST_ATTEMPT, POLL_SECONDS
+from trainer.distributed import (
+    FAILED,
+    FAILED_RANK,
+    LOST_PEER,
+    NEWEST_ATTEMPT,
+    POLL_SECONDS,
+    allow_many_sockets,
+)
 
 DEFAULTS = ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--shutdown-timeout", "600"]
 
@@ -181,6 +188,7 @@ def how_it_ended(rank: int, failure: ProcessFailure) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    allow_many_sockets()  # the first machine's process may hold the store
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XCOMPOSER_STATUS_FILE"] = f"{folder}/status"
         return launch(sys.argv[1:] if argv is None else argv, Path(folder) / "status")
