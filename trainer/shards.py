@@ -132,8 +132,11 @@ def write_index(folder: Path, shapes: Mapping[str, Sequence[int]], spans: Sequen
     by_tensor = torch.stack(list(spans), 1).numpy()
     layouts = {name: parts_of(rows.tobytes()) for name, rows in zip(shapes, by_tensor, strict=True)}
     index = _index([file_name(rank) for rank in range(len(spans))], shapes, layouts)
-    for name, shape in shapes.items():
-        index.find(name, shape, slice(0, shape[0] if shape else 1))
+    checked: set[tuple[int, ...]] = set()  # a layout, and a number of rows
+    for name, (shape, layout) in index.tensors.items():
+        if (layout, *shape[:1]) not in checked:
+            index.find(name, shape, slice(0, shape[0] if shape else 1))
+            checked.add((layout, *shape[:1]))
     for rank in sorted({rank for layout in index.layouts for rank, _, _ in layout}):
         if not (folder / file_name(rank)).is_file():
             raise ValueError(f"rank {rank} wrote {folder / file_name(rank)}, which another rank does not see")
