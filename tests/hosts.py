@@ -238,7 +238,7 @@ def launch_forked(options: Sequence[str], argv: Sequence[str]) -> int:
 
     For `Host.call`: nothing is imported anew, neither here nor in a rank, which would take seconds in each.
     """
-    subprocess_handler.Popen = ForkedRank  # pyright: ignore[reportAttributeAccessIssue]
+    subprocess_handler.Popen = ForkedRank  # pyright: ignore
     return trainer.launch.main([*options, "-m", "trainer.main", *argv])
 
 

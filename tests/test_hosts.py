@@ -66,7 +66,7 @@ def test_two_machines_of_two_ranks_equal_one_of_four_and_hybrid_sends_less_betwe
     from safetensors.torch import load_file
 
     def argv(name: str, *more: str) -> list[str]:
-        changes = {"max_steps": 4, "save_strategy": "no", "gradient_accumulation_steps": 2}
+        changes = {"max_steps": 4, "save_steps": 4, "gradient_accumulation_steps": 2}
         return fault_flags(world, tmp_path / name, *more, **changes)
 
     run_ranks(4, main, argv("one"))

@@ -27,7 +27,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -63,9 +63,9 @@ before_exit: list[Callable[[], None]] = []
 """Called before a thread ends this process, as the main thread's clean-up does not run then."""
 _neighbours: dict[int, int] = {}
 """The process ids of this machine's other ranks, by rank."""
-_met: tuple[Store, int, int] | None = None
+_met: tuple[Any, int, int] | None = None
 """The store, this rank and the number of ranks, once several have met."""
-_store: Store | None = None
+_store: Any = None
 """This module's own connection to the store: a call that waits would block the others on its connection."""
 lost_peer = threading.Event()
 """Set by a main thread that has lost a peer and only waits for its end."""
@@ -155,14 +155,14 @@ def start(timeout_seconds: float = 1800, host_collectives: bool = False) -> Rank
     return Ranks(rank, world, local_rank, _local_world(), device)
 
 
-def _meet() -> tuple[Store, int, int]:
+def _meet() -> tuple[Any, int, int]:
     """Connect to the store through which all ranks meet, and end if one of them fails from now on."""
     global _met, _store
     if _met is not None:
         return _met
     _over.clear()
     store, rank, world = next(rendezvous("env://"))
-    store = store_of_attempt(store, rank, world)
+    store: Any = store_of_attempt(store, rank, world)
     store.set(f"process {rank}", json.dumps([socket.gethostname(), os.getpid()]))
     if world > 1:
         _met, _store = (store, rank, world), store.clone()
@@ -449,7 +449,6 @@ def _problems_of_all(name: str, problems: Sequence[str]) -> list[tuple[int, str,
     """Rank, machine and problems of the ranks that have any, through the store."""
     _, rank, world = _meet()
     store, key = _store, f"problems {next(_turns)}"
-    assert store is not None
     if problems:
         store.append(key, json.dumps([rank, name, list(problems)]) + "\n")
     store.add(f"{key} given", 1)

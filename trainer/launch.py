@@ -42,11 +42,13 @@ from torch.distributed.launcher import api
 from torch.distributed.run import parse_args, run
 
 from trainer.distributed import (
+    BAD_INPUT,
     FAILED,
     FAILED_RANK,
     LOST_PEER,
     NEWEST_ATTEMPT,
     POLL_SECONDS,
+    STOPPED,
     allow_many_sockets,
 )
 
@@ -84,6 +86,8 @@ def launch(arguments: Sequence[str], status_file: Path) -> int:
         else:
             run(options)
     except ChildFailedError as error:
+        if status_file.is_file() and (status := int(status_file.read_text())) in (STOPPED, BAD_INPUT):
+            return status  # on which all ranks agree, even if one was ended before it could say so
         rank, failure = error.get_first_failure()
         how, has_said_why = how_it_ended(rank, failure), Path(failure.error_file).is_file()
         if not has_said_why and options.nnodes != "1" and options.rdzv_backend == "static":

@@ -95,7 +95,7 @@ def interface_of(address: IPv4Address | IPv6Address) -> str | None:
 # --- machines that end or fall silent ---------------------------------------------------------------------
 
 
-def watch(store: Store, master: str, lost: Lost) -> None:
+def watch(store: Any, master: str, lost: Lost) -> None:
     """Call `lost`, in a thread, when another machine has ended or is silent; the first rank of each calls it.
 
     Rank 0 watches all machines, each of which watches rank 0's.
@@ -131,7 +131,8 @@ def _watch_all(server: socket.socket, lost: Lost) -> None:
             selector.unregister(connection)
             connection.close()
             if key.data:
-                lost(*key.data, end)
+                rank, name = key.data
+                lost(rank, name, end)
 
 
 def _watch_first(store: Store, master: str, lost: Lost) -> None:
