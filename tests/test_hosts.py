@@ -62,6 +62,7 @@ def test_machines_whose_own_names_mean_loopback_or_nothing_train_as_one_machine_
     assert_same_model(tmp_path / "run", world / "straight")
 
 
+@pytest.mark.slow
 def test_two_machines_of_two_ranks_equal_one_of_four_and_hybrid_sends_less_between_them(world, tmp_path):
     from safetensors.torch import load_file
 
@@ -107,6 +108,7 @@ def test_files_that_one_machine_lacks_are_named_with_it_on_every_screen(world, t
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_images_that_one_machine_lacks_are_named_with_it_on_every_screen(world, tmp_path):
     images = tmp_path / "images"
     images.mkdir()
@@ -180,6 +182,7 @@ def test_a_machine_whose_processes_are_killed_is_named_and_all_end_within_second
         assert seconds < 10
 
 
+@pytest.mark.slow
 def test_a_machine_that_answers_late_is_waited_for(world, tmp_path):
     """Its processes are suspended for longer than a silent machine has."""
     argv = fault_flags(world, tmp_path / "run")
@@ -202,7 +205,8 @@ def launch(machine: Host, number: int, argv: list[str]) -> Job:
     return machine.call(launch_forked, options, argv)
 
 
-@pytest.mark.parametrize("ending", ["SIGUSR1", pytest.param("STOP", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ["SIGUSR1", "STOP"])
 def test_the_launchers_of_all_machines_end_alike_after_a_request_to_stop(world, tmp_path, ending):
     argv = fault_flags(world, tmp_path / "run", max_steps=400, save_steps=400)
     with hosts(2) as machines:
