@@ -170,7 +170,7 @@ class Count(TorchDispatchMode):
         elif func.namespace == "fsdp" and "out" in kwargs and func._opname == "split_with_sizes_copy":
             self.assign(kwargs["out"], "gathered parameters")
         for value in (result,) if isinstance(result, Tensor) else tree_leaves(result):
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and (self.fake or not value.is_meta):  # meta tensors take no memory
                 storage = value.untyped_storage()
                 if storage._cdata not in self._storages:
                     self._set(storage, self._component)
