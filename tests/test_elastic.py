@@ -2,7 +2,9 @@
 
 import json
 import os
+import signal
 import socket
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -45,7 +47,7 @@ class Run:
             "    from tests.fault_cases import in_every_step\n    in_every_step(hook)\n"
         )
         self.environment = {"PATH": PATH, "OMP_NUM_THREADS": 1, "GPUS_PER_NODE": 1, "MASTER_PORT": PORT}
-        self.environment |= {"PYTHONPATH": folder, "GLOO_SOCKET_IFNAME": "eth0", **environment}
+        self.environment |= {"PYTHONPATH": folder, **environment}
 
     def start(self, machine: Host) -> Job:
         return machine.start([ROOT / "torchrun.sh", "full", *self.argv], **self.environment)
@@ -61,7 +63,7 @@ class Run:
         """The starts that run.json tells."""
         return json.loads((self.folder / "run" / "run.json").read_text())["starts"]
 
-    def wait_for(self, name: str, seconds: float = 90) -> None:
+    def wait_for(self, name: str, seconds: float = 240) -> None:
         """Until the checkpoint, or another file of output_dir, is there."""
         until = time.monotonic() + seconds
         while not (self.folder / "run" / name).exists():
@@ -86,7 +88,7 @@ def test_a_machine_that_was_killed_comes_back_and_the_model_is_the_same(world, t
         back = time.monotonic()
         run.wait_for("checkpoint-4/complete.json")
         print(f"it goes on {time.monotonic() - back:.1f} s after the return")
-        assert [job.wait(60) for job in jobs] == [0, 0], "\n".join(job.output() for job in jobs)
+        assert [job.wait(240) for job in jobs] == [0, 0], "\n".join(job.output() for job in jobs)
         output = "\n".join(job.output() for job in jobs)
     assert "resuming from" in output
     assert [start["step"] for start in run.starts] == [0, 3]
@@ -94,7 +96,7 @@ def test_a_machine_that_was_killed_comes_back_and_the_model_is_the_same(world, t
     assert_same_model(tmp_path / "run", world / "straight")
 
 
-def wait_for_words(job: Job, words: str, seconds: float = 90) -> None:
+def wait_for_words(job: Job, words: str, seconds: float = 240) -> None:
     until = time.monotonic() + seconds
     while words not in job.output():
         assert time.monotonic() < until, f"no {words!r} in:\n{job.output()}"
@@ -136,7 +138,7 @@ def test_a_machine_that_joins_makes_the_run_lose_no_step(world, tmp_path, nodes,
         for job in jobs[:-1]:
             wait_for_words(job, "Detected 1 new nodes")
         waiting.unlink()
-        assert [job.wait(120) for job in jobs] == [0] * many, "\n".join(job.output() for job in jobs)
+        assert [job.wait(240) for job in jobs] == [0] * many, "\n".join(job.output() for job in jobs)
     assert [(start["step"], start["ranks"]) for start in run.starts] == (
         [(0, 2), (3, 1), (5, 2)] if few == 1 else [(0, 2), (5, 3)]
     )
@@ -145,22 +147,25 @@ def test_a_machine_that_joins_makes_the_run_lose_no_step(world, tmp_path, nodes,
 
 @pytest.mark.slow
 def test_a_spare_takes_the_place_of_a_lost_machine_and_one_that_is_not_needed_ends_well(world, tmp_path):
-    run = Run(tmp_path, fault_flags(world, tmp_path / "run"), NNODES=2, RESTARTS=2, MASTER_ADDR="host1")
+    argv = fault_flags(world, tmp_path / "run")
+    run = Run(tmp_path, argv, NNODES=2, RESTARTS=2, MASTER_ADDR="host1", LOGLEVEL="INFO")
     with hosts(3) as machines:
         waiting = run.waits_at(machines[1], step=4)
         jobs = [run.start(machine) for machine in machines[:2]]
         run.wait_for("checkpoint-3/complete.json")
         last = run.waits_at(machines[0], step=8)
         jobs.append(run.start(machines[2]))
-        time.sleep(8)
+        wait_for_words(jobs[2], "Rendezvous'ing worker group")
+        time.sleep(3)
         machines[1].kill()
         waiting.unlink()
         run.wait_for("checkpoint-7/complete.json")
         machines[1].switch_on()
         jobs[1] = run.start(machines[1])
-        time.sleep(8)
+        wait_for_words(jobs[1], "Rendezvous'ing worker group")
+        time.sleep(3)
         last.unlink()
-        statuses = [job.wait(60) for job in jobs]
+        statuses = [job.wait(240) for job in jobs]
         output = "\n".join(job.output() for job in jobs)
     assert statuses == [0, 0, 0], output
     assert "Traceback" not in jobs[1].output()
@@ -175,8 +180,22 @@ def test_a_stop_of_machines_that_may_restart_ends_with_its_status_on_all(world, 
         jobs = [run.start(machine) for machine in machines]
         run.wait_for("checkpoint-1/complete.json")
         (tmp_path / "run" / "STOP").touch()
-        statuses = [job.wait(60) for job in jobs]
+        statuses = [job.wait(240) for job in jobs]
         assert statuses == [STOPPED, STOPPED], "\n".join(job.output() for job in jobs)
+
+
+@pytest.mark.slow
+def test_a_machine_that_waits_for_others_ends_at_a_signal_as_a_stopped_run_does(world, tmp_path):
+    environment = {"NNODES": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "PATH": PATH}
+    environment = {**os.environ, "GPUS_PER_NODE": "1", "RESTARTS": "1", "LOGLEVEL": "INFO"} | environment
+    command = [ROOT / "torchrun.sh", "full", *fault_flags(world, tmp_path / "run")]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as job:
+        assert job.stderr is not None
+        assert any("Rendezvous'ing worker group" in line for line in job.stderr)
+        time.sleep(1)
+        job.send_signal(signal.SIGUSR1)
+        assert job.wait(60) == STOPPED
+        assert "ended by SIGUSR1, before ranks were started here" in job.stderr.read()
 
 
 # --- what they agree on -----------------------------------------------------------------------------------

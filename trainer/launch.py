@@ -25,6 +25,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
 
 from torch.distributed import DistError, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.distributed_c10d import PrefixStore
@@ -56,10 +58,18 @@ DEFAULTS = ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--s
 
 PATIENCE_SECONDS = 900.0
 """How long a machine waits for the one that holds the store, as torchrun does without c10d."""
+CLOSING_SECONDS = 3.0
+"""How long the store outlasts the run: spare machines look every second whether it has ended."""
 
 
 class Agent(LocalElasticAgent):
     """torchrun's process on a machine, with two differences."""
+
+    has_started_ranks = False
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:  # pyright: ignore
+        Agent.has_started_ranks = True
+        return super()._start_workers(worker_group)  # pyright: ignore
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:  # pyright: ignore
         """Stop the ranks before a restart. When a machine joins, they finish their step and save it first."""
@@ -96,6 +106,9 @@ def launch(arguments: Sequence[str], status_file: Path) -> int:
             print(f"\nerror: {how}", file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else FAILED
     except SignalException as error:
+        if not Agent.has_started_ranks:
+            print(f"ended by {error.sigval.name}, before ranks were started here", file=sys.stderr)
+            return STOPPED
         if not status_file.is_file():
             print(f"\nerror: ended by {error.sigval.name}; nothing was saved after it", file=sys.stderr)
             return FAILED
@@ -119,6 +132,8 @@ def run_with_c10d(options: Namespace) -> None:
     # torchrun's own store would tell its address to no machine that joins or comes back later. Without it,
     # rank 0 has a store of its own.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    for name in options.signals_to_handle.split(","):  # torchrun does so when it starts ranks
+        signal.signal(signal.Signals[name], _end)
     host, port = parse_rendezvous_endpoint(options.rdzv_endpoint, default_port=29400)
     for losses in itertools.count():
         here = Namespace(**vars(options))
@@ -130,12 +145,18 @@ def run_with_c10d(options: Namespace) -> None:
         here.local_addr = here.local_addr or (host if is_host else own_address(host, port))
         try:
             run(here)
+            return
         except (RendezvousConnectionError, DistError) as error:
             if losses == options.max_restarts:
                 raise
             print(f"the connection to {host}:{port} was lost ({error}); trying again", file=sys.stderr)
-        else:
-            return
+        finally:
+            if is_host:
+                time.sleep(CLOSING_SECONDS)
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    raise SignalException(f"received signal {number}", signal.Signals(number))
 
 
 def can_listen(host: str, port: int) -> bool:
