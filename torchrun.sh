@@ -45,7 +45,8 @@ if [ -n "${SLURM_STEP_NUM_NODES:-}" ]; then # under srun
     exit 2
   fi
   node_rank=${node_rank:-$SLURM_NODEID}
-  address=${address:-$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1)}
+  hosts=${address:-$(scontrol show hostnames "$SLURM_STEP_NODELIST")}
+  address=${hosts%%$'\n'*}
   port=${MASTER_PORT:-$((20000 + (SLURM_JOB_ID + SLURM_STEP_ID) % 10000))}
 fi
 
