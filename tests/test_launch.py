@@ -223,7 +223,9 @@ def test_the_slurm_script_of_the_readme_is_queued_again_after_a_stop(world, tmp_
     (tmp_path / "internlm-xcomposer2-vl-7b").symlink_to(world / "model")
     (tmp_path / "data.txt").write_text(f"{world}/data/colour.json\n")
     stand_ins = {
-        "srun": 'while [ "$1" != bash ]; do shift; done; SLURM_NODEID=0 "$@"',
+        "srun": "export SLURM_STEP_NUM_NODES=1 SLURM_STEP_NUM_TASKS=1 SLURM_NODEID=0 SLURM_STEP_ID=0\n"
+        "export SLURM_STEP_NODELIST=$SLURM_JOB_NODELIST\n"
+        'while [[ $1 != *torchrun.sh ]]; do shift; done; "$@"',
         "scontrol": 'echo "$@" >> asked; if [ "$1" = show ]; then echo localhost; fi',
     }
     for name, lines in stand_ins.items():
