@@ -67,7 +67,8 @@ def parse_flags(
         options: dict[str, Any] = {"nargs": "?", "const": "True"} if plain is bool else {}
         if get_origin(field.type) is tuple:
             options = {"nargs": "+"}
-        sections.get(groups.get(field.name), parser).add_argument(
+        section = sections[groups[field.name]] if groups else parser
+        section.add_argument(
             f"--{field.name}",
             metavar=plain.__name__.upper(),
             help=f"{docs.get(field.name)} (default: {field.default})".replace("%", "%%"),
