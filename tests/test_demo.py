@@ -85,7 +85,8 @@ def in_forked_ranks(module, *arguments):
     run_ranks(num_ranks(), importlib.import_module(module).main, [str(word) for word in arguments])
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", pytest.param("llava", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava"])
 def test_a_demo_of_another_family_trains_answers_and_adds_an_adapter(family, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer.demo, "run", in_forked_ranks)
     monkeypatch.setattr(data.easy_vqa, "CHINESE_TXT", "chinese.json 0.15\n")

@@ -157,6 +157,7 @@ def test_a_second_signal_ends_at_once_and_an_echo_does_not(world, tmp_path):
     ranks.end()
 
 
+@pytest.mark.slow
 def test_torchrun_starts_killed_ranks_again_which_go_on_and_wait_for_no_lock(world, tmp_path):
     """Rank 1, and later rank 0, which leaves its lock behind."""
     hook = """
@@ -360,9 +361,8 @@ def test_the_lock_is_removed_however_a_run_ends(world, tmp_path, end):
 # --- raised, hung -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "launcher", ["trainer.launch", pytest.param("torch.distributed.run", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["trainer.launch", "torch.distributed.run"])
 def test_a_rank_that_raises_ends_the_job_soon_and_its_traceback_is_shown_once(world, tmp_path, launcher):
     hook = """
     if (step, rank) == (3, 1):

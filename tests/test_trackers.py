@@ -179,7 +179,7 @@ def test_no_tracker_and_other_ranks_start_nothing(tmp_path):
 def test_a_run_from_scratch_gets_a_new_id_and_a_resumed_one_keeps_it(tmp_path):
     (tmp_path / ID_FILE).write_text("0123abcd")
     (tmp_path / "checkpoint-2").mkdir()
-    run = {"ranks": 1, "device": "cpu", "device_name": "cpu", "versions": {}}
+    run = {"ranks": 1, "launchers": [], "device": "cpu", "device_name": "cpu", "versions": {}}
     assert prepare_output_dir(tmp_path, run, Start(2, tmp_path / "checkpoint-2"), 0) == []
     assert (tmp_path / ID_FILE).read_text() == "0123abcd"
     assert prepare_output_dir(tmp_path, run, Start(), 0) == []
