@@ -1,6 +1,6 @@
 """Seconds of a step as three measured steps of other samples tell them, beside those that it took.
 
-    python -m tests.benchmarks.forecast_time --families xcomposer2,qwen2_5_vl
+    python -m tests.benchmarks.forecast_time --families xcomposer2,qwen2_5_vl --dtype fp32
 
 Input: none. A model of each family (workloads.py) trains four steps on the realistic mixture, and four on
 each of the other samples: all equally long, several pictures, long texts, text alone, and larger pictures
@@ -34,7 +34,7 @@ SAMPLES_OF = {
 LARGE = (672, 672)
 
 
-def measure(folder: Path, family: str, name: str, ranks: int) -> tuple[np.ndarray, np.ndarray]:
+def measure(folder: Path, family: str, name: str, ranks: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
     """What the steps of a run consisted of, and their seconds, as `work_of_run` returns them."""
     workload, model = SAMPLES_OF[name], MODELS[family]
     picture = LARGE if "large" in name else model.picture
@@ -44,7 +44,7 @@ def measure(folder: Path, family: str, name: str, ranks: int) -> tuple[np.ndarra
         --model_name_or_path {folder}/model --data_path {data} --output_dir {output} --max_steps {STEPS}
         --per_device_train_batch_size {SAMPLES} --max_length 2048 --plora_dropout 0 --save_strategy no
         --fix_sampler {workload.fix_projector} --dataloader_num_workers 1 --check_model False --report False
-        --forecast False
+        --forecast False --bf16 {dtype == "bf16"}
     """
     done = torchrun(ranks, flags.split(), timeout=1800)
     if done.returncode:
@@ -58,6 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--families", default="xcomposer2,qwen2_5_vl")
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp32"])
     options = parser.parse_args()
     print("| model | samples | seconds a step | forecast | off by |\n|---|---|---|---|---|", flush=True)
     for family in options.families.split(","):
@@ -68,7 +69,7 @@ def main() -> None:
             for samples in SAMPLES_OF:
                 if "large" in samples and family == "xcomposer2":  # it scales every picture to one size
                     continue
-                work, seconds = measure(folder, family, samples, options.ranks)
+                work, seconds = measure(folder, family, samples, options.ranks, options.dtype)
                 if samples == "realistic":
                     rates = fit_rates(work, seconds)
                 took, told = float(seconds.mean()), float((work @ rates).mean())
