@@ -296,8 +296,9 @@ def expected_epoch(
     idle_packed = idle_dealt = 0.0
     for step in range(num_steps):
         samples = sampler.samples(step)
-        tokens, costs = packing.measure(samples)
-        packed, dealt = packing.plan(samples, num_ranks), deal(len(samples), num_ranks, per_micro_batch)
+        tokens = packing.sizes(samples)[:, 0]
+        packed, costs = packing.plan(samples, num_ranks)
+        dealt = deal(len(samples), num_ranks, per_micro_batch)
         idle_packed += idle_share(packed, costs) / num_steps
         idle_dealt += idle_share(dealt, costs) / num_steps
         num_tokens += int(tokens.sum())

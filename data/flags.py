@@ -71,7 +71,7 @@ def parse_flags(
         section.add_argument(
             f"--{field.name}",
             metavar=plain.__name__.upper(),
-            help=f"{docs.get(field.name)} (default: {field.default})".replace("%", "%%"),
+            help=f"{docs[field.name]} (default: {field.default})".replace("%", "%%") if docs else None,
             default=argparse.SUPPRESS,
             **options,
         )

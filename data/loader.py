@@ -37,7 +37,7 @@ from data.batch import MicroBatch, collate
 from data.errors import DataError, FileChangedError
 from data.images import ImageProcessor, open_image, process, size_of
 from data.mixture import Source
-from data.packing import Packing, deal, idle_share, pack
+from data.packing import Packing, deal, idle_share
 from data.sample import Sample
 from data.sampler import StepSampler
 from data.tokens import IGNORED, SLOT, Encoded, Piece, SampleEncoder
@@ -252,8 +252,7 @@ class StepLoader:
         all ranks' time that the plan leaves idle, None without packing."""
         samples, idle = self._sampler.samples(step), None
         if self._packing:
-            tokens, costs = self._packing.measure(samples)
-            plan = pack(tokens, costs, self._num_ranks, self._packing.max_tokens)
+            plan, costs = self._packing.plan(samples, self._num_ranks)
             idle = idle_share(plan, costs)
         else:
             plan = deal(len(samples), self._num_ranks, self._samples_per_micro_batch)

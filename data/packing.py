@@ -134,17 +134,21 @@ class Packing:
     """Most tokens of a row."""
     cost: CostModel = CostModel()
 
-    def plan(self, samples: np.ndarray, num_ranks: int) -> Plan:
-        """The plan of a step's samples, [N, 2] (source, record)."""
+    def plan(self, samples: np.ndarray, num_ranks: int) -> tuple[Plan, np.ndarray]:
+        """The plan of a step's samples, [N, 2] (source, record), and their costs."""
         tokens, costs = self.measure(samples)
-        return pack(tokens, costs, num_ranks, self.max_tokens)
+        return pack(tokens, costs, num_ranks, self.max_tokens), costs
 
     def measure(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and costs of samples; both are 0 for samples that will be left out."""
+        tokens, image_slots, _ = self.sizes(samples).T
+        return tokens, self.cost(tokens, image_slots)
+
+    def sizes(self, samples: np.ndarray) -> np.ndarray:
+        """int64 [N, 3]: tokens, image slots, supervised tokens; all 0 for samples that will be left out."""
         rows = np.zeros((len(samples), 3), dtype=np.int64)
         for source in np.unique(samples[:, 0]):
             mine = samples[:, 0] == source
             rows[mine] = self.lengths[source][samples[mine, 1], :3]
         assert rows.min() >= -1, "a sample of this step was never measured"
-        tokens, image_slots = np.where(rows[:, 2:3] > 0, rows[:, :2], 0).T
-        return tokens, self.cost(tokens, image_slots)
+        return np.where(rows[:, 2:3] > 0, rows, 0)

@@ -259,7 +259,7 @@ def test_planning_a_step_of_1024_ranks_looks_at_every_row_once_for_a_sample(monk
     monkeypatch.setattr(data.packing, "_fill_rows", counted)
     tokens = np.clip(random.lognormal(np.log(400), 0.8, 16_384), 24, 4096).astype(np.int32)
     packing = Packing([np.stack([tokens, tokens * 0, tokens], axis=1)], max_tokens=4096)
-    plan = packing.plan(np.stack([np.zeros(16_384, np.int64), np.arange(16_384)], axis=1), 1024)
+    plan, _ = packing.plan(np.stack([np.zeros(16_384, np.int64), np.arange(16_384)], axis=1), 1024)
     rounds = len(plan[0])
     assert rounds <= -(-int(tokens.sum()) // (1024 * 4096)) + 1
     assert sum(looked_at) <= 2 * 16_384 * 1024 * rounds

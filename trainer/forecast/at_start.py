@@ -28,9 +28,9 @@ import torch
 from trainer.atomic import write_json
 from trainer.config import Config
 from trainer.distributed import Ranks, log
+from trainer.forecast.config import GB, ForecastConfig
 
 FILE = "forecast.json"
-GB = 1e9
 
 
 def asked(config: Config, ranks: Ranks) -> dict[str, Any]:
@@ -99,23 +99,22 @@ def in_words(found: dict[str, Any]) -> str:
 
 def find(asked: dict[str, Any]) -> dict[str, Any]:
     """The forecast as JSON values; DataError if the model cannot be forecast."""
-    from trainer.forecast.config import ForecastConfig
     from trainer.forecast.forecast import device_bytes, forecast
 
     config = ForecastConfig.of(asked)
     result = forecast(config, config.ranks, counts_flops=False, whole_epoch=False)
-    phases, sent = result.step.peaks, result.step.sent.values()
+    step, phases = result.step, result.step.peaks
     return {
         "ranks": config.ranks,
         "micro_batch": result.largest,
         "memory_bytes": None if config.cpu_ranks else round(config.memory * GB),
-        "held_bytes": sum(phases["held"].values()),
+        "held_bytes": step.held_bytes,
         "peak_bytes": device_bytes(result, config),
         "phase": max(phases, key=lambda name: sum(phases[name].values())),
         "phases": phases,
-        "collectives": sum(each.number for each in sent),
-        "sent_within_bytes": sum(each.within for each in sent),
-        "sent_between_bytes": sum(each.between for each in sent),
+        "collectives": sum(each.number for each in step.sent.values()),
+        "sent_within_bytes": step.sent_within_bytes,
+        "sent_between_bytes": step.sent_between_bytes,
     }
 
 

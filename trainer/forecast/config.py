@@ -13,6 +13,8 @@ from typing import Any
 from data.config import may_change
 from trainer.config import Config
 
+GB = 1e9
+
 
 @dataclass
 class ForecastConfig(Config):

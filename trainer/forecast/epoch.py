@@ -20,11 +20,13 @@ from data.batch import MicroBatch, collate
 from data.errors import DataError
 from data.packing import Packing, deal, idle_share
 from data.packing import Plan as StepPlan
+from data.reader import cost_model
 from data.sampler import StepSampler
 from trainer.config import Config
+from trainer.distributed import Ranks
 from trainer.forecast.config import ForecastConfig
 from trainer.models.family import Flops
-from trainer.prepare import Plan
+from trainer.prepare import Plan, describe, measure
 from trainer.rehearsal import all_sizes, read_batch
 
 STEPS_PLANNED = 20
@@ -91,11 +93,31 @@ class Epoch:
     """Share of time in which ranks wait for the slowest."""
 
 
-def plan_step(samples: np.ndarray, packing: Packing, config: Config, ranks: int) -> StepPlan:
-    """Which rank computes which samples; `packing` knows the lengths also if the training packs nothing."""
+def plan_of(config: Config, ranks: Ranks) -> Plan:
+    """The plan of a training; DataError with all problems of the files."""
+    plan, problems = describe(config, ranks, for_training=False)
+    if plan is None or problems:
+        raise DataError(*problems)
+    return plan
+
+
+def measured(plan: Plan, num_steps: int, config: Config) -> Packing:
+    """The lengths of the samples of the first `num_steps` steps; DataError with all problems of samples."""
+    cost = cost_model(trainer.models, plan.model_config, config.fix_vit)
+    packing, problems = measure(plan.reader, plan.sampler, num_steps, cost, config)
+    if problems:
+        raise DataError(*problems)
+    return packing
+
+
+def plan_step(
+    samples: np.ndarray, packing: Packing, config: Config, ranks: int
+) -> tuple[StepPlan, np.ndarray]:
+    """Which rank computes which samples, and their costs; `packing` knows the lengths also if the training
+    packs nothing."""
     if config.packing:
         return packing.plan(samples, ranks)
-    return deal(len(samples), ranks, config.per_device_train_batch_size)
+    return deal(len(samples), ranks, config.per_device_train_batch_size), packing.measure(samples)[1]
 
 
 def epoch_of(
@@ -104,14 +126,14 @@ def epoch_of(
     """Count an epoch, or its first `num_steps`, whose samples are measured."""
     sampler = plan.sampler
     all_samples = [sampler.samples(step) for step in range(num_steps or sampler.steps_per_epoch)]
-    used = np.array([packing.lengths[s][r] for samples in all_samples for s, r in samples], dtype=np.int64)
+    used = np.concatenate([packing.sizes(samples) for samples in all_samples])
     used = used[used[:, 2] > 0]
     rounds, idle = [], []
     for samples in all_samples[:STEPS_PLANNED]:
-        step = plan_step(samples, packing, config, ranks)
+        step, costs = plan_step(samples, packing, config, ranks)
         rounds.append(len(step[0]))
-        idle.append(idle_share(step, packing.measure(samples)[1]))
-    tokens, slots, supervised = (int(total) for total in used[:, :3].sum(0))
+        idle.append(idle_share(step, costs))
+    tokens, slots, supervised = (int(total) for total in used.sum(0))
     pairs = int((used[:, 0] ** 2).sum())
     means = math.ceil(float(np.mean(rounds))), float(np.mean(idle))
     return Epoch(len(used), tokens, slots, supervised, pairs, sampler.steps_per_epoch, *means)
@@ -133,6 +155,14 @@ class Operations:
     """Of language, for each sample, token, slot, pair and supervised position."""
     per_slot: float
     """Of vision, for an image slot."""
+
+    def of(
+        self, samples: int, tokens: int, slots: int, supervised: int, pairs: int
+    ) -> tuple[float, float, float]:
+        """(language, attention, vision); pairs: squares of the samples' lengths, summed."""
+        units = {"sample": samples, "token": tokens, "slot": slots, "supervised": supervised}
+        language = sum(per * units[unit] for unit, per in self.per_unit.items() if unit != "pair")
+        return language, self.per_unit.get("pair", 0.0) * pairs, self.per_slot * slots
 
 
 def operations_of(plan: Plan, batches: Sequence[MicroBatch]) -> Operations | None:
@@ -159,10 +189,10 @@ def some_pictures(plan: Plan, packing: Packing) -> list[MicroBatch]:
 
 def epoch_flops(operations: Operations, epoch: Epoch) -> tuple[int, int]:
     """Operations of (vision, language)."""
-    units = {"sample": epoch.samples, "token": epoch.tokens, "slot": epoch.slots}
-    units |= {"pair": epoch.pairs, "supervised": epoch.supervised}
-    language = sum(per * units[unit] for unit, per in operations.per_unit.items())
-    return round(operations.per_slot * epoch.slots), round(language)
+    language, attention, vision = operations.of(
+        epoch.samples, epoch.tokens, epoch.slots, epoch.supervised, epoch.pairs
+    )
+    return round(vision), round(language + attention)
 
 
 def work_of_steps(
@@ -172,9 +202,8 @@ def work_of_steps(
     found = []
     for step in steps:
         samples = sampler.samples(step)
-        sizes = np.array([packing.lengths[s][r][:3] for s, r in samples], dtype=np.int64)
-        sizes = np.where(sizes[:, 2:] > 0, sizes, 0)  # those without an answer are left out
-        plan = plan_step(samples, packing, config, ranks)
+        sizes = packing.sizes(samples)
+        plan, _ = plan_step(samples, packing, config, ranks)
         rounds = []
         for number in range(len(plan[0])):
             rows = np.array([_row_work(sizes[rank[number]], operations, config) for rank in plan])
@@ -189,20 +218,13 @@ def _row_work(sizes: np.ndarray, operations: Operations, config: Config) -> tupl
     tokens = sizes[:, 0]
     if not config.packing and len(tokens):
         tokens = np.full(len(tokens), tokens.max())
-    slots = int(sizes[:, 1].sum())
-    units = {"sample": len(sizes), "token": int(tokens.sum()), "slot": slots}
-    units |= {"supervised": int(sizes[:, 2].sum()), "pair": 0}
-    per = operations.per_unit
-    language = sum(each * units[unit] for unit, each in per.items())
-    return language, per.get("pair", 0.0) * int((tokens**2).sum()), operations.per_slot * slots
+    _, slots, supervised = sizes.sum(axis=0).tolist()
+    return operations.of(len(sizes), int(tokens.sum()), slots, supervised, int((tokens**2).sum()))
 
 
 def work_of_rows(batch: MicroBatch, operations: Operations, rounds: int) -> np.ndarray:
     """float64 [1, WORK] of a step of which every rank's micro-batches are `batch`."""
-    slots, per = int(batch.inputs["im_mask"].sum()), operations.per_unit
-    units = {"sample": batch.num_samples, "token": batch.num_tokens, "slot": slots}
-    units |= {"supervised": batch.num_supervised, "pair": 0}
-    language = sum(each * units[unit] for unit, each in per.items())
-    attention = per.get("pair", 0.0) * sum(length**2 for length in batch.lengths)
-    row = np.array([[language, attention, operations.per_slot * slots, 1, 0]])
+    slots, pairs = int(batch.inputs["im_mask"].sum()), sum(length**2 for length in batch.lengths)
+    work = operations.of(batch.num_samples, batch.num_tokens, slots, batch.num_supervised, pairs)
+    row = np.array([[*work, 1, 0]])
     return rounds * row + np.array([[0, 0, 0, 0, 1]])

@@ -276,6 +276,20 @@ class FakeStep:
     def peak_bytes(self) -> int:
         return max(sum(phase.values()) for phase in self.peaks.values())
 
+    @property
+    def held_bytes(self) -> int:
+        return sum(self.peaks["held"].values())
+
+    @property
+    def sent_within_bytes(self) -> int:
+        """To ranks of the same machine."""
+        return sum(each.within for each in self.sent.values())
+
+    @property
+    def sent_between_bytes(self) -> int:
+        """To other machines."""
+        return sum(each.between for each in self.sent.values())
+
 
 def fake_step(
     plan: Plan, config: Config, ranks: Ranks, micro_batch: MicroBatch, *, rounds: int = 1, gloo: bool = False

@@ -17,11 +17,9 @@ from typing import Any
 import numpy as np
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-import trainer.models
 from data.errors import DataError
-from data.reader import cost_model
 from trainer.distributed import log
-from trainer.forecast.config import ForecastConfig
+from trainer.forecast.config import GB, ForecastConfig
 from trainer.forecast.epoch import (
     STEPS_PLANNED,
     Epoch,
@@ -30,18 +28,18 @@ from trainer.forecast.epoch import (
     epoch_of,
     full_epoch,
     full_row,
+    measured,
     operations_of,
+    plan_of,
     some_pictures,
     work_of_rows,
     work_of_steps,
 )
 from trainer.forecast.fake_step import FakeStep, fake_ranks, fake_step
-from trainer.prepare import describe, measure
 from trainer.rehearsal import largest_micro_batches
 
 USABLE = 0.9
 """Share of an accelerator's memory that tensors may take; CUDA, NCCL and fragmentation take the rest."""
-GB = 1e9
 
 
 @dataclass(frozen=True)
@@ -97,17 +95,12 @@ def _forecast(
 ) -> tuple[Forecast, range]:
     """Run a step of one of the micro-batches that may take most memory; and the numbers of the others."""
     with fake_ranks(ranks, config.local_ranks) as group:
-        plan, problems = describe(config, group, for_training=False)
-        if plan is None or problems:
-            raise DataError(*problems)
+        plan = plan_of(config, group)
         if config.data_path:
-            cost = cost_model(trainer.models, plan.model_config, config.fix_vit)
             steps = plan.sampler.steps_per_epoch
             if not whole_epoch:
                 steps = plan.total_steps if config.packing else min(plan.total_steps, STEPS_PLANNED)
-            packing, problems = measure(plan.reader, plan.sampler, steps, cost, config)
-            if problems:
-                raise DataError(*problems)
+            packing = measured(plan, steps, config)
             epoch = epoch_of(plan, packing, config, ranks, None if whole_epoch else min(steps, STEPS_PLANNED))
             samples = config.per_device_train_batch_size
             batches = largest_micro_batches(plan.reader, samples, packing if config.packing else None)

@@ -12,9 +12,9 @@ from typing import Any
 
 from data.ledger import table
 from trainer.distributed import log
-from trainer.forecast.config import ForecastConfig
+from trainer.forecast.config import GB, ForecastConfig
 from trainer.forecast.fake_step import COMPONENTS, FakeStep
-from trainer.forecast.forecast import GB, USABLE, Forecast, device_bytes, forecast, ways_to_fit
+from trainer.forecast.forecast import USABLE, Forecast, device_bytes, forecast, ways_to_fit
 from trainer.forecast.speed import MeasuredRun, measured_run, speed
 
 
@@ -113,15 +113,15 @@ def _checkpoints(config: ForecastConfig, result: Forecast) -> int | None:
 
 def _line(config: ForecastConfig, result: Forecast, run: MeasuredRun | None) -> dict[str, Any]:
     """A row of the comparison of numbers of ranks."""
-    sent = result.step.sent.values()
+    step = result.step
     return {
         "ranks": result.ranks,
-        "held_bytes": sum(result.step.peaks["held"].values()),
+        "held_bytes": step.held_bytes,
         "peak_bytes": device_bytes(result, config),
-        "padding_bytes": _padding(result.step),
-        "padding_share": _padding(result.step) / result.step.peaks["held"]["parameters"],
-        "sent_within_bytes": sum(each.within for each in sent),
-        "sent_between_bytes": sum(each.between for each in sent),
+        "padding_bytes": _padding(step),
+        "padding_share": _padding(step) / step.peaks["held"]["parameters"],
+        "sent_within_bytes": step.sent_within_bytes,
+        "sent_between_bytes": step.sent_between_bytes,
         "steps": result.epoch.steps,
         "idle": result.epoch.idle,
         "seconds": speed(config, result, run)[0],

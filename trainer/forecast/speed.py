@@ -22,14 +22,11 @@ from typing import Any
 
 import numpy as np
 
-import trainer.models
-from data.reader import cost_model
 from trainer.distributed import log
 from trainer.forecast.config import ForecastConfig
-from trainer.forecast.epoch import operations_of, some_pictures, work_of_steps
+from trainer.forecast.epoch import measured, operations_of, plan_of, some_pictures, work_of_steps
 from trainer.forecast.fake_step import fake_ranks
 from trainer.forecast.forecast import Forecast
-from trainer.prepare import describe, measure
 
 PRIOR = np.array([0.9, 0.9, 0.9, 0.05, 0.05])
 """Parts of the time of a mean step, if all operations are equally fast: the first three together, the others
@@ -82,7 +79,7 @@ def measured_run(config: ForecastConfig) -> MeasuredRun | None:
     try:
         work, seconds = work_of_run(about, lines)
     except ValueError as error:  # also a DataError
-        return MeasuredRun(folder, lines, about["ranks"], None, " ".join(str(error).split()))
+        return MeasuredRun(folder, lines, about["ranks"], None, "; ".join(str(error).splitlines()))
     return MeasuredRun(folder, lines, about["ranks"], fit_rates(work, seconds))
 
 
@@ -97,13 +94,8 @@ def work_of_run(about: dict[str, Any], lines: list[dict[str, Any]]) -> tuple[np.
             raise ValueError(f"there is no {getattr(config, name)} here")
     log(f"counting the steps of {about['config']['output_dir']}")
     with fake_ranks(config.ranks, config.ranks) as group:
-        plan, problems = describe(config, group, for_training=False)
-        if plan is None or problems:
-            raise ValueError("; ".join(problems))
-        cost = cost_model(trainer.models, plan.model_config, config.fix_vit)
-        packing, problems = measure(plan.reader, plan.sampler, int(lines[-1]["step"]), cost, config)
-        if problems:
-            raise ValueError("; ".join(problems))
+        plan = plan_of(config, group)
+        packing = measured(plan, int(lines[-1]["step"]), config)
         operations = operations_of(plan, some_pictures(plan, packing))
     if operations is None:
         raise ValueError("the operations of its model cannot be counted")
