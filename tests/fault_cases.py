@@ -138,6 +138,18 @@ def launch(
     )
 
 
+def wait_for(reached: Callable[[], object], about: Callable[[], object], seconds: float = 90) -> None:
+    """Poll until `reached()`; in vain, the test fails and shows `about()`."""
+    until = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < until, about()
+        time.sleep(0.05)
+
+
+def wait_for_file(path: Path, seconds: float = 90) -> None:
+    wait_for(path.exists, lambda: path, seconds)
+
+
 def is_gone(process: int, seconds: float) -> bool:
     until = time.monotonic() + seconds
     while time.monotonic() < until:

@@ -77,8 +77,7 @@ class Job:
     def poll(self) -> int | None:
         """The exit status, None while it runs."""
         if self.status is None:
-            ended, status = os.waitpid(self._waiting, os.WNOHANG)
-            self.status = os.waitstatus_to_exitcode(status) if ended else None
+            self.status = _status_of_child(self._waiting)
         return self.status
 
     def output(self) -> str:
@@ -260,14 +259,13 @@ class ForkedRank:
             os.environ.update(env)
             leave(main(args[args.index("trainer.main") + 1 :]))
         except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+            status = _status_of(end)
         finally:
             os._exit(status)
 
     def poll(self) -> int | None:
         if self.returncode is None:
-            ended, status = os.waitpid(self.pid, os.WNOHANG)
-            self.returncode = os.waitstatus_to_exitcode(status) if ended else None
+            self.returncode = _status_of_child(self.pid)
         return self.returncode
 
     def wait(self, timeout: float = math.inf) -> int:
@@ -277,6 +275,16 @@ class ForkedRank:
                 raise subprocess.TimeoutExpired("a rank", timeout)
             time.sleep(0.02)
         return status
+
+
+def _status_of_child(process: int) -> int | None:
+    """The exit status of a child, negative for a signal; None while it runs."""
+    ended, status = os.waitpid(process, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if ended else None
+
+
+def _status_of(end: SystemExit) -> int:
+    return end.code if isinstance(end.code, int) else int(end.code is not None)
 
 
 # --- namespaces -------------------------------------------------------------------------------------------
@@ -333,7 +341,7 @@ def _run_on(
         if status < 0:
             os.kill(os.getpid(), -status)
     except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        status = _status_of(end)
     except BaseException:
         os.write(2, traceback.format_exc().encode())  # the log, whose file Python has closed
     finally:

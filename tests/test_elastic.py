@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from tests.fault_cases import STOPPED, assert_same_model, fault_flags, in_every_step
+from tests.fault_cases import STOPPED, assert_same_model, fault_flags, in_every_step, wait_for, wait_for_file
 from tests.hosts import PORT, Host, Job, hosts, launch_forked
 from tests.tiny import ROOT, free_port, read_metrics, run_ranks
 from trainer.distributed import NEWEST_ATTEMPT, store_of_attempt
-from trainer.launch import can_listen, own_address
+from trainer.launch import can_listen, wait_for_store
 from trainer.main import main
 
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -81,10 +81,7 @@ class Run:
 
     def wait_for(self, name: str, seconds: float = 240) -> None:
         """Until the checkpoint, or another file of output_dir, is there."""
-        until = time.monotonic() + seconds
-        while not (self.folder / "run" / name).exists():
-            assert time.monotonic() < until, name
-            time.sleep(0.1)
+        wait_for_file(self.folder / "run" / name, seconds)
 
 
 @pytest.mark.parametrize(
@@ -117,10 +114,7 @@ def test_a_machine_that_was_killed_comes_back_and_the_model_is_the_same(world, t
 
 
 def wait_for_words(job: Job, words: str, seconds: float = 240) -> None:
-    until = time.monotonic() + seconds
-    while words not in job.output():
-        assert time.monotonic() < until, f"no {words!r} in:\n{job.output()}"
-        time.sleep(0.1)
+    wait_for(lambda: words in job.output(), lambda: f"no {words!r} in:\n{job.output()}", seconds)
 
 
 def assert_same_steps(run: Path, straight: Path) -> None:
@@ -243,6 +237,6 @@ def test_the_machine_that_has_the_address_holds_the_store_unless_the_port_is_tak
     port = free_port()
     assert can_listen("localhost", port)
     assert not can_listen("192.0.2.1", port)
-    assert own_address("localhost", port) == "127.0.0.1"
     with socket.create_server(("127.0.0.1", port)):
         assert not can_listen("localhost", port)
+        assert wait_for_store("localhost", port) == "127.0.0.1"

@@ -7,12 +7,11 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.fault_cases import STOPPED, assert_same_model, fault_flags, launch
+from tests.fault_cases import STOPPED, assert_same_model, fault_flags, launch, wait_for_file
 from tests.installed import install
 from tests.tiny import ROOT, free_port, read_metrics
 
@@ -39,7 +38,7 @@ def test_the_launcher_passes_a_signal_on_and_ends_with_the_trainers_last_words(w
     environment = {"GPUS_PER_NODE": "2", "MASTER_PORT": str(free_port())}
     argv = fault_flags(world, output_dir, max_steps=100000)
     process = start("./torchrun.sh", "full", *argv, log=log, **environment)
-    wait_for(output_dir / "checkpoint-1")
+    wait_for_file(output_dir / "checkpoint-1")
     process.send_signal(signal_)
     assert process.wait(60) == STOPPED, log.read_text()
     output = log.read_text()
@@ -185,7 +184,7 @@ def test_the_launchers_of_all_machines_end_with_the_trainers_status(world, tmp_p
     for number in range(2):
         node = {**environment, "NODE_RANK": str(number)}
         jobs.append(start("./torchrun.sh", *argv, log=tmp_path / f"log{number}", **node))
-    wait_for(tmp_path / "run" / "checkpoint-1")
+    wait_for_file(tmp_path / "run" / "checkpoint-1")
     if ending == "stopped":
         (tmp_path / "run" / "STOP").touch()
     else:
@@ -200,13 +199,6 @@ def test_the_launchers_of_all_machines_end_with_the_trainers_status(world, tmp_p
         assert (
             last[0] == "error: lost the connection to another rank, perhaps on another machine; see its error"
         )
-
-
-def wait_for(path: Path, seconds: float = 90) -> None:
-    until = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < until, path
-        time.sleep(0.2)
 
 
 def test_the_slurm_script_of_the_readme_is_queued_again_after_a_stop(world, tmp_path):
@@ -235,7 +227,7 @@ def test_the_slurm_script_of_the_readme_is_queued_again_after_a_stop(world, tmp_
     environment = {"PATH": f"{tmp_path / 'bin'}:{BINARIES}:{os.environ['PATH']}", "SLURM_CPUS_PER_TASK": "2"}
     environment |= {"SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "42"}
     job = start("bash", "pets.sh", log=tmp_path / "log", folder=tmp_path, **environment)
-    wait_for(tmp_path / "output" / "pets" / "metrics.jsonl")
+    wait_for_file(tmp_path / "output" / "pets" / "metrics.jsonl")
     (tmp_path / "output" / "pets" / "STOP").touch()
     assert job.wait(60) == STOPPED, (tmp_path / "log").read_text()
     assert (tmp_path / "asked").read_text().splitlines() == ["show hostnames node[1-2]", "requeue 42"]

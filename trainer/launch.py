@@ -140,9 +140,8 @@ def run_with_c10d(options: Namespace) -> None:
         is_host = can_listen(host, port)
         if "is_host" not in here.rdzv_conf:  # torchrun compares names, which on Debian mean 127.0.1.1
             here.rdzv_conf = ",".join(filter(None, [here.rdzv_conf, f"is_host={is_host}"]))
-        if not is_host:
-            wait_for_store(host, port)
-        here.local_addr = here.local_addr or (host if is_host else own_address(host, port))
+        own_address = host if is_host else wait_for_store(host, port)
+        here.local_addr = here.local_addr or own_address
         try:
             run(here)
             return
@@ -161,34 +160,25 @@ def _end(number: int, frame: FrameType | None) -> NoReturn:
 
 def can_listen(host: str, port: int) -> bool:
     """Whether this machine has the address, and the port is free."""
-    with suppress(OSError), socket.create_server((host, port), family=_family(host)):
-        return True
+    with suppress(OSError):
+        family = socket.getaddrinfo(host, None)[0][0]
+        with socket.create_server((host, port), family=family):
+            return True
     return False
 
 
-def wait_for_store(host: str, port: int) -> None:
-    """Return when there is an answer; RendezvousConnectionError if there is none in time."""
+def wait_for_store(host: str, port: int) -> str:
+    """This machine's address on the way to the store, once that answers; RendezvousConnectionError if it does
+    not in time."""
     until = time.monotonic() + PATIENCE_SECONDS
     while True:
         try:
-            socket.create_connection((host, port), timeout=5).close()
+            with socket.create_connection((host, port), timeout=5) as connection:
+                return connection.getsockname()[0]
         except OSError as error:
             if time.monotonic() > until:
                 raise RendezvousConnectionError(str(error)) from error
             time.sleep(0.5)
-        else:
-            return
-
-
-def own_address(host: str, port: int) -> str:
-    """This machine's address on the way to another, by which that one can reach it."""
-    with socket.socket(_family(host), socket.SOCK_DGRAM) as probe:
-        probe.connect((host, port))
-        return probe.getsockname()[0]
-
-
-def _family(host: str) -> socket.AddressFamily:
-    return socket.getaddrinfo(host, None)[0][0]
 
 
 def tell_other_machines(options: Namespace, rank: int, how: str) -> None:
