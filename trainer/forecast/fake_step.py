@@ -281,12 +281,12 @@ class FakeStep:
         return sum(self.peaks["held"].values())
 
     @property
-    def sent_within_bytes(self) -> int:
+    def sent_within_bytes(self) -> float:
         """To ranks of the same machine."""
         return sum(each.within for each in self.sent.values())
 
     @property
-    def sent_between_bytes(self) -> int:
+    def sent_between_bytes(self) -> float:
         """To other machines."""
         return sum(each.between for each in self.sent.values())
 

@@ -9,10 +9,9 @@ micro-batches and steps (`trainer.forecast.epoch.WORK`). Output: seconds for eac
 
     seconds [n] ≈ work [n, 5] · rates [5], each rate at least 0
 
-Three steps cannot tell five rates apart by themselves: steps are much alike. So the rates are drawn to those
-of a machine on which all operations are equally fast, and communication and the optimizer take little, as
-strongly as if each were known to its own size (PRIOR), and seconds to NOISE. Differences of steps tell the
-rest.
+Three steps alone cannot determine five rates, because steps are much alike. So the least-squares fit has a
+prior: the rates of a machine on which all operations are equally fast, and communication and the optimizer
+take little (PRIOR). The standard deviation of a rate is its prior value; that of measured seconds is NOISE.
 """
 
 import json
@@ -30,7 +29,7 @@ from trainer.forecast.forecast import Forecast
 
 PRIOR = np.array([0.9, 0.9, 0.9, 0.05, 0.05])
 """Parts of the time of a mean step, if all operations are equally fast: the first three together, the others
-each. A rate is known as well as it is large."""
+each."""
 NOISE = 0.05
 """Share by which measured seconds vary."""
 
