@@ -2,11 +2,11 @@
 
     python -m tests.benchmarks.forecast_time --families xcomposer2,qwen2_5_vl --dtype fp32
 
-Input: none. A model of each family (workloads.py) trains four steps on the realistic mixture, and four on
-each of the other samples: all equally long, several pictures, long texts, text alone, and larger pictures
-where the model takes them as they are. Output: a Markdown table. The first step of a run counts nowhere; what
-the steps consisted of is counted from their samples, and the rates of the first run tell the time of the
-others (`trainer/forecast/speed.py`).
+Input: none. A model of each family (workloads.py) trains four steps on the realistic mixture, whose rates
+(`trainer/forecast/speed.py`) forecast the four that it trains next on other samples: all equally long,
+several pictures, long texts, text alone, and larger pictures where the model takes them as they are. Output:
+a Markdown table. The realistic mixture is measured anew before each of the others, because a machine's speed
+drifts. The first step of a run counts nowhere; what the steps consisted of is counted from their samples.
 """
 
 import argparse
@@ -24,7 +24,6 @@ from trainer.forecast.speed import fit_rates, work_of_run
 
 STEPS, SAMPLES = 4, 4
 SAMPLES_OF = {
-    "realistic": WORKLOADS["realistic"],
     "equal lengths": WORKLOADS["equal"],
     "3 to 6 pictures": WORKLOADS["multi_image"],
     "1,000 tokens, a picture": Workload("", lambda random: (856, 1)),
@@ -32,19 +31,22 @@ SAMPLES_OF = {
     "a picture four times as large": Workload("", lambda random: (200, 1)),
 }
 LARGE = (672, 672)
+HEADER = """\
+| model | samples | s a step, realistic | s a step | forecast | off by |
+|---|---|---|---|---|---|"""
 
 
 def measure(folder: Path, family: str, name: str, ranks: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
     """What the steps of a run consisted of, and their seconds, as `work_of_run` returns them."""
-    workload, model = SAMPLES_OF[name], MODELS[family]
+    workload, model = SAMPLES_OF.get(name, WORKLOADS["realistic"]), MODELS[family]
     picture = LARGE if "large" in name else model.picture
-    output = folder / name.replace(" ", "-")
+    output = Path(tempfile.mkdtemp(dir=folder))
     data = make_data(output / "data", workload.shapes, STEPS * SAMPLES * ranks, picture=picture)
     flags = f"""
         --model_name_or_path {folder}/model --data_path {data} --output_dir {output} --max_steps {STEPS}
         --per_device_train_batch_size {SAMPLES} --max_length 2048 --plora_dropout 0 --save_strategy no
         --fix_sampler {workload.fix_projector} --dataloader_num_workers 1 --check_model False --report False
-        --forecast False --bf16 {dtype == "bf16"}
+        --rehearse False --forecast False --bf16 {dtype == "bf16"}
     """
     done = torchrun(ranks, flags.split(), timeout=1800)
     if done.returncode:
@@ -60,20 +62,19 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp32"])
     options = parser.parse_args()
-    print("| model | samples | seconds a step | forecast | off by |\n|---|---|---|---|---|", flush=True)
+    print(HEADER, flush=True)
     for family in options.families.split(","):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             MODELS[family].make(folder / "model")
-            rates = np.zeros(0)
             for samples in SAMPLES_OF:
                 if "large" in samples and family == "xcomposer2":  # it scales every picture to one size
                     continue
+                known = measure(folder, family, "realistic", options.ranks, options.dtype)
                 work, seconds = measure(folder, family, samples, options.ranks, options.dtype)
-                if samples == "realistic":
-                    rates = fit_rates(work, seconds)
-                took, told = float(seconds.mean()), float((work @ rates).mean())
-                row = [family, samples, f"{took:.2f}", f"{told:.2f}", f"{told / took - 1:+.1%}"]
+                took, told = seconds.mean(), (work @ fit_rates(*known)).mean()
+                numbers = [known[1].mean(), took, told]
+                row = [family, samples, *(f"{n:.2f}" for n in numbers), f"{told / took - 1:+.1%}"]
                 print(f"| {' | '.join(row)} |", flush=True)
 
 
