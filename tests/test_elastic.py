@@ -17,7 +17,7 @@ from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[re
 from tests.fault_cases import STOPPED, assert_same_model, fault_flags, in_every_step, wait_for, wait_for_file
 from tests.hosts import PORT, Host, Job, hosts, launch_forked
 from tests.tiny import ROOT, free_port, read_metrics, run_ranks
-from trainer.distributed import NEWEST_ATTEMPT, store_of_attempt
+from trainer.job import NEWEST_ATTEMPT, store_of_attempt
 from trainer.launch import can_listen, wait_for_store
 from trainer.main import main
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import trainer.distributed
+import trainer.job
 from tests.fault_cases import STOPPED, fault_flags, launch
 from tests.tiny import free_port, run_ranks
-from trainer.distributed import LOST_PEER, all_sum, finish, is_main, rank_zero_first, start
+from trainer.distributed import all_sum, finish, start
+from trainer.job import LOST_PEER, is_main, rank_zero_first
 
 BLOCK = """
         mutex, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)
@@ -118,7 +119,7 @@ def test_a_rank_may_end_well_long_before_another():
     """Without torchrun, rank 0 also takes the store with it."""
 
     def run() -> None:
-        trainer.distributed.POLL_SECONDS = trainer.distributed.ENDING_SECONDS = 0.1
+        trainer.job.POLL_SECONDS = trainer.job.ENDING_SECONDS = 0.1
         start()
         time.sleep(0 if is_main() else 2)
         finish()

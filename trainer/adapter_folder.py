@@ -34,7 +34,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from data.errors import DataError
 from trainer.atomic import Jobs
-from trainer.distributed import is_main, log
+from trainer.job import is_main, log
 from trainer.models import Parts, build_model, preprocessing_of
 from trainer.trainable import is_adapter
 from trainer.weights import base_checksum

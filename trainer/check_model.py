@@ -37,8 +37,9 @@ from data.errors import DataError
 from data.images import open_image, process
 from data.loader import SampleReader
 from trainer.config import Config
-from trainer.distributed import all_max, log
+from trainer.distributed import all_max
 from trainer.evaluate import without_dropout
+from trainer.job import log
 from trainer.models import own_arguments
 from trainer.prepare import Plan
 from trainer.rehearsal import all_sizes, forward_backward, read_batch

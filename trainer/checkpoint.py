@@ -56,7 +56,7 @@ from trainer.atomic import (
     write_json,
 )
 from trainer.config import Config
-from trainer.distributed import is_main, log
+from trainer.job import is_main, log
 from trainer.lock import Lock
 from trainer.shards import read_rows, rows_to_write, save_tensors, span, write_index
 

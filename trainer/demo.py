@@ -35,7 +35,7 @@ import torch
 
 from data.easy_vqa import EASY_VQA_FILES, kind_of, write_demo_data
 from data.errors import DataError
-from trainer.distributed import BAD_INPUT, FAILED
+from trainer.job import BAD_INPUT, FAILED
 from trainer.models.demo_bases import DEMO_BASES
 
 TRAIN = """

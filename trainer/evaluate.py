@@ -40,8 +40,9 @@ from data.sample import Sample
 from data.sampler import StepSampler, epoch_order
 from trainer.atomic import MARKER
 from trainer.config import Config
-from trainer.distributed import Ranks, all_max, all_sum, is_main, log
+from trainer.distributed import Ranks, all_max, all_sum
 from trainer.generate import answer_some
+from trainer.job import is_main, log
 from trainer.models import use_generation_defaults
 from trainer.parallelize import gathered, reshard
 from trainer.scores import closest, default_metrics, mean_scores, parse_metrics

@@ -41,19 +41,16 @@ from data.records import Records
 from data.sample import PLACEHOLDER
 from data.tokens import Encoded, SampleEncoder
 from trainer.adapter_folder import CONFIG_FILE, adapter_preprocessing, read_adapter
-from trainer.distributed import (
+from trainer.distributed import Ranks, finish, start, step_seed
+from trainer.job import (
     BAD_INPUT,
     FAILED,
-    Ranks,
     agree_on_problems,
-    finish,
     is_main,
     leave,
     log,
     no_bar,
     rank_zero_first,
-    start,
-    step_seed,
     tell_failure,
 )
 from trainer.lora import adapted_model

@@ -43,7 +43,7 @@ from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.launcher import api
 from torch.distributed.run import parse_args, run
 
-from trainer.distributed import (
+from trainer.job import (
     BAD_INPUT,
     FAILED,
     FAILED_RANK,

@@ -37,7 +37,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.distributed import FAILED, before_exit, leave, log
+from trainer.job import FAILED, before_exit, leave, log
 
 NAME = "run.lock"
 BEAT_SECONDS = 5.0

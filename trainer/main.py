@@ -33,25 +33,20 @@ from data.errors import DataError
 from trainer.check_model import check_model, problems_of
 from trainer.checkpoint import Checkpoints, LoadError, SaveError, load, resumable
 from trainer.config import Config, ConfigError, parse
-from trainer.distributed import (
+from trainer.distributed import Ranks, device_mesh, finish, make_deterministic, start, step_seed
+from trainer.evaluate import Evaluation
+from trainer.job import (
     BAD_INPUT,
     FAILED,
     LOST_PEER,
     STOPPED,
-    Ranks,
     agree_on_problems,
-    device_mesh,
-    finish,
     is_lost_peer,
     leave,
     log,
-    make_deterministic,
     no_bar,
-    start,
-    step_seed,
     tell_failure,
 )
-from trainer.evaluate import Evaluation
 from trainer.lock import Lock
 from trainer.loss import chunked_cross_entropy
 from trainer.metrics import MetricsFile, Window, sum_over_ranks, summary, write_capsule

@@ -29,7 +29,8 @@ from data.batch import MicroBatch, to_device
 from data.ledger import ledger_rows, ledger_table, tally
 from data.mixture import Source
 from trainer.atomic import write_json
-from trainer.distributed import all_max, all_sum, is_main, log, step_seed
+from trainer.distributed import all_max, all_sum, step_seed
+from trainer.job import is_main, log
 from trainer.trackers import Trackers
 
 

@@ -29,7 +29,7 @@ from huggingface_hub import EvalResult, ModelCardData, metadata_load
 from transformers import PreTrainedConfig
 
 from data.files import replace_file
-from trainer.distributed import log
+from trainer.job import log
 from trainer.models import Parts, answering_class
 
 CARD = """---

@@ -29,8 +29,9 @@ from data.sampler import StepSampler
 from trainer.adapter_folder import adapter_preprocessing, loads_by_itself
 from trainer.atomic import output_dir_problems
 from trainer.config import Config
-from trainer.distributed import Ranks, agree_on_problems, all_max, is_main, log, rank_zero_first
+from trainer.distributed import Ranks, all_max
 from trainer.evaluate import EvalPlan, plan_evaluation
+from trainer.job import agree_on_problems, is_main, log, rank_zero_first
 from trainer.lora import Adapters, add_adapters
 from trainer.models import Parts, build_model, flops_of, parts_of, set_options
 from trainer.models.family import Flops

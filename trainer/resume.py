@@ -32,7 +32,8 @@ from data.mixture import Source
 from trainer.atomic import FINAL, MARKER, move_into, numbered
 from trainer.checkpoint import damage, read_marker
 from trainer.config import Config
-from trainer.distributed import Ranks, is_main, log
+from trainer.distributed import Ranks
+from trainer.job import is_main, log
 from trainer.lock import identity
 from trainer.models import answering_class
 from trainer.prepare import Plan

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from data.files import replace_file, sync_to_disk
-from trainer.distributed import is_main
+from trainer.job import is_main
 from trainer.weights import local_rows
 
 INDEX = "index.json"

@@ -10,7 +10,7 @@ A second signal ends the process immediately. A scheduler may signal every proce
 then forwards the same signal: whatever arrives within ECHO_SECONDS of the first counts as its echo.
 
 torchrun also sends SIGTERM to the remaining ranks when one has ended. No step can be finished without that
-one, so the flag has no effect then. A rank that was killed could tell no other (trainer/distributed.py): the
+one, so the flag has no effect then. A rank that was killed could tell no other (trainer/job.py): the
 thread that hears the signals tells them, and ends its own process.
 """
 
@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from trainer.distributed import (
+from trainer.job import (
     LOST_PEER,
     POLL_SECONDS,
     end_now,

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.distributed import log
+from trainer.job import log
 
 ID_FILE = "tracker-id"
 MAX_WAITING = 10_000

@@ -46,9 +46,10 @@ from data.mixture import read_mixture
 from data.reader import open_reader
 from trainer.check_model import ROUNDING, Check, check_model, shortest_samples
 from trainer.config import parse
-from trainer.distributed import BAD_INPUT, FAILED, Ranks, device_mesh, finish, start
+from trainer.distributed import Ranks, device_mesh, finish, start
 from trainer.evaluate import without_dropout
 from trainer.generate import load_model as load_for_answers
+from trainer.job import BAD_INPUT, FAILED
 from trainer.loss import chunked_cross_entropy
 from trainer.model_files import load_model
 from trainer.models import load_config, own_arguments, parts_of

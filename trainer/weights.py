@@ -40,7 +40,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from trainer.atomic import Jobs, write_json
-from trainer.distributed import is_main
+from trainer.job import is_main
 from trainer.models import Parts
 from trainer.models.family import SAME_NAMES, Conversion, Names
 from trainer.trainable import checkpoint_name, is_adapter

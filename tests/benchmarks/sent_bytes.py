@@ -18,8 +18,8 @@ from pathlib import Path
 
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from trainer.distributed import leave
 from trainer.forecast.fake_step import Count
+from trainer.job import leave
 from trainer.main import main
 
 

@@ -24,7 +24,8 @@ import torch
 from torch.profiler import profile
 
 from trainer.config import Config
-from trainer.distributed import Ranks, log
+from trainer.distributed import Ranks
+from trainer.job import log
 
 RANGES = ("data_wait", "host_to_device", "forward", "  vision", "  loss", "backward", "optimizer", "saving")
 """In the order of a step; a range within another is indented."""

@@ -29,9 +29,9 @@ from pathlib import Path
 from data.errors import DataError
 from data.flags import ConfigError, parse_flags
 from trainer.config import REPLACED
-from trainer.distributed import BAD_INPUT, log
 from trainer.forecast.config import ForecastConfig
 from trainer.forecast.report import as_text, report
+from trainer.job import BAD_INPUT, log
 
 
 def main(argv: Sequence[str] | None = None) -> int:

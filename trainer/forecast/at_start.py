@@ -27,8 +27,9 @@ import torch
 
 from trainer.atomic import write_json
 from trainer.config import Config
-from trainer.distributed import Ranks, log
+from trainer.distributed import Ranks
 from trainer.forecast.config import GB, ForecastConfig
+from trainer.job import log
 
 FILE = "forecast.json"
 

@@ -18,7 +18,6 @@ import numpy as np
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from data.errors import DataError
-from trainer.distributed import log
 from trainer.forecast.config import GB, ForecastConfig
 from trainer.forecast.epoch import (
     STEPS_PLANNED,
@@ -36,6 +35,7 @@ from trainer.forecast.epoch import (
     work_of_steps,
 )
 from trainer.forecast.fake_step import FakeStep, fake_ranks, fake_step
+from trainer.job import log
 from trainer.rehearsal import largest_micro_batches
 
 USABLE = 0.9

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from data.ledger import table
-from trainer.distributed import log
 from trainer.forecast.config import GB, ForecastConfig
 from trainer.forecast.fake_step import COMPONENTS, FakeStep
 from trainer.forecast.forecast import USABLE, Forecast, device_bytes, forecast, ways_to_fit
 from trainer.forecast.speed import MeasuredRun, measured_run, speed
+from trainer.job import log
 
 
 def report(config: ForecastConfig) -> dict[str, Any]:

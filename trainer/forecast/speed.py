@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from trainer.distributed import log
 from trainer.forecast.config import ForecastConfig
 from trainer.forecast.epoch import measured, operations_of, plan_of, some_pictures, work_of_steps
 from trainer.forecast.fake_step import fake_ranks
 from trainer.forecast.forecast import Forecast
+from trainer.job import log
 
 PRIOR = np.array([0.8, 0.8, 0.8, 0.1, 0.1])
 """Parts of the time of a mean step, if all operations are equally fast: the first three together, the others

@@ -24,7 +24,7 @@ import jinja2
 
 from data.files import replace_file
 from trainer.config import Config
-from trainer.distributed import BAD_INPUT, is_main, log
+from trainer.job import BAD_INPUT, is_main, log
 from trainer.report import tables
 from trainer.report.answers import MOST_EVALUATIONS, RIGHT_FROM, read_questions
 from trainer.report.commands import all_flags, changed_flags, commands, differences
