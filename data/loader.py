@@ -140,20 +140,18 @@ class SampleReader:
             return self.image_processor
         return self.image_processor.smaller()[encoded.image_limit]
 
-    def read_prompt(
-        self, source_number: int, index: int, *, decode: bool = True
-    ) -> tuple[Sample, Encoded, list[Any]]:
+    def read_prompt(self, source_number: int, index: int) -> tuple[Sample, Encoded, list[Any]]:
         """The sample, with or without an answer, and the prompt for generating one, with its pictures.
 
         A prompt is never cut: DataError if it does not fit into max_length, with smaller images if
-        `fit_images`. `decode=False` reads only the pictures' headers and returns no pictures.
+        `fit_images`.
         """
         with self._open(source_number, index, needs_answer=False) as (sample, images, size):
             pieces = self.encoder.prompt_pieces(sample)
             smaller = self.image_processor.smaller() if self.fit_images and sample.images else {}
             for processor in (self.image_processor, *smaller.values()):
                 if not (prompt := self._join(pieces, size, processor)).is_cut:
-                    return sample, prompt, [process(image, processor) for image in images if decode]
+                    return sample, prompt, [process(image, processor) for image in images]
             raise DataError(f"the question is longer than max_length={self.encoder.max_length}; raise it")
 
     @contextmanager

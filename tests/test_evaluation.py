@@ -4,20 +4,24 @@ model does, and decide which model is kept and when to stop, also across kills a
 import itertools
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import trainer.evaluate
 import trainer.generate
 from data.batch import collate
 from data.mixture import read_mixture
-from tests.fault_cases import STOPPED, main_stopped_after
+from tests.fault_cases import STOPPED, Ranks, main_stopped_after, send
 from tests.tiny import flags, read_metrics, run_ranks, tiny_data, tiny_world
+from tests.tiny_models import tiny_folder
 from trainer.main import main
+from trainer.stopping import StopRequest
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +96,13 @@ def test_the_loss_is_the_mean_over_the_supervised_tokens_of_the_base_model(world
     assert first["samples"] == sum(map(len, losses.values()))
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(4, marks=pytest.mark.slow)])
+UNEVEN = {"per_device_train_batch_size": 2, "global_batch_size": 7}
+"""7 samples on 3 ranks."""
+
+
+@pytest.mark.parametrize("ranks", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))])
 def test_any_number_of_ranks_measures_and_answers_the_same(world, two_ranks, ranks):
-    batch = {1: {"per_device_train_batch_size": 6}, 4: {"per_device_train_batch_size": 1}}[ranks]
+    batch = {1: {"per_device_train_batch_size": 6}, 3: UNEVEN, 4: {"per_device_train_batch_size": 1}}[ranks]
     run_ranks(ranks, main, eval_flags(world, f"ranks-{ranks}", max_steps=1, **batch))
     ours, theirs = evaluations(world / f"ranks-{ranks}")[0], evaluations(two_ranks)[0]
     assert ours["step"] == theirs["step"] == 0
@@ -105,15 +113,17 @@ def test_any_number_of_ranks_measures_and_answers_the_same(world, two_ranks, ran
 
 
 def test_evaluating_changes_no_bit_of_the_training(world, two_ranks):
-    run_ranks(
-        2, main, eval_flags(world, "without", eval_data_path=None, eval_on_start=None, eval_generate=None)
-    )
+    changes = {"eval_data_path": None, "eval_on_start": None, "eval_generate": None}
+    run_ranks(2, main, eval_flags(world, "without", save_strategy="steps", save_steps=2, **changes))
     with_evaluation, without = read_metrics(two_ranks), read_metrics(world / "without")
     for ours, theirs in zip(with_evaluation, without, strict=True):
         for name in ("loss", "grad_norm", "loss_by_source", "tokens", "learning_rate"):
             assert ours[name] == theirs[name], (ours["step"], name)
     assert not evaluations(world / "without")
     assert_same_weights(two_ranks, world / "without")
+    ours, theirs = (weights(folder / "checkpoint-4" / "resume") for folder in (two_ranks, world / "without"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours), "parameters and AdamW's moments"
 
 
 def test_a_resumed_run_evaluates_as_the_straight_one(world, two_ranks):
@@ -176,6 +186,30 @@ def test_answers_are_those_of_the_saved_model(world, tmp_path, case):
                 assert row["answer"] == lines[row["record"]]["answer"]
 
 
+def test_another_family_answers_a_fixed_part_of_a_file_and_that_changes_no_bit_of_its_training(
+    world, tmp_path
+):
+    """Qwen2.5-VL, which keeps from an answer how far the pictures have moved the positions of the text."""
+    tiny_folder("qwen2_5_vl", tmp_path / "model")
+    (tmp_path / "eval.txt").write_text(f'"{world}/eval/colour.json" 0.004\n')
+    changes = {"model_name_or_path": tmp_path / "model", "plora_dropout": None, "learning_rate": 1e-2}
+    evaluated = {"eval_data_path": tmp_path / "eval.txt", "eval_on_start": True, "eval_generate": 9}
+    without = {"eval_data_path": None, "eval_on_start": None, "eval_generate": None}
+    for name, more in (("with", evaluated), ("without", without)):
+        run_ranks(2, main, eval_flags(world, tmp_path / name, **changes, **more))
+    assert_same_weights(tmp_path / "with", tmp_path / "without")
+    assert [line["samples"] for line in evaluations(tmp_path / "with")] == [4, 4, 4]
+    first, _, last = (answers(tmp_path / "with", step) for step in (0, 2, 4))
+    assert [row["record"] for row in first] == [row["record"] for row in last]
+    assert len({row["record"] for row in last}) == 4
+    assert [row["prediction"] for row in first] != [row["prediction"] for row in last]
+    argv = ["--model_name_or_path", tmp_path / "with", "--max_new_tokens", 6, "--bf16", False]
+    argv += ["--data_path", world / "eval" / "colour.json", "--output", tmp_path / "saved.jsonl"]
+    run_ranks(1, trainer.generate.main, [*map(str, argv)])
+    saved = [json.loads(line) for line in (tmp_path / "saved.jsonl").read_text().splitlines()]
+    assert [row["prediction"] for row in last] == [saved[row["record"]]["prediction"] for row in last]
+
+
 def test_rows_of_answers_are_scored_and_name_their_images(two_ranks):
     (line, *_) = evaluations(two_ranks)
     assert line["metrics"].keys() == {"colour", "both", "text"}
@@ -224,7 +258,20 @@ def test_the_trained_model_is_the_best_one_and_no_limit_removes_it(world, tmp_pa
     assert "nothing to do" in output
 
 
-def test_early_stopping_goes_on_across_a_stop_and_other_ranks(world, tmp_path):
+def killed_in(step: int, argv: list[str]) -> int:
+    """The run, of which rank 1 dies in the step."""
+    asked, calls = StopRequest.asked, itertools.count(1)
+
+    def asked_or_killed(self: StopRequest) -> bool:
+        if next(calls) == step and os.environ["RANK"] == "1":
+            send(signal.SIGKILL)
+        return asked(self)
+
+    StopRequest.asked = asked_or_killed
+    return main(argv)
+
+
+def test_early_stopping_goes_on_across_a_kill_and_other_ranks(world, tmp_path):
     argv = stop_flags(world, tmp_path / "straight", early_stopping_patience=2)
     output, _ = run_ranks(2, main, argv)
     assert "early stopping after step" in output
@@ -237,9 +284,14 @@ def test_early_stopping_goes_on_across_a_stop_and_other_ranks(world, tmp_path):
     output, _ = run_ranks(2, main, argv)
     assert "nothing to do" in output
 
-    options = {"early_stopping_patience": 2}
-    run_ranks(2, main_stopped_after, last - 1, stop_flags(world, tmp_path / "run", **options), status=STOPPED)
-    run_ranks(3, main, stop_flags(world, tmp_path / "run", per_device_train_batch_size=2, **options))
+    options = {"early_stopping_patience": 2, "async_save": False}
+    ranks = Ranks(2, killed_in, last, stop_flags(world, tmp_path / "run", **options))
+    assert not ranks.wait(60), ranks.output()
+    ranks.end()
+    assert ranks.processes[1].exitcode == -signal.SIGKILL, ranks.output()
+    argv = stop_flags(world, tmp_path / "run", per_device_train_batch_size=2, **options)
+    output, *_ = run_ranks(3, main, argv)
+    assert f"checkpoint-{last - 1}, after step {last - 1}" in output
     assert [line["step"] for line in evaluations(tmp_path / "run")] == [line["step"] for line in straight]
     assert_same_weights(tmp_path / "run", tmp_path / "run" / f"checkpoint-{best}")
 
@@ -272,9 +324,14 @@ def test_problems_of_the_samples_and_of_the_flags_are_reported_together(world, t
     assert not (tmp_path / "run").exists()
 
 
-def test_an_image_that_is_missing_is_a_problem_or_left_out(world, tmp_path):
+@pytest.mark.parametrize("bad", ["gone.png", "cut.png"])
+def test_an_image_that_is_missing_or_cut_off_is_a_problem_or_left_out(world, tmp_path, bad):
+    noise = Image.effect_noise((90, 90), 64)
+    noise.save(tmp_path / "whole.png")
+    content = (tmp_path / "whole.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
     records = json.loads((world / "eval" / "colour.json").read_text())
-    records[3]["image"] = ["gone.png"]
+    records[3]["image"] = [str(tmp_path / bad)]
     (tmp_path / "colour.json").write_text(json.dumps(records))
     changes = {"eval_data_path": tmp_path / "colour.json", "image_root": world / "eval", "eval_generate": 10}
     changes |= {
@@ -284,7 +341,7 @@ def test_an_image_that_is_missing_is_a_problem_or_left_out(world, tmp_path):
         "fix_sampler": True,
     }
     output = run_ranks(1, main, eval_flags(world, tmp_path / "run", **changes), status=2)[0]
-    assert "gone.png" in output
+    assert bad in output
     assert "colour-3" in output
     run_ranks(1, main, eval_flags(world, tmp_path / "run", on_bad_sample="skip", **changes))
     assert evaluations(tmp_path / "run")[0]["samples"] == len(answers(tmp_path / "run", 0)) == 9

@@ -233,7 +233,8 @@ def test_rouge_l_is_symmetric_and_below_the_f1_of_unordered_words(first, second)
     pytest.importorskip("rouge_score", reason="needs rouge-score: pip install -e '.[rouge]'")
     ours, theirs = (" ".join(f"w{letter}" for letter in letters) for letters in (first, second))
     assert rouge_l(ours, [theirs]) == pytest.approx(rouge_l(theirs, [ours]))
-    assert rouge_l(ours, [theirs]) <= token_f1(ours, [theirs]) + 1e-9
+    assert 0 <= rouge_l(ours, [theirs]) <= token_f1(ours, [theirs]) + 1e-9
+    assert rouge_l(ours, [ours]) == (1.0 if ours else 0.0), "the package gives no text nothing"
 
 
 # --- all of them --------------------------------------------------------------------------------------

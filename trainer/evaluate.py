@@ -82,7 +82,8 @@ def plan_evaluation(
     for source, record in epoch_order(sources, config.seed, 0).tolist() if config.eval_generate else ():
         if len(questions[source]) < config.eval_generate:
             try:
-                questions[source][source, record] = reader.read_prompt(source, record, decode=False)[0]
+                # With its pictures: one that cannot be decoded is told now, and not at the first evaluation.
+                questions[source][source, record] = reader.read_prompt(source, record)[0]
             except DataError as error:
                 problems.append(str(error))
     if config.on_bad_sample == "skip":

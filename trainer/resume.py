@@ -53,7 +53,6 @@ class Start:
 
 def describe_run(config: Config, plan: Plan, ranks: Ranks) -> dict[str, Any]:
     """The content of run.json: the resolved configuration, the versions, and the data and model used."""
-    samples = sum(source.num_samples for source in plan.sources)
     return {
         "config": json.loads(json.dumps(dataclasses.asdict(config))),  # as json.loads will return it
         "model_type": plan.model_config.model_type,
@@ -64,17 +63,8 @@ def describe_run(config: Config, plan: Plan, ranks: Ranks) -> dict[str, Any]:
         "steps_per_epoch": plan.sampler.steps_per_epoch,
         "total_steps": plan.total_steps,
         "warmup_steps": plan.warmup_steps,
-        "data_plan": [
-            {
-                "source": source.name,
-                "path": str(source.records.path),
-                "records": len(source.records),
-                "samples_per_epoch": source.num_samples,
-                "share": source.num_samples / samples,
-                "fingerprint": _fingerprint(source),
-            }
-            for source in plan.sources
-        ],
+        "data_plan": _describe_data(plan.sources),
+        "evaluation_plan": _describe_data(plan.evaluation.reader.sources) if plan.evaluation else [],
         "conversation_format": plan.reader.encoder.conversation.format,
         "image_processor": repr(plan.reader.image_processor),
         "base_checksum": base_checksum(Path(config.model_name_or_path)),
@@ -88,6 +78,21 @@ def describe_run(config: Config, plan: Plan, ranks: Ranks) -> dict[str, Any]:
             "transformers": transformers.__version__,
         },
     }
+
+
+def _describe_data(sources: Sequence[Source]) -> list[dict[str, Any]]:
+    samples = sum(source.num_samples for source in sources)
+    return [
+        {
+            "source": source.name,
+            "path": str(source.records.path),
+            "records": len(source.records),
+            "samples_per_epoch": source.num_samples,
+            "share": source.num_samples / samples,
+            "fingerprint": _fingerprint(source),
+        }
+        for source in sources
+    ]
 
 
 def with_starts(run: Mapping[str, Any], output_dir: Path, start: Start) -> dict[str, Any]:

@@ -97,7 +97,8 @@ def differences(runs: Sequence[Run]) -> Table:
 
 
 def commands(run: Run) -> list[Command]:
-    """The commands that repeat the run, load its result and ask it; relative paths are as they were given."""
+    """The commands that repeat the run, load its result, ask it and serve it; relative paths are as they were
+    given."""
     config = run.config
     if not config:
         return []
@@ -109,7 +110,12 @@ def commands(run: Run) -> list[Command]:
     ]
     ranks = number(run.about.get("ranks"))
     processes = 1 if np.isnan(ranks) else int(ranks)
-    launch = [f"torchrun --nproc_per_node {processes} -m trainer.main", *flags]
+    machines = max(1, len(dicts(run.about.get("launchers"))))
+    nodes = "" if machines == 1 else f"--nnodes {machines} --node_rank RANK --master_addr ADDRESS "
+    launch = [f"torchrun {nodes}--nproc_per_node {processes // machines} -m trainer.main", *flags]
+    had = f"it had {processes} ranks in all"
+    if machines > 1:
+        had += f", on {machines} machines: start it on each, RANK 0 at ADDRESS"
     started_in = run.starts[-1].get("started_in") if run.starts else None
     if started_in:
         launch[0] = f"cd {shlex.quote(str(started_in))} && {launch[0]}"
@@ -120,7 +126,7 @@ def commands(run: Run) -> list[Command]:
         ask.append(f"--chat_template {shlex.quote(str(config['chat_template']))}")
     return [
         Command(
-            f"Repeat the run (it had {processes} ranks in all; another --output_dir keeps this one)",
+            f"Repeat the run ({had}; another --output_dir keeps this one)",
             " \\\n    ".join(launch),
         ),
         Command("Load the result in Python", _loading(run, folder)),
@@ -130,7 +136,19 @@ def commands(run: Run) -> list[Command]:
             + "\n"
             + " ".join([*ask, "--image cat.jpg", "--question", shlex.quote("Which breed is it?")]),
         ),
+        Command("Serve it, by vLLM's documentation; not run here", _serving(run, folder)),
     ]
+
+
+def _serving(run: Run, folder: str) -> str:
+    """Commands of vLLM, to which an adapter goes merged: it takes none with modules trained beside it."""
+    if run.about.get("has_own_code"):
+        return "# Neither vLLM nor lmdeploy runs the code of XComposer2 in this folder: ask it as above."
+    merge, served = "", shlex.quote(folder)
+    if run.config.get("use_lora"):
+        served = shlex.quote(f"{folder}-merged")
+        merge = f"python -m trainer.export --merge {shlex.quote(folder)} {served} && "
+    return f"{merge}vllm serve {served}"
 
 
 def _loading(run: Run, folder: str) -> str:

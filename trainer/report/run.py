@@ -60,7 +60,9 @@ class Run:
     forecast: dict[str, Any] = field(default_factory=dict)
     """forecast.json, if it is of as many ranks; else empty."""
     finished_step: int | None = None
-    """The step of the trained model, if the run finished."""
+    """The last step, if the run finished."""
+    best_step: int | None = None
+    """The step of the trained model, if it is that of the best evaluation."""
     checkpoints: list[int] = field(default_factory=list)
     """Steps of the checkpoints in the folder."""
 
@@ -123,8 +125,10 @@ def read_run(folder: Path, name: str | None = None) -> Run:
     forecast = read_json(folder / "forecast.json")
     if forecast.get("ranks") == run.about.get("ranks"):
         run.forecast = forecast
-    finished = number(read_json(folder / MARKER).get("step"))
+    marker = read_json(folder / MARKER)
+    finished, best = number(marker.get("step")), number(marker.get("best_step"))
     run.finished_step = int(finished) if finished >= 0 else None
+    run.best_step = int(best) if best >= 0 else None
     run.checkpoints = sorted(numbered(folder))
     run.earlier = _numbered_names(folder, "metrics-", ".jsonl")
     run.bad_steps = _numbered_names(folder, "bad-step-", ".json")

@@ -8,8 +8,9 @@ Input: a `Run`, any value of which may be missing. Output: `Section`s for the te
     section.tables[0].rows[0]      # ["step 0: the base model", "0.00", "2.3911", "2.3911", "0.031"]
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -68,6 +69,8 @@ def facts(run: Run) -> list[tuple[str, str]]:
     result = f"at step {last:,}" + ("" if np.isnan(total) else f" of {total:,.0f}")
     if run.finished_step is not None:
         result = f"finished after step {run.finished_step:,}"
+    if run.best_step is not None:
+        result += f"; the model is the best, that of step {run.best_step:,}"
     found = [("Training", result)]
     seconds = run.seconds("seconds_step")
     if len(steps):
@@ -155,10 +158,9 @@ def parameters(run: Run) -> Section:
     return Section(run.name, [Table("lrlrll", head, lines)], note)
 
 
-def data(run: Run) -> Section:
-    plan = dicts(run.about.get("data_plan"))
-    head = ("source", "records", "samples per epoch", "share", "file", "fingerprint")
-    rows = [
+def _sources(plan: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """A row for each source of a plan in run.json."""
+    return [
         (
             text(source.get("source")),
             count(source.get("records")),
@@ -169,7 +171,17 @@ def data(run: Run) -> Section:
         )
         for source in plan
     ]
-    tables = [Table("lrrrll", head, rows, note="Declared: the mixture of an epoch.")] if rows else []
+
+
+def data(run: Run) -> Section:
+    tables = [
+        Table("lrrrll", ("source", "records", samples, "share", "file", "fingerprint"), rows, note=note)
+        for plan, samples, note in (
+            ("data_plan", "samples per epoch", "Declared: the mixture of an epoch."),
+            ("evaluation_plan", "samples", "Not trained on: the same samples at every evaluation."),
+        )
+        if (rows := _sources(dicts(run.about.get(plan))))
+    ]
     rows = []
     for line in run.epochs[-MOST_EPOCHS:]:
         ledger = dicts(line.get("sources"))
@@ -244,8 +256,9 @@ def evaluations(run: Run) -> Section:
     for place in _spaced(len(run.evaluations), MOST_ROWS):
         line = run.evaluations[place]
         losses, step = as_dict(line.get("loss_by_source")), number(line.get("step"))
+        best = ": the best, and the trained model" if step == run.best_step else ""
         row = [
-            "step 0: the base model" if step == 0 else f"step {step:,.0f}",
+            "step 0: the base model" if step == 0 else f"step {step:,.0f}{best}",
             decimal(line.get("epoch"), 2),
             decimal(line.get("loss")),
         ]
