@@ -34,7 +34,8 @@ def world(tmp_path_factory):
 def eval_flags(world: Path, output_dir: str | Path, *more: str, **changes: Any) -> list[str]:
     """Four steps of 6 samples with dropout, an evaluation after every second one and before the first."""
     options = {"max_steps": 4, "per_device_train_batch_size": 3, "plora_dropout": 0.2, "fix_vit": False}
-    options |= {"eval_data_path": world / "eval" / "data.txt", "eval_strategy": "steps", "eval_steps": 2}
+    eval_txt = os.path.relpath(world / "eval" / "data.txt")
+    options |= {"eval_data_path": eval_txt, "eval_strategy": "steps", "eval_steps": 2}
     options |= {"eval_on_start": True, "eval_generate": 3, "eval_max_new_tokens": 6}
     return flags(world, output_dir, *more, **{**options, **changes})
 
@@ -225,7 +226,7 @@ def test_rows_of_answers_are_scored_and_name_their_images(two_ranks):
             "images",
         }
         assert row["scores"].keys() == {"exact_match", "token_f1"}
-        assert all(Path(image).is_file() for image in row["images"])
+        assert all(Path(image).is_absolute() and Path(image).is_file() for image in row["images"])
         assert len(row["images"]) == {"colour": 1, "both": 2, "text": 0}[row["source"]]
 
 

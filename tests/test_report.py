@@ -177,10 +177,8 @@ def test_the_page_names_the_best_step_whose_model_is_the_trained_one(tmp_path):
     write_evaluations(tmp_path, [0, 2, 4])
     (tmp_path / "complete.json").write_text(json.dumps({"step": 4, "best_step": 2}))
     page = report([tmp_path])
-    assert "finished after step 4; the model is the best, that of step 2" in page
-    assert re.findall(r"step \d+: the best, and the trained model", page) == [
-        "step 2: the best, and the trained model"
-    ]
+    assert "<dt>Trained model</dt><dd>the best, that of step 2</dd>" in page
+    assert re.findall(r"step \d+: the best model", page) == ["step 2: the best model"]
 
 
 def test_the_filters_show_a_source_and_what_is_right_wrong_or_changed(evaluated):

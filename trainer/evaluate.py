@@ -264,7 +264,8 @@ class Evaluation:
             source, row = plan.reader.sources[number], found[number, record]
             if "error" in row:  # it could be read at the start
                 raise DataError(row["error"])
-            images = [str(source.image_root / name) for name in source.sample(record).images]
+            # Absolute, for the report may be written again from another folder.
+            images = [str((source.image_root / name).absolute()) for name in source.sample(record).images]
             ordered.append({"source": source.name, "record": record, **row, "images": images})
         if is_main():
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in ordered]

@@ -12,7 +12,7 @@ shows their means, and a band from the least to the greatest value of each stret
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from bokeh.document import Document
@@ -50,6 +50,8 @@ MOST_MARKS = 500
 DASHES = ("solid", "dashed", "dotted", "dotdash")
 RESUMED, SKIPPED = "#8a8f98", "#c0392b"
 """Colours of the vertical lines; the page's style sheet has them too."""
+SIDES: tuple[Literal["left", "right", "above", "below"], ...] = ("right", "left", "above", "below")
+"""Where the values of a figure's curves are shown, in turn: on one side, they would hide each other."""
 FEW_POINTS = 40
 """A curve of fewer points shows each of them."""
 
@@ -223,7 +225,7 @@ def _draw(plan: Plan, marks: Sequence[tuple[str, list[int]]], points: int) -> fi
         source = ColumnDataSource({"step": steps})
         plot.vspan(x="step", source=source, line_color=color, line_alpha=0.8, line_dash="4 3")
     items: list[LegendItem] = []
-    for line in lines:
+    for place, line in enumerate(lines):
         columns = thin(line.points, points)
         source = ColumnDataSource(columns)
         curve: Any = plot.line("step", "value", source=source, name=_plain(line.label))
@@ -241,6 +243,7 @@ def _draw(plan: Plan, marks: Sequence[tuple[str, list[int]]], points: int) -> fi
                 ("from, to", f"@low{{{number}}}, @high{{{number}}}"),
             ]
         hover = HoverTool(renderers=[curve], mode="vline", tooltips=[("", "$name"), *tooltips])
+        hover.attachment = SIDES[place % len(SIDES)]
         plot.add_tools(hover)
         if line.with_points or line.points.shape[1] < FEW_POINTS:
             drawn.append(plot.scatter("step", "value", source=source, size=5, color=line.color))

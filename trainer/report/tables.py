@@ -69,9 +69,9 @@ def facts(run: Run) -> list[tuple[str, str]]:
     result = f"at step {last:,}" + ("" if np.isnan(total) else f" of {total:,.0f}")
     if run.finished_step is not None:
         result = f"finished after step {run.finished_step:,}"
-    if run.best_step is not None:
-        result += f"; the model is the best, that of step {run.best_step:,}"
     found = [("Training", result)]
+    if run.best_step is not None:
+        found.append(("Trained model", f"the best, that of step {run.best_step:,}"))
     seconds = run.seconds("seconds_step")
     if len(steps):
         found += [
@@ -256,7 +256,7 @@ def evaluations(run: Run) -> Section:
     for place in _spaced(len(run.evaluations), MOST_ROWS):
         line = run.evaluations[place]
         losses, step = as_dict(line.get("loss_by_source")), number(line.get("step"))
-        best = ": the best, and the trained model" if step == run.best_step else ""
+        best = ": the best model" if step == run.best_step else ""
         row = [
             "step 0: the base model" if step == 0 else f"step {step:,.0f}{best}",
             decimal(line.get("epoch"), 2),
