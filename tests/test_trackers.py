@@ -51,6 +51,7 @@ def test_a_resumed_run_adds_to_the_curves_of_tensorboard(tmp_path):
     assert "train/grad_norm" not in board.Tags()["scalars"]
 
 
+@pytest.mark.slow
 @needs("wandb")
 def test_a_resumed_run_has_the_same_id_in_wandb(tmp_path):
     (tmp_path / "pets").mkdir()
