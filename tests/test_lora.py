@@ -98,7 +98,7 @@ def test_the_launcher_trains_adapters_on_two_ranks(world, tmp_path):
     environment = {"MODEL": f"{world}/model", "DATA": f"{world}/data/data.txt", "GPUS_PER_NODE": "2"}
     environment["MASTER_PORT"] = str(free_port())
     environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    flags = f"--output_dir {tmp_path}/out --max_steps 2 --lora_r 4 --dataloader_num_workers 0"
+    flags = f"--output_dir {tmp_path}/out --max_steps 2 --lora_r 4 --dataloader_num_workers 0 --report False"
     done = subprocess.run(
         ["./torchrun.sh", "lora", *flags.split()],
         cwd=ROOT,

@@ -8,8 +8,8 @@ from tests.tiny import flags, read_metrics, tiny_world, torchrun
 
 
 def test_a_log_file_gets_a_line_a_step_and_tensorboard_the_losses_by_source(tmp_path):
-    options = {"max_steps": 3, "per_device_train_batch_size": 6, "report_to": "tensorboard"}
-    result = torchrun(2, flags(tiny_world(tmp_path), "out", **options))
+    options = {"max_steps": 3, "per_device_train_batch_size": 12, "report_to": "tensorboard"}
+    result = torchrun(1, flags(tiny_world(tmp_path), "out", **options))
     assert result.returncode == 0, result.stderr
     assert re.findall(r"^step (\d) of 3: loss \d", result.stderr, re.MULTILINE) == ["1", "2", "3"]
     assert result.stderr.index("loading PyTorch") < result.stderr.index("step 1 of 3"), (

@@ -74,7 +74,9 @@ print(type(model).__module__)
 """
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [FAMILIES[0], *(pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES[1:])]
+)
 def test_a_saved_folder_works_without_this_project(tmp_path, family):
     folder, out = tmp_path / "model", tmp_path / "out"
     out.mkdir()
