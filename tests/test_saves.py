@@ -115,6 +115,14 @@ def test_shards_are_what_torchs_own_writer_writes(tmp_path, asynchronous):
     assert sorted(plain) == sorted(f"{name}.step" for name in SHAPES)
 
 
+def test_whoever_may_read_a_new_file_may_read_all_that_a_run_saves(fault_world, tmp_path):
+    (tmp_path / "new").touch()
+    saved = [path for path in (fault_world / "straight").rglob("*") if path.is_file()]
+    assert sum(path.suffix == ".safetensors" for path in saved) >= 3
+    mode = (tmp_path / "new").stat().st_mode
+    assert [path for path in saved if path.stat().st_mode != mode] == []
+
+
 def test_any_number_of_ranks_loads_what_torchs_writer_wrote_and_ours(tmp_path):
     run_ranks(2, save_example_with_torch, tmp_path / "torchs")  # as checkpoints were written before
     run_ranks(3, save_example, tmp_path / "ours", True)
@@ -149,7 +157,7 @@ def main_that_logs_memory(log: Path, argv: list[str]) -> int:
         return save_and_log
 
     trainer.checkpoint.save_tensors = logging(trainer.checkpoint.save_tensors, 1)
-    trainer.weights.save_file = logging(trainer.weights.save_file, 0)
+    trainer.weights.write_safetensors = logging(trainer.weights.write_safetensors, 0)
     return main(argv)
 
 

@@ -27,13 +27,13 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from data.errors import DataError
-from trainer.atomic import Jobs
+from trainer.atomic import Jobs, write_safetensors
 from trainer.job import is_main, log
 from trainer.models import Parts, build_model, preprocessing_of
 from trainer.trainable import is_adapter
@@ -153,7 +153,7 @@ def save_adapter(
 
     def write() -> None:
         metadata = {"base_checksum": adapters.base_checksum, "format": "pt"}
-        save_file(tensors, folder / WEIGHTS_FILE, metadata=metadata)
+        write_safetensors(tensors, folder / WEIGHTS_FILE, metadata)
         _sort_metadata(folder / WEIGHTS_FILE)
         written = copy.copy(adapters.peft_config)
         # peft keeps a set, whose order differs from run to run.

@@ -3,7 +3,7 @@
 Input: a target folder and code that fills it. Output: the folder, complete and on disk, or none.
 
     temporary = create_temporary(Path("output/checkpoint-100"))  # output/.saving-checkpoint-100
-    save_file(tensors, temporary / "model.safetensors")          # killed here: no checkpoint-100
+    write_safetensors(tensors, temporary / "model.safetensors")       # killed here: no checkpoint-100
     put_in_place(temporary, Path("output/checkpoint-100"))
 
 The name of a folder that is being written or deleted starts with a dot; `sweep` deletes those that a killed
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from data.files import UNFINISHED, replace_file, sync_to_disk
@@ -109,6 +110,17 @@ class Jobs:
 def write_json(path: Path, content: Any) -> None:
     """Replace a JSON file atomically: a reader finds either the old or the new content."""
     replace_file(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file with the permissions of any new file, which follow the umask.
+
+    By itself, safetensors 0.8 lets only the user read it who wrote it.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata)
+    path.chmod(mode)
 
 
 def create_temporary(folder: Path) -> Path:

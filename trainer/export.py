@@ -35,7 +35,6 @@ from pathlib import Path
 import torch
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -48,7 +47,7 @@ from trainer.adapter_folder import (
     file_key,
     read_adapter,
 )
-from trainer.atomic import MARKER, create_temporary, put_in_place, write_json
+from trainer.atomic import MARKER, create_temporary, put_in_place, write_json, write_safetensors
 from trainer.lora import adapted_model
 from trainer.models import load_config, load_tokenizer, parts_of
 from trainer.models.family import Conversion
@@ -173,7 +172,7 @@ def merge(adapter: Path, out: Path, base: Path | None = None, dtype: torch.dtype
                 tensors |= group.convert(lambda name: merged.tensor(name).to(dtypes[name]))
                 bar.update()
             tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
-            save_file(tensors, temporary / file_name, metadata={"format": "pt"})
+            write_safetensors(tensors, temporary / file_name, {"format": "pt"})
             keys[file_name] = [*tensors]
     write_index(temporary, keys, sum(sizes.values()))
     save_small_files(config, tokenizer, parts, temporary, dtype or weights_dtype(base))

@@ -27,11 +27,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from data.files import replace_file, sync_to_disk
+from trainer.atomic import write_safetensors
 from trainer.job import is_main
 from trainer.weights import local_rows
 
@@ -107,7 +107,7 @@ def save_tensors(tensors: dict[str, Tensor], offsets: Mapping[str, list[int]], f
         path = folder / file_name(dist.get_rank())
         sharding = {name: {"saved_offsets": offset} for name, offset in offsets.items()}
         metadata = {SHARDING: json.dumps(sharding), "DCP_VERSION": "1.0", "format": "pt"}
-        save_file(tensors, path, metadata)
+        write_safetensors(tensors, path, metadata)
         sync_to_disk(path)  # by the machine that wrote it
 
 

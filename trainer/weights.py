@@ -32,14 +32,13 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from trainer.atomic import Jobs, write_json
+from trainer.atomic import Jobs, write_json, write_safetensors
 from trainer.job import is_main
 from trainer.models import Parts
 from trainer.models.family import SAME_NAMES, Conversion, Names
@@ -295,7 +294,7 @@ def save_model_folder(
                 with safe_open(carried[first], framework="pt") as file:
                     contents[first] = file.get_tensor(first)
         if mine:
-            jobs.later(partial(save_file, contents, folder / file_name, {"format": "pt"}))
+            jobs.later(partial(write_safetensors, contents, folder / file_name, {"format": "pt"}))
     if is_main():
         results = {first: [*group.results] for first, group in groups.items()}
         keys = {
