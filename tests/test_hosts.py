@@ -177,7 +177,7 @@ def test_a_machine_whose_processes_are_killed_is_named_and_all_end_within_second
             elif job is jobs[1]:
                 assert status in (1, -signal.SIGTERM)
             else:
-                assert status == 1
+                assert status == 1, job.output()
                 assert machines[killed].name in job.output().rstrip().splitlines()[-1], job.output()
         assert seconds < 10
 

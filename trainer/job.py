@@ -245,6 +245,9 @@ def end_now(reason: str = "") -> NoReturn:
     for function in before_exit:
         function()
     if reason:
+        if not is_first_here():
+            # torchrun ends all ranks after the first, which should be the one that logs.
+            time.sleep(ENDING_SECONDS + 2 * POLL_SECONDS)
         log(reason, every_machine=True)
         leave(FAILED)
     os._exit(FAILED)
