@@ -39,7 +39,7 @@ def world(fault_world) -> Path:
 
 
 @pytest.mark.parametrize(
-    "moments", [3, pytest.param(20, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.slow)]
+    "moments", [2, pytest.param(20, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.slow)]
 )
 def test_killed_at_random_moments_the_model_is_the_same(world, tmp_path, moments):
     chance = random.Random(moments)
@@ -183,7 +183,7 @@ def test_a_killed_rank_ends_the_job_at_once_and_leaves_no_data_worker(world, tmp
     pass
 
 import data.loader
-data.loader.PREFETCHED_PER_WORKER = 2000
+data.loader.PREFETCHED_PER_WORKER = 400
 
 def hook(step, rank):
     if step == 3:

@@ -112,15 +112,20 @@ def busy_folder(tmp_path) -> Path:
     return folder
 
 
-def test_the_launcher_runs_from_any_folder_by_a_link_and_relative_paths_start_there(world, busy_folder):
+def test_the_launcher_trains_adapters_from_any_folder_by_a_link_and_relative_paths_start_there(
+    world, busy_folder
+):
     (busy_folder / "model").symlink_to(world / "model")
     (busy_folder / "start").symlink_to(ROOT / "torchrun.sh")
     environment = {"GPUS_PER_NODE": "1", "MODEL": "model"}
     environment |= {"DATA": f"../{os.path.relpath(world, busy_folder.parent)}/data/data.txt"}
-    words = ["full", "--output_dir", "out/run", "--bf16", "False", "--max_steps", "1"]
+    words = "lora --output_dir out/run --max_steps 2 --lora_r 4 --dataloader_num_workers 0 --report False"
     log = busy_folder / "log"
-    assert start("./start", *words, log=log, folder=busy_folder, **environment).wait() == 0, log.read_text()
-    assert (busy_folder / "out" / "run" / "model.safetensors").exists()
+    process = start("./start", *words.split(), log=log, folder=busy_folder, **environment)
+    assert process.wait() == 0, log.read_text()
+    assert "10 of 10 B matrices are not zero" in log.read_text()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (busy_folder / "out" / "run" / name).is_file()
 
 
 def test_a_data_py_where_a_module_is_run_does_not_hide_ours(busy_folder):
