@@ -260,7 +260,7 @@ def test_the_trained_model_is_the_best_one_and_no_limit_removes_it(world, tmp_pa
 
 
 def killed_in(step: int, argv: list[str]) -> int:
-    """The run, of which rank 1 dies in the step."""
+    """The run, of which rank 1 dies in the step. `at_step` would count the steps of evaluations too."""
     asked, calls = StopRequest.asked, itertools.count(1)
 
     def asked_or_killed(self: StopRequest) -> bool:

@@ -3,7 +3,7 @@
 Input: a target folder and code that fills it. Output: the folder, complete and on disk, or none.
 
     temporary = create_temporary(Path("output/checkpoint-100"))  # output/.saving-checkpoint-100
-    write_safetensors(tensors, temporary / "model.safetensors")       # killed here: no checkpoint-100
+    write_safetensors(tensors, temporary / "model.safetensors")  # killed here: no checkpoint-100
     put_in_place(temporary, Path("output/checkpoint-100"))
 
 The name of a folder that is being written or deleted starts with a dot; `sweep` deletes those that a killed
@@ -115,7 +115,7 @@ def write_json(path: Path, content: Any) -> None:
 def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file with the permissions of any new file, which follow the umask.
 
-    By itself, safetensors 0.8 lets only the user read it who wrote it.
+    safetensors 0.8 itself makes the file readable by its owner alone.
     """
     path.touch()
     mode = path.stat().st_mode

@@ -245,12 +245,19 @@ def end_now(reason: str = "") -> NoReturn:
     for function in before_exit:
         function()
     if reason:
-        if not is_first_here():
-            # torchrun ends all ranks after the first, which should be the one that logs.
-            time.sleep(ENDING_SECONDS + 2 * POLL_SECONDS)
+        _let_the_first_log(ENDING_SECONDS + 2 * POLL_SECONDS)
         log(reason, every_machine=True)
         leave(FAILED)
     os._exit(FAILED)
+
+
+def _let_the_first_log(seconds: float) -> None:
+    """Wait, on all but the first rank of this machine, which logs for all of them.
+
+    torchrun ends the other ranks as soon as one has ended.
+    """
+    if not is_first_here():
+        time.sleep(seconds)
 
 
 def gone_neighbour() -> int | None:
@@ -273,7 +280,7 @@ def is_lost_peer(error: BaseException) -> bool:
 
 
 def part() -> None:
-    """Depend on the other ranks no longer: their end is not a failure then, and this rank tells none."""
+    """Stop depending on the other ranks: their end is not a failure any more, and this rank reports none."""
     global _met
     _over.set()
     _met = None
@@ -285,8 +292,8 @@ def leave(status: int) -> NoReturn:
     torchrun's own status is only 0 or 1, so the first rank of each machine writes ours to the file
     XCOMPOSER_STATUS_FILE, if set. A failing rank's last message is written to torchrun's error file.
     """
-    if status == BAD_INPUT and not is_first_here():
-        time.sleep(10)  # torchrun ends all ranks after the first, which should be the one that logs
+    if status == BAD_INPUT:
+        _let_the_first_log(10)
     if is_first_here() and "XCOMPOSER_STATUS_FILE" in os.environ:
         Path(os.environ["XCOMPOSER_STATUS_FILE"]).write_text(str(status))
     if status and _last_message and "TORCHELASTIC_ERROR_FILE" in os.environ:

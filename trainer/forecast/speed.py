@@ -11,7 +11,7 @@ micro-batches and steps (`trainer.forecast.epoch.WORK`). Output: seconds for eac
 
 Three steps alone cannot determine five rates, because steps are much alike. So the least-squares fit has a
 prior: the rates of a machine on which all operations are equally fast, and a fifth of the time does not grow
-with the samples (PRIOR). How far a rate may be from its prior is SPREAD, and measured seconds vary by NOISE.
+with the samples (PRIOR). SPREAD and NOISE are the standard deviations of rates and of measured seconds.
 """
 
 import json
