@@ -14,7 +14,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from data.batch import collate
 from tests.data_fixtures import pixel_values
 from tests.model_cases import PACKED, PACKED_IMAGES, encoded, golden, packed_micro_batch
-from tests.tiny import run_ranks
 from trainer.distributed import finish, start
 from trainer.loss import chunked_cross_entropy
 from trainer.models import build_model
@@ -222,15 +221,12 @@ def test_samples_of_a_pack_are_as_alone_whatever_the_kernel_is_called(monkeypatc
         torch.testing.assert_close(logits, expected, rtol=0, atol=2e-5)
 
 
-def start_where_cudnn_may_do_all() -> None:
+def test_cudnn_plans_no_attention_for_every_new_shape_and_rounds_no_convolution(monkeypatch):
     torch.backends.cuda.enable_cudnn_sdp(True)
-    torch.backends.cudnn.allow_tf32 = True
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     start()
-    assert not torch.backends.cuda.cudnn_sdp_enabled()
-    assert not torch.backends.cudnn.allow_tf32
-    finish()
-
-
-def test_cudnn_plans_no_attention_for_every_new_shape_and_rounds_no_convolution():
-    """In a process of its own, as `start` leaves MASTER_ADDR in the environment."""
-    run_ranks(1, start_where_cudnn_may_do_all)
+    try:
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert not torch.backends.cudnn.allow_tf32
+    finally:
+        finish()
