@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from trainer import machines
 from trainer.job import allow_many_sockets, local_world, meet, part
@@ -111,6 +112,11 @@ def barrier() -> None:
     """Wait for all ranks."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
+
+
+def shard_of(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's shard of a DTensor, not copied; a plain tensor is returned as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def all_sum(values: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,6 @@ Exit status: 0 finished; 2 bad input, nothing trained; 75 stopped on request, re
 
 import faulthandler
 import functools
-import math
 import os
 import sys
 import traceback
@@ -25,7 +24,6 @@ if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
     print("loading PyTorch and transformers", file=sys.stderr, flush=True)  # the imports take some seconds
 
 import torch
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.profiler import record_function
 from tqdm import tqdm
 
@@ -52,7 +50,7 @@ from trainer.loss import chunked_cross_entropy
 from trainer.metrics import MetricsFile, Window, sum_over_ranks, summary, write_capsule
 from trainer.model_card import write_card
 from trainer.model_files import load_model, save_model
-from trainer.optim import adamw, learning_rate_factor, parameter_groups
+from trainer.optim import adamw, clip_gradients, learning_rate_factor, parameter_groups, squared_norm
 from trainer.parallelize import allocate, parallelize, set_communication
 from trainer.prepare import log_plan, make_plan, open_loader
 from trainer.rehearsal import bytes_of_a_save, largest_micro_batches, prepare_output_dir, rehearse
@@ -174,12 +172,12 @@ def train(config: Config, ranks: Ranks, lock: Lock, trackers: Trackers) -> int:
 
         # --- optimizer step, skipped if loss or gradient is not finite; all ranks decide alike -----------
         with record_function("optimizer"):
-            norm = get_total_norm([p.grad for p in trained.values() if p.grad is not None])
+            gradients = [p.grad for p in trained.values() if p.grad is not None]
             loss_sum = window.loss_sum
-            result = window.close_step(totals, norm)  # the step's only device sync
+            result = window.close_step(totals, squared_norm(gradients))  # the step's only device sync
             rate = learning_rate_factor(config.lr_scheduler_type, step - 1, total_steps, plan.warmup_steps)
             if result.is_finite:
-                clip_grads_with_norm_(trained.values(), config.max_grad_norm or math.inf, norm)
+                clip_gradients(gradients, result.grad_norm, config.max_grad_norm)
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak_lr"] * rate
                 optimizer.step()
@@ -187,6 +185,7 @@ def train(config: Config, ranks: Ranks, lock: Lock, trackers: Trackers) -> int:
                 norm = result.grad_norm
                 capsule = write_capsule(step, run, sources, micro_batches, loss_sum, trained, norm)
                 log(f"\nwarning: step {step} is skipped: its loss or gradient is not finite; see {capsule}")
+            del gradients  # or they would stay through the next step
             optimizer.zero_grad(set_to_none=True)
         bar.update()
 

@@ -3,7 +3,7 @@
 Input: values that the loop already has. Output: files in `output_dir` and text for the terminal:
 
     window.add(batch, token_losses)                       # per micro-batch: no device sync
-    result = window.close_step(totals, norm)              # per step: the only device sync
+    result = window.close_step(totals, square)            # per step: the only device sync
     metrics.write("train", step, **window.flush(peak))    # per line of metrics.jsonl
 """
 
@@ -22,14 +22,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 
 from data.batch import MicroBatch, to_device
 from data.ledger import ledger_rows, ledger_table, tally
 from data.mixture import Source
 from trainer.atomic import write_json
-from trainer.distributed import all_max, all_sum, step_seed
+from trainer.distributed import all_max, all_sum, shard_of, step_seed
 from trainer.job import is_main, log
 from trainer.trackers import Trackers
 
@@ -103,7 +102,7 @@ class Window:
     """Sums over the steps since the last line of metrics.jsonl, and over the epoch.
 
     window.add(batch, outputs.token_losses)       # per micro-batch: no device sync
-    result = window.close_step(totals, norm)      # per step: the only device sync
+    result = window.close_step(totals, square)    # per step: the only device sync
     metrics.write("train", step, **window.flush())
     """
 
@@ -141,16 +140,17 @@ class Window:
         """Loss sum of this rank's tokens in the current step."""
         return self._step[3].sum()
 
-    def close_step(self, totals: Tensor, norm: Tensor) -> StepResult:
+    def close_step(self, totals: Tensor, square: Tensor) -> StepResult:
         """Sum the step over all ranks and add it to the window, unless it is not finite; every rank calls it.
 
-        totals: from `sum_over_ranks`; norm: the norm of the whole gradient.
+        totals: from `sum_over_ranks`; square: from `trainer.optim.squared_norm` of the gradients.
         """
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        sums = all_sum(self._step)
-        numbers = torch.cat([sums.flatten(), totals, norm.to(sums).view(1)]).cpu()
-        sums, rest = numbers[: sums.numel()].view_as(sums), numbers[sums.numel() :].tolist()
-        _, tokens, vision, language, stop, save, self.grad_norm = rest
+        mine = torch.cat([self._step.flatten(), square.to(self._step).view(1)])
+        numbers = torch.cat([all_sum(mine), totals]).cpu()
+        size = self._step.numel()
+        sums, rest = numbers[:size].view_as(self._step), numbers[size:].tolist()
+        square_of_all, _, tokens, vision, language, stop, save = rest
+        self.grad_norm = math.sqrt(square_of_all)
         is_finite = math.isfinite(self.grad_norm) and bool(sums.isfinite().all())
         if is_finite:
             self.sums += sums
@@ -263,7 +263,7 @@ def write_capsule(
     bad = [
         name
         for name, parameter in trained.items()
-        if parameter.grad is not None and not _local(parameter.grad).isfinite().all()
+        if parameter.grad is not None and not shard_of(parameter.grad).isfinite().all()
     ]
     mine = {
         "rank": rank,
@@ -284,7 +284,3 @@ def write_capsule(
     if is_main():
         write_json(path, {"step": step, "grad_norm": repr(grad_norm), "ranks": ranks, "run": run})
     return path
-
-
-def _local(gradient: Tensor) -> Tensor:
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient

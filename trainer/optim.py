@@ -1,4 +1,4 @@
-"""Parameter groups, AdamW and the learning rate as a pure function of the step.
+"""Parameter groups, clipping, AdamW and the learning rate as a pure function of the step.
 
 Input: named trainable parameters, the model's parts, the configuration's rates.
 Output: an AdamW whose groups are (vision, projector, language) × (decayed, not decayed), and schedules:
@@ -10,15 +10,24 @@ Output: an AdamW whose groups are (vision, projector, language) × (decayed, not
 
 Steps count from 0 here, and the schedules are those of transformers' `get_scheduler`, so a first step under
 warm-up has rate 0, as in the original scripts.
+
+Parameters, gradients and moments are DTensors, but all that happens to them here is element-wise or a sum, so
+it is computed on each rank's shards. As operations on DTensors, norm, clipping and AdamW of 440 parameters
+took 41 instead of 12 ms of the host's time in each step, and 3.4 s in the first.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
+from torch.optim.adamw import adamw as update
+
+from trainer.distributed import shard_of
 
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 
@@ -80,6 +89,55 @@ def parameter_groups(
     return list(groups.values())
 
 
+def squared_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """This rank's part of the squared norm of all gradients, float64: the sum over all ranks is the square.
+
+    gradients: all sharded over the same ranks. On a mesh of (replicate, shard), each of the ranks that hold
+    the same shards has its share of their square.
+    """
+    square = get_total_norm([shard_of(gradient) for gradient in gradients]).double().square()
+    mesh = gradients[0].device_mesh if gradients and isinstance(gradients[0], DTensor) else None
+    return square / mesh.size(0) if mesh and mesh.ndim == 2 else square
+
+
+@torch.no_grad()
+def clip_gradients(gradients: Sequence[Tensor], norm: float, max_norm: float) -> None:
+    """Scale the gradients, whose norm is `norm`, to at most `max_norm` (Pascanu et al., 2013), as
+    `torch.nn.utils.clip_grad_norm_` does; 0 never scales them."""
+    scale = max_norm / (norm + 1e-6)
+    if 0 < scale < 1:
+        shards = [shard_of(gradient) for gradient in gradients]
+        torch._foreach_mul_(shards, scale)  # pyright: ignore[reportPrivateImportUsage]
+
+
+class ShardedAdamW(torch.optim.AdamW):
+    """torch's AdamW on each rank's shards of parameters, gradients and moments."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        """Update all parameters that have a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            trained = [parameter for parameter in group["params"] if parameter.grad is not None]
+            states = [self.state[parameter] for parameter in trained]
+            update(
+                [shard_of(parameter) for parameter in trained],
+                [shard_of(parameter.grad) for parameter in trained],
+                [shard_of(state["exp_avg"]) for state in states],
+                [shard_of(state["exp_avg_sq"]) for state in states],
+                [],
+                [state["step"] for state in states],
+                **update_options(group),
+            )
+
+
+def update_options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter group's options for `torch.optim.adamw.adamw`."""
+    beta1, beta2 = group["betas"]
+    names = ("lr", "weight_decay", "eps", "fused", "foreach", "amsgrad", "maximize")
+    return {"beta1": beta1, "beta2": beta2, **{name: group[name] for name in names}}
+
+
 def adamw(
     groups: list[dict[str, Any]],
     betas: tuple[float, float],
@@ -94,7 +152,7 @@ def adamw(
     (trainer/extras/small_moments.py).
     """
     fused = device.type in ("cpu", "cuda", "xpu", "mps")
-    optimizer_class, zero_moments = torch.optim.AdamW, float32_moments
+    optimizer_class, zero_moments = ShardedAdamW, float32_moments
     if moments != "float32":
         from trainer.extras.small_moments import SmallMomentsAdamW, zero_moments_of
 

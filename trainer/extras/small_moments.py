@@ -23,8 +23,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
+
+from trainer.distributed import shard_of
+from trainer.optim import update_options
 
 BLOCK = 256
 AT_A_TIME = 1024 * BLOCK
@@ -76,15 +78,7 @@ class SmallMomentsAdamW(torch.optim.AdamW):
                 [moments[1]],
                 [],
                 [state["step"].clone()],
-                foreach=False,
-                fused=group["fused"],
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
+                **update_options(group),
             )
             for name, moment in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
                 _write(stored, name, moment)
@@ -93,7 +87,7 @@ class SmallMomentsAdamW(torch.optim.AdamW):
 
 def _chunks(tensor: Any, scales: bool = False) -> tuple[Tensor, ...]:
     """This rank's elements in chunks of AT_A_TIME, or the scales of as many elements."""
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    local = shard_of(tensor)
     size = AT_A_TIME if local.device.type == "cpu" else 16 * AT_A_TIME
     return local.view(-1).split(size // BLOCK if scales else size)
 

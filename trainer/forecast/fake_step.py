@@ -38,7 +38,6 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGath
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
@@ -46,10 +45,10 @@ from torch.utils._pytree import tree_leaves
 from data.batch import MicroBatch, map_tensors
 from trainer.checkpoint import resumable
 from trainer.config import Config
-from trainer.distributed import Ranks, all_max, all_sum, device_mesh
+from trainer.distributed import Ranks, all_max, all_sum, device_mesh, shard_of
 from trainer.loss import chunked_cross_entropy
 from trainer.metrics import sum_over_ranks
-from trainer.optim import adamw, parameter_groups
+from trainer.optim import adamw, clip_gradients, parameter_groups, squared_norm
 from trainer.parallelize import allocate, parallelize, set_communication
 from trainer.prepare import Plan
 from trainer.rehearsal import bytes_of_a_save
@@ -155,8 +154,7 @@ class Count(TorchDispatchMode):
     def assign(self, tensors: Sequence[Any], component: str) -> None:
         """The storages of these tensors belong to one of COMPONENTS from now on."""
         for tensor in tensors:
-            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            self._set(local.untyped_storage(), component)
+            self._set(shard_of(tensor).untyped_storage(), component)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:
@@ -353,11 +351,13 @@ def _run_step(
         count.assign([gradient for gradient in whole if gradient is not None], "gradients")
         del loss, batch
     with count.phase("optimizer step"):
-        norm: Any = get_total_norm([p.grad for p in trained.values() if p.grad is not None])
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        all_sum(torch.zeros(4, num_sources, dtype=torch.float64, device=ranks.device))  # Window.close_step
-        clip_grads_with_norm_(trained.values(), config.max_grad_norm or math.inf, norm)
+        gradients = [p.grad for p in trained.values() if p.grad is not None]
+        squared_norm(gradients)
+        # Window.close_step
+        all_sum(torch.zeros(4 * num_sources + 1, dtype=torch.float64, device=ranks.device))
+        clip_gradients(gradients, math.inf, config.max_grad_norm)
         optimizer.step()
+        del gradients
         optimizer.zero_grad(set_to_none=True)
         if config.logging_steps == 1:
             all_max(0.0, ranks.device)  # Window.flush
