@@ -1,5 +1,6 @@
 """When a rank fails, the others end within seconds, wherever they wait; and not when a rank ends well."""
 
+import os
 import resource
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch.distributed as dist
 import trainer.job
 from tests.fault_cases import STOPPED, fault_flags, launch
 from tests.tiny import free_port, run_ranks
-from trainer.distributed import all_sum, finish, start
+from trainer.distributed import all_sum, device_mesh, finish, start
 from trainer.job import LOST_PEER, is_main, rank_zero_first
 
 BLOCK = """
@@ -113,6 +114,19 @@ def test_ranks_with_more_sockets_than_files_may_be_open_start_all_the_same():
         finish()
 
     run_ranks(8, run)
+
+
+def test_a_collective_may_take_as_long_in_the_groups_of_a_hybrid_mesh():
+    """torch gives new groups the backend's own limit, 10 minutes with NCCL."""
+
+    def run() -> None:
+        os.environ["LOCAL_WORLD_SIZE"] = "1"
+        mesh = device_mesh(start(timeout_seconds=77), hybrid=True)
+        for group in mesh.get_all_groups():
+            assert group._get_backend(torch.device("cpu")).options._timeout.total_seconds() == 77
+        finish()
+
+    run_ranks(2, run)
 
 
 def test_a_rank_may_end_well_long_before_another():

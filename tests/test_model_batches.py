@@ -1,10 +1,21 @@
 """What a batch must not change: padding, packing, neighbours, dummy images, frozen parts, checkpointing."""
 
+import weakref
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from tests.model_cases import FAMILIES, golden, packed_row, padded, samples
+from tests.model_cases import (
+    FAMILIES,
+    PACKED_IMAGES,
+    encoded,
+    golden,
+    packed_micro_batch,
+    packed_row,
+    padded,
+    samples,
+)
 from trainer.models import build_model, parts_of
 
 
@@ -233,9 +244,25 @@ def test_adapters_on_partial_lora_itself_change_the_output_and_train():
     added = {name: p for name, p in wrapped.named_parameters() if ".lora_B." in name}
     # What the last block adds at image slots reaches no supervised position.
     assert all(p.grad.any() for name, p in added.items() if ".layers.0." in name)
+    wrapped.zero_grad()
+    text = packed_micro_batch([encoded(0, 20, 1)], [PACKED_IMAGES[0]])  # and the picture of ranks without one
+    wrapped.train()(**text.inputs).loss.backward()
+    assert not any(p.grad.any() for name, p in wrapped.named_parameters() if ".lora_" in name)
+    wrapped.eval()
     for parameter in added.values():
         torch.nn.init.normal_(parameter)
     assert not torch.allclose(wrapped(**part).logits, expected, atol=1e-3)
+
+
+def test_no_block_keeps_its_output_where_nothing_is_trained():
+    """Such as while answering: of a long prompt they would take more memory than the cache."""
+    model, outputs, alive = golden("xcomposer2").model().eval(), [], []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda _, inputs, output: outputs.append(weakref.ref(output)))
+    model.model.norm.register_forward_pre_hook(lambda *_: alive.extend(o() is not None for o in outputs))
+    with torch.no_grad():
+        model(**samples("xcomposer2")[1])
+    assert alive == [False] * (len(outputs) - 1) + [True]
 
 
 def test_a_new_model_starts_sane():

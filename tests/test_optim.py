@@ -1,5 +1,6 @@
 """Schedules equal transformers', groups split by part and decay, shards are updated as whole tensors are."""
 
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -79,11 +80,11 @@ def update_shards_and_whole_tensors(max_norm: float) -> None:
     weights = [torch.randn(shape, generator=random) for shape in ((8, 3), (5, 2), (4,))]
     gradients = [[torch.randn(w.shape, generator=random) for w in weights] for _ in range(3)]
     options = {"lr": 0.1, "weight_decay": 0.1}
-    theirs = [nn.Parameter(weight.clone()) for weight in weights]
+    theirs: list[Any] = [nn.Parameter(weight.clone()) for weight in weights]
     reference = torch.optim.AdamW(theirs, betas=(0.9, 0.95), **options)
     meshes = [init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))]
     placements = [[Shard(0)], [Replicate(), Shard(0)]]
-    ours = [
+    ours: list[list[Any]] = [
         [nn.Parameter(distribute_tensor(weight, *where)) for weight in weights]
         for where in zip(meshes, placements, strict=True)
     ]

@@ -106,7 +106,7 @@ class Subject:
 
     def over_ranks(self, measured: float) -> float:
         """The largest of any rank: all must come to the same result."""
-        return all_max(measured if math.isfinite(measured) else math.inf, self.device)
+        return all_max(measured if math.isfinite(measured) else math.inf, self.device).item()
 
 
 def check_model(model: Any, plan: Plan, config: Config, device: torch.device) -> list[Check]:

@@ -14,13 +14,16 @@ import os
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.tensor import DTensor
 
+from data.batch import to_device
 from trainer import machines
 from trainer.job import allow_many_sockets, local_world, meet, part
 
@@ -97,7 +100,11 @@ def device_mesh(ranks: Ranks, hybrid: bool = False) -> DeviceMesh:
     if not hybrid:
         return init_device_mesh(ranks.device.type, (ranks.world,), mesh_dim_names=("data",))
     shape = (ranks.world // ranks.local_world, ranks.local_world)
-    return init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    whole: Any = dist.group.WORLD
+    for group in mesh.get_all_groups():  # which begin with the backend's time limit instead of `start`'s
+        _set_pg_timeout(whole._get_backend(ranks.device).options._timeout, group)
+    return mesh
 
 
 def finish() -> None:
@@ -132,9 +139,9 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1)
 
 
-def all_max(value: float, device: torch.device) -> float:
-    """The largest value of any rank."""
-    largest = torch.tensor(value, device=device, dtype=torch.float64)
+def all_max(value: float, device: torch.device) -> torch.Tensor:
+    """The largest value of any rank, a float64 scalar on the device, which the host does not wait for."""
+    largest = to_device(torch.tensor(value, dtype=torch.float64), device)
     if dist.get_world_size() > 1:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return largest.item()
+    return largest

@@ -327,4 +327,4 @@ def fits_whole(model: nn.Module, ranks: Ranks) -> bool:
         free, _ = torch.accelerator.get_memory_info(ranks.device)
         free += torch.accelerator.memory_reserved(ranks.device)  # what torch keeps for itself,
         free -= torch.accelerator.memory_allocated(ranks.device)  # and does not use
-    return all_max(needed - free / 2, ranks.device) < 0
+    return all_max(needed - free / 2, ranks.device).item() < 0

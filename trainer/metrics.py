@@ -121,6 +121,7 @@ class Window:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         """Seconds of this rank, added up by `timed`."""
         self.grad_norm = math.nan
+        self.memory_peak = 0
         self._step = torch.zeros(4, len(sources), dtype=torch.float64, device=device)
 
     @contextmanager
@@ -146,11 +147,13 @@ class Window:
         totals: from `sum_over_ranks`; square: from `trainer.optim.squared_norm` of the gradients.
         """
         mine = torch.cat([self._step.flatten(), square.to(self._step).view(1)])
-        numbers = torch.cat([all_sum(mine), totals]).cpu()
+        peak = all_max(memory_peak(self.device), self.device)
+        numbers = torch.cat([all_sum(mine), totals, peak.view(1)]).cpu()
         size = self._step.numel()
         sums, rest = numbers[:size].view_as(self._step), numbers[size:].tolist()
-        square_of_all, _, tokens, vision, language, stop, save = rest
+        square_of_all, _, tokens, vision, language, stop, save, peak_of_all = rest
         self.grad_norm = math.sqrt(square_of_all)
+        self.memory_peak = max(self.memory_peak, int(peak_of_all))
         is_finite = math.isfinite(self.grad_norm) and bool(sums.isfinite().all())
         if is_finite:
             self.sums += sums
@@ -166,7 +169,7 @@ class Window:
         return StepResult(self.grad_norm, is_finite, stop > 0, save > 0)
 
     def flush(self, peak_flops: float | None = None) -> dict[str, Any]:
-        """Return the values for a line of metrics.jsonl and start a new window; every rank calls it.
+        """Return the values for a line of metrics.jsonl and start a new window.
 
         peak_flops: peak operations per second of all ranks; None if not measured.
         """
@@ -187,7 +190,7 @@ class Window:
             "seconds_step": seconds / self.steps,
             "seconds_data_wait": self.seconds["data_wait"] / self.steps,
             "seconds_saving": self.seconds["saving"] / self.steps,
-            "memory_peak_bytes": int(all_max(memory_peak(self.device), self.device)),
+            "memory_peak_bytes": self.memory_peak,
             "loss_by_source": {source.name: total / count for source, count, total in by_source if count},
         }
         if peak_flops:
@@ -195,6 +198,7 @@ class Window:
             line["mfu"] = sum(self.flops) / seconds / peak_flops
         self.sums.zero_()
         self.tokens, self.flops, self.skipped_steps, self.steps = 0.0, [0.0, 0.0], 0, 0
+        self.memory_peak = 0
         self.started = time.perf_counter()
         self.seconds.clear()
         return line

@@ -355,12 +355,11 @@ def _run_step(
         squared_norm(gradients)
         # Window.close_step
         all_sum(torch.zeros(4 * num_sources + 1, dtype=torch.float64, device=ranks.device))
+        all_max(0.0, ranks.device)
         clip_gradients(gradients, math.inf, config.max_grad_norm)
         optimizer.step()
         del gradients
         optimizer.zero_grad(set_to_none=True)
-        if config.logging_steps == 1:
-            all_max(0.0, ranks.device)  # Window.flush
 
 
 def _fake(micro_batch: MicroBatch) -> MicroBatch:

@@ -249,7 +249,8 @@ class InternLM2Model(nn.Module):
         states = [x]
         for layer in self.layers:
             x = layer(x, rope, mask, samples, runs, cache=cache)
-            states.append(x)
+            if output_hidden_states:
+                states.append(x)
         x = self.norm(x)
         hidden_states = (*states[:-1], x) if output_hidden_states else None
         return BaseModelOutputWithPast(last_hidden_state=x, cache=cache, hidden_states=hidden_states)
