@@ -102,8 +102,9 @@ def device_mesh(ranks: Ranks, hybrid: bool = False) -> DeviceMesh:
     shape = (ranks.world // ranks.local_world, ranks.local_world)
     mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
     whole: Any = dist.group.WORLD
-    for group in mesh.get_all_groups():  # which begin with the backend's time limit instead of `start`'s
-        _set_pg_timeout(whole._get_backend(ranks.device).options._timeout, group)
+    if options := whole._get_backend(ranks.device).options:  # a forecast's group has none, and never waits
+        for group in mesh.get_all_groups():  # which begin with the backend's time limit instead of `start`'s
+            _set_pg_timeout(options._timeout, group)
     return mesh
 
 
