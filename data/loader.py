@@ -68,7 +68,8 @@ class SampleReader:
     fit_images: bool = False
     """First try to make a long sample fit by lowering the limit of its images' size, as little as needed."""
     needs_images: bool = True
-    """The vision tower has collectives, so if any sample has an image, every micro-batch must have one."""
+    """If any sample has an image, every micro-batch must have one: the vision tower has collectives, or the
+    projector a gradient that all ranks add up."""
     positions: Callable[[np.ndarray, Sequence[Any]], np.ndarray | None] | None = None
     """A sample's ids and its pictures → its positions [k, T]; None where they are 0, 1, 2, …"""
 
@@ -99,8 +100,7 @@ class SampleReader:
         """The model's arguments for a micro-batch's pictures; without any, those for a dummy picture if it
         needs one, whose features fill no slot.
 
-        Ranks run the tower's collectives together, and gradients must not depend on which rank gets which
-        sample.
+        Ranks run collectives together, and gradients must not depend on which rank gets which sample.
         """
         if not pictures and self.needs_images and any(source.records.num_images for source in self.sources):
             pictures = [self.image_processor.dummy()]

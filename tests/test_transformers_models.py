@@ -22,7 +22,7 @@ from data.sampler import StepSampler
 from tests.processor_cases import NEEDS_NUM2WORDS
 from tests.tiny import flags, read_metrics, run_ranks, tiny_data
 from tests.tiny_models import tiny_folder
-from tests.vlm_cases import TEXT_ONLY
+from tests.vlm_cases import TEXT_ONLY, five_samples, tiny_model
 from trainer import models
 from trainer.config import Config
 from trainer.export import main as export
@@ -198,6 +198,53 @@ def test_a_resumed_run_is_the_uninterrupted_one_also_on_another_number_of_ranks(
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     wider = train(world, "wider", ranks=2, resume_from_checkpoint=checkpoint, **steps)
     assert losses(wider) == pytest.approx(losses(straight)[2:], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        pytest.param("model", {"shard_frozen_vision": False}, marks=pytest.mark.slow),
+        ("adapter_model", {"use_lora": True, "lora_r": 4, "lora_dropout": 0, "sharding": "none"}),
+    ],
+)
+def test_a_projector_trains_alike_where_a_rank_has_no_image_and_the_tower_no_collectives(
+    name, changes, tmp_path
+):
+    """Of 34 records one has an image, in one batch of the ten."""
+    world = world_of("qwen2_5_vl", tmp_path)
+    data = world / "data" / "rare.txt"
+    data.write_text("text.json\ncolour.json 0.001\n")
+    runs = [
+        train(world, f"of {ranks}", ranks, data_path=data, max_steps=10, adam_epsilon=1e-5, **changes)
+        for ranks in (1, 2)
+    ]
+    assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=1e-6)
+    ours, theirs = (load_file(run / f"{name}.safetensors") for run in runs)
+    assert ours.keys() == theirs.keys()
+    for key in ours:
+        assert (ours[key] - theirs[key]).norm() < 1e-5 * theirs[key].norm().clamp(min=1e-3), key
+
+
+def test_an_answer_begins_with_the_logits_that_the_model_was_trained_for():
+    """With the tokens of an image seeing all of it, in Gemma 3, and a prompt all of itself, in PaliGemma."""
+    types: dict[str, Any] = {
+        "gemma3": lambda slots: slots.long(),
+        "paligemma": torch.zeros_like,
+    }
+    for family, types_of in types.items():
+        model = tiny_model(family)
+        sample = five_samples(family, model)[2]
+        ids, slots = sample.input_ids[None], sample.slots[None]
+        given = {"input_ids": ids, **sample.vision, "attention_mask": torch.ones_like(ids)}
+        arguments = models.prompt_arguments(model.config, slots)
+        options = {"max_new_tokens": 1, "output_scores": True, "return_dict_in_generate": True}
+        with torch.no_grad():
+            found = model.generate(**given, **arguments, do_sample=False, **options).scores[0]
+            expected = model(**given, token_type_ids=types_of(slots.long())).logits[:, -1]
+            causal = model(**given).logits[:, -1]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        if family == "gemma3":
+            assert (causal - expected).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2_5_vl"])

@@ -249,8 +249,15 @@ def _describe_model(config: Config, ranks: Ranks, sources: list[Source], for_tra
             "which cannot be compiled; remove the flag"
         )
     flops = flops_of(model, reader) if config.measure_mfu else None
-    # Whole on every rank, a frozen tower has no collectives, so a rank without images need not run it.
-    reader.needs_images = vision_trains or (config.shard_frozen_vision and config.sharding != "none")
+    # Whole on every rank, a frozen tower has no collectives, so a rank without images need not run it; but
+    # all ranks must have a gradient of the projector, or none.
+    projector = [p for name, p in model.named_parameters() if name.startswith(parts.projector)]
+    projector_trains = any(parameter.requires_grad for parameter in projector)
+    reader.needs_images = (
+        vision_trains
+        or (config.shard_frozen_vision and config.sharding != "none")
+        or (projector_trains and not parts.projects_nothing)
+    )
     global_batch = config.global_batch(ranks.world)
     sampler = StepSampler(sources, config.seed, global_batch)
     total_steps = math.ceil(config.num_train_epochs * sampler.steps_per_epoch)

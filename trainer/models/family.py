@@ -95,6 +95,8 @@ class Parts:
     """Files that a saved folder needs beside its configuration, weights and tokenizer: the model's code, or
     its processor's settings."""
     names: Names = SAME_NAMES
+    projects_nothing: bool = False
+    """Whether the projector also runs without images, so that its gradient is zero then and not missing."""
 
     def blocks(self, model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
         """The language blocks and the vision blocks of `model`, in order."""

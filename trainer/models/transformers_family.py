@@ -37,6 +37,7 @@ from transformers import (
 from data.errors import DataError
 from data.images import ImageProcessor
 from data.loader import SampleReader
+from data.tokens import IGNORED
 from trainer.models import conversions, transformers_vlm
 from trainer.models.answers import answers_of
 from trainer.models.chat import TemplateConversation
@@ -127,7 +128,9 @@ class TransformersFamily:
     def prompt_arguments(self, config: PreTrainedConfig, im_mask: Tensor) -> dict[str, Any]:
         base_class: Any = MODEL_MAPPING[type(config)]
         takes_types = "mm_token_type_ids" in inspect.signature(base_class.forward).parameters
-        return {"mm_token_type_ids": im_mask.int()} if takes_types else {}
+        types = {"mm_token_type_ids": im_mask.int()} if takes_types else {}
+        untrained = torch.full_like(im_mask, IGNORED, dtype=torch.int64)
+        return types | answers_of(config).token_types(im_mask, untrained, [im_mask.shape[1]])
 
     def own_arguments(self, config: PreTrainedConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:
         ids, slots = inputs["input_ids"], inputs["im_mask"]

@@ -59,6 +59,7 @@ class XComposer2:
             unused=("vit.vision_tower.vision_model.post_layernorm.",),
             lora_targets=tuple(PLORA_LAYERS.values()),
             files=tuple(sorted(Path(__file__).parent.glob("*_xcomposer2.py"))),
+            projects_nothing=True,
         )
 
     def tokenizer(self, folder: Path) -> PreTrainedTokenizerFast:
