@@ -141,4 +141,5 @@ class SampleEncoder:
         labels = np.full(len(ids), IGNORED, dtype=np.int64)
         for begin, end in supervised:
             labels[begin:end] = input_ids[begin:end]
+        labels[:1] = IGNORED  # no token comes before it
         return Encoded(input_ids, labels, im_mask, sizes, is_cut)

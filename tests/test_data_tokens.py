@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -216,6 +217,16 @@ def test_a_single_image_without_placeholder_goes_first():
     encoded = encode(record("11", "21", images=["x"]), slots=3)
     assert merged(encoded)[:6] == [-100, -100, -100, BOS, START, 1008]
     assert encoded.labels[:4].tolist() == [IGNORED] * 4
+
+
+def test_a_first_token_is_not_trained_or_the_sample_before_it_in_a_pack_would_predict_it():
+    encoder = SampleEncoder(Conversation(NumberTokenizer()), 8)
+    pieces = [SimpleNamespace(ids=[11, 12, 13], role="assistant", trained=True)]
+    sample = encoder.join(pieces, lambda number: np.empty(0))
+    assert sample.labels.tolist() == [IGNORED, 12, 13]
+    pack = collate([sample, sample], {}, [(0, 0), (0, 1)], encoder.pad_id, packed=True)
+    assert pack.inputs["supervised"].tolist() == [0, 1, 3, 4]
+    assert pack.num_supervised == len(pack.source_of_target) == 4
 
 
 @pytest.mark.parametrize("max_length", range(1, 45))

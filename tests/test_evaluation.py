@@ -325,14 +325,17 @@ def test_problems_of_the_samples_and_of_the_flags_are_reported_together(world, t
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("bad", ["gone.png", "cut.png"])
-def test_an_image_that_is_missing_or_cut_off_is_a_problem_or_left_out(world, tmp_path, bad):
+@pytest.mark.parametrize("bad", ["gone.png", "cut.png", "no answer"])
+def test_an_image_that_is_missing_or_cut_off_or_no_answer_is_a_problem_or_left_out(world, tmp_path, bad):
     noise = Image.effect_noise((90, 90), 64)
     noise.save(tmp_path / "whole.png")
     content = (tmp_path / "whole.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
     records = json.loads((world / "eval" / "colour.json").read_text())
-    records[3]["image"] = [str(tmp_path / bad)]
+    if bad == "no answer":
+        records[3]["conversations"].append({"from": "user", "value": "And now?"})
+    else:
+        records[3]["image"] = [str(tmp_path / bad)]
     (tmp_path / "colour.json").write_text(json.dumps(records))
     changes = {"eval_data_path": tmp_path / "colour.json", "image_root": world / "eval", "eval_generate": 10}
     changes |= {
@@ -342,7 +345,9 @@ def test_an_image_that_is_missing_or_cut_off_is_a_problem_or_left_out(world, tmp
         "fix_sampler": True,
     }
     output = run_ranks(1, main, eval_flags(world, tmp_path / "run", **changes), status=2)[0]
-    assert bad in output
+    assert ("does not end with an assistant's turn" if bad == "no answer" else bad) in output
     assert "colour-3" in output
     run_ranks(1, main, eval_flags(world, tmp_path / "run", on_bad_sample="skip", **changes))
-    assert evaluations(tmp_path / "run")[0]["samples"] == len(answers(tmp_path / "run", 0)) == 9
+    assert len(answers(tmp_path / "run", 0)) == 9
+    # The loss is over all answers, wherever they are in a conversation.
+    assert evaluations(tmp_path / "run")[0]["samples"] == (10 if bad == "no answer" else 9)

@@ -27,6 +27,7 @@ from trainer import models
 from trainer.config import Config
 from trainer.export import main as export
 from trainer.export import merge
+from trainer.generate import Questions, open_all
 from trainer.generate import main as generate
 from trainer.lora import add_adapters
 from trainer.main import main
@@ -129,12 +130,18 @@ def test_losses_are_those_of_transformers_and_of_two_ranks_and_the_folder_loads_
 def test_an_adapter_of_two_ranks_answers_in_peft_as_in_the_merged_model(family, tmp_path):
     world = world_of(family, tmp_path)
     lora = {"use_lora": True, "lora_r": 4, "lora_dropout": 0, "learning_rate": "1e-2"}
+    lora["chat_template"] = tmp_path / "says.jinja"
+    template = (world / "model" / "chat_template.jinja").read_text().replace(": ", " says: ")
+    lora["chat_template"].write_text(template)
     run = train(world, "one", **lora)
     assert losses(train(world, "two", ranks=2, **lora)) == pytest.approx(losses(run), rel=1e-5)
 
     ids = torch.randint(5, 200, (1, 24), generator=torch.Generator().manual_seed(0))
     adapted = PeftModel.from_pretrained(plain_model(world / "model"), str(world / "two"))
     assert export(["--merge", str(world / "two"), str(world / "merged")]) == 0
+    assert (world / "merged" / "chat_template.jinja").read_text() == template
+    _, asked, _ = open_all(Questions(model_name_or_path=str(world / "two"), question="What is it?"))
+    assert asked.encoder.tokenizer.chat_template == template
     with torch.no_grad():
         base, merged = (plain_model(world / name)(input_ids=ids).logits for name in ("model", "merged"))
         logits = adapted(input_ids=ids).logits

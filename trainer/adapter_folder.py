@@ -104,6 +104,14 @@ def adapter_preprocessing(folder: str | Path | None) -> dict[str, Any]:
     return (read_adapter(Path(folder))[0].auto_mapping or {}).get("preprocessing", {})
 
 
+def own_chat_template(adapter: Path, base: PreTrainedTokenizerBase) -> Path | None:
+    """The file of the chat template that an adapter was trained with; None if it is that of its base's
+    tokenizer, or unknown."""
+    file = adapter / "chat_template.jinja"
+    is_own = file.is_file() and file.read_text(encoding="utf-8") != base.chat_template
+    return file if is_own else None
+
+
 def parameters_in(model: nn.Module, folder: Path, base: Path) -> set[str]:
     """Names of the parameters of `model`, an adapted `base`, that the file in `folder` contains.
 

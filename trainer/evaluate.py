@@ -83,7 +83,13 @@ def plan_evaluation(
         if len(questions[source]) < config.eval_generate:
             try:
                 # With its pictures: one that cannot be decoded is told now, and not at the first evaluation.
-                questions[source][source, record] = reader.read_prompt(source, record)[0]
+                sample = reader.read_prompt(source, record)[0]
+                if sample.turns[-1][0] != "assistant":
+                    raise DataError(
+                        f"{sources[source].where(record)}: does not end with an assistant's turn, with which "
+                        "the model's answer could be compared; add one or drop the record"
+                    )
+                questions[source][source, record] = sample
             except DataError as error:
                 problems.append(str(error))
     if config.on_bad_sample == "skip":

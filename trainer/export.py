@@ -45,6 +45,7 @@ from trainer.adapter_folder import (
     WEIGHTS_FILE,
     adapter_preprocessing,
     file_key,
+    own_chat_template,
     read_adapter,
 )
 from trainer.atomic import MARKER, create_temporary, put_in_place, write_json, write_safetensors
@@ -130,6 +131,8 @@ def merge(adapter: Path, out: Path, base: Path | None = None, dtype: torch.dtype
         raise DataError(f"{adapter}: there is no folder {base}, its base; set --base to where it is")
     config = load_config(base, adapter_preprocessing=adapter_preprocessing(adapter))
     tokenizer = load_tokenizer(base)
+    if template := own_chat_template(adapter, tokenizer):
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
     model, names_in_file = adapted_model(adapter, base)
     parts = parts_of(config)
     base_files = tensor_files(base)

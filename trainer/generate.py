@@ -40,7 +40,12 @@ from data.mixture import Source, read_mixture
 from data.records import Records
 from data.sample import PLACEHOLDER
 from data.tokens import Encoded, SampleEncoder
-from trainer.adapter_folder import CONFIG_FILE, adapter_preprocessing, read_adapter
+from trainer.adapter_folder import (
+    CONFIG_FILE,
+    adapter_preprocessing,
+    own_chat_template,
+    read_adapter,
+)
 from trainer.distributed import Ranks, finish, start, step_seed
 from trainer.job import (
     BAD_INPUT,
@@ -59,6 +64,7 @@ from trainer.models import (
     load_config,
     load_conversation,
     load_image_processor,
+    load_tokenizer,
     parts_of,
     prompt_arguments,
 )
@@ -394,7 +400,10 @@ def open_all(questions: Questions) -> tuple[PreTrainedModel, SampleReader, Parti
         questions.hd_num,
         questions.images_as_viewed,
     )
-    conversation = load_conversation(model_folder, questions.chat_template)
+    template, folder = questions.chat_template, Path(questions.model_name_or_path)
+    if template is None and folder != model_folder:  # an adapter
+        template = own_chat_template(folder, load_tokenizer(model_folder))
+    conversation = load_conversation(model_folder, template)
     trained_with = getattr(model.config, "conversation_format", None)
     if trained_with not in (None, conversation.format):
         log(

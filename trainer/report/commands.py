@@ -122,8 +122,6 @@ def commands(run: Run) -> list[Command]:
     ask = ["python -m trainer.generate", f"--model_name_or_path {shlex.quote(folder)}"]
     if config.get("bf16") is False:
         ask.append("--bf16 False")
-    if config.get("use_lora") and config.get("chat_template"):
-        ask.append(f"--chat_template {shlex.quote(str(config['chat_template']))}")
     return [
         Command(
             f"Repeat the run ({had}; another --output_dir keeps this one)",
