@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.benchmarks.gpu import peers_that_fit
 from tests.benchmarks.workloads import QWEN_TEXT, QWEN_VISION, WORKLOADS, make_data, make_qwen2_5_vl
 from tests.tiny import flags, read_metrics, run_ranks, tiny_model
 from trainer.main import main
@@ -85,3 +86,11 @@ def test_a_peer_sees_our_samples_and_has_our_loss(make_model, peer, lora, work_o
         assert line["tokens"] == ours_line["tokens"]
         assert line["supervised_tokens"] == ours_line["supervised_tokens"]
         assert line["loss"] == pytest.approx(ours_line["loss"], rel=1e-5)
+
+
+def test_a_peer_that_holds_the_whole_state_on_every_gpu_is_left_out_where_it_does_not_fit():
+    gigabyte, peers = 10**9, ["hf_ddp", "hf_fsdp2"]
+    of_7b = 139 * gigabyte
+    assert peers_that_fit(peers, of_7b, 80 * gigabyte, ranks=8) == ["hf_fsdp2"]
+    assert peers_that_fit(peers, of_7b, 80 * gigabyte, ranks=2) is None
+    assert peers_that_fit(peers, 30 * gigabyte, 141 * gigabyte, ranks=1) == peers

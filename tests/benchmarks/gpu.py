@@ -54,7 +54,21 @@ def make_model(folder: Path, sizes: dict[str, Any], device: torch.device) -> int
         torch.set_default_dtype(default)
     model.save_pretrained(folder)
     word_tokenizer(folder, config.vocab_size)
-    return model.num_parameters()
+    parameters = model.num_parameters()
+    if device.type != "cpu":
+        del model
+        torch.accelerator.empty_cache()  # the runs that follow need this memory
+    return parameters
+
+
+def peers_that_fit(peers: list[str], needed: int, memory: int, ranks: int) -> list[str] | None:
+    """The peers that fit into GPUs of `memory` bytes with a state of `needed` bytes; None if ours does not.
+
+    With FSDP every rank holds a share of the state, else all of it.
+    """
+    if needed > 0.8 * memory * ranks:
+        return None
+    return [peer for peer in peers if "fsdp" in peer or needed <= 0.8 * memory]
 
 
 def with_picture(random: np.random.Generator) -> tuple[int, int]:
@@ -140,15 +154,26 @@ def main() -> None:
                 parameters = make_model(Path(folder) / "model", MODELS[size], device or torch.device("cpu"))
             for mode in options.modes.split(","):
                 needed = parameters * STATE_BYTES if mode == "full" else 0
-                if device is not None and needed > 0.8 * memory * options.ranks:
-                    print(f"{size}, {mode}: skipped, its state alone takes {needed / 1e9:.0f} GB", flush=True)
+                state = f"its state alone takes {needed / 1e9:.0f} GB"
+                peers = options.peers
+                if device is not None:
+                    peers = peers_that_fit(peers, needed, memory, options.ranks)
+                if peers is None:
+                    print(f"{size}, {mode}: skipped, {state}", flush=True)
                     continue
+                for peer in set(options.peers) - set(peers):
+                    print(f"{size}, {mode}, {peer}: skipped, {state} on every GPU", flush=True)
+                chosen = argparse.Namespace(**{**vars(options), "peers": peers})
                 workload = WORKLOADS["realistic" if mode == "full" else "lora"]
                 if not options.smoke:
                     workload = replace(workload, shapes=with_picture)
                 with tempfile.TemporaryDirectory() as work:
                     (Path(work) / "model").symlink_to(Path(folder) / "model")
-                    runs = compare(options, workload, Path(work))["runs"]
+                    try:
+                        runs = compare(chosen, workload, Path(work))["runs"]
+                    except RuntimeError as error:  # such as one that ran out of memory
+                        print(f"{size}, {mode}: {error}", flush=True)
+                        continue
                 rows += rows_of(size, workload, runs, options.warm_up, options.ranks)
                 all_runs += [{"model": size, "mode": mode, **run} for run in runs]
                 about = {"gpu": name, "gpus": options.ranks, "torch": torch.__version__}
