@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 import data.images as images_module
 from data.errors import DataError
@@ -107,12 +107,33 @@ def test_exif_rotation_is_an_option(tmp_path, picture):
     exif[0x0112] = 6  # turn right by 90 degrees to view
     picture.save(tmp_path / "a.png", exif=exif)
     picture.resize((60, 40)).save(tmp_path / "a.jpg", exif=exif)
+    picture.save(tmp_path / "a.tiff", exif=exif)
+    content = (tmp_path / "a.png").read_bytes()
+    at, end = content.index(b"eXIf") - 4, content.index(b"IDAT") - 4
+    rest, last = content[end:-12], content[-12:]
+    (tmp_path / "behind.png").write_bytes(content[:at] + rest + content[at:end] + last)
     assert image_size(tmp_path / "a.png") == load_image(tmp_path / "a.png").size == (6, 4)
-    for name, size in (("a.png", (4, 6)), ("a.jpg", (40, 60))):
+    sizes = {"a.png": (4, 6), "behind.png": (4, 6), "a.tiff": (4, 6), "a.jpg": (40, 60)}
+    for name, size in sizes.items():
         viewed = load_image(tmp_path / name, as_viewed=True)
         assert image_size(tmp_path / name, as_viewed=True) == viewed.size == size
         assert viewed.getpixel((0, 0))[0] > 200
         assert viewed.getpixel((0, size[1] - 1))[2] > 200
+
+
+def test_the_size_of_a_picture_is_known_without_decoding_it(tmp_path, monkeypatch):
+    names = ("a.png", "a.jpg", "a.webp", "a.gif", "a.tiff")
+    for name in names:
+        Image.new("RGB", (6, 4), RED).save(tmp_path / name)
+    monkeypatch.setattr(
+        ImageFile.ImageFile, "load", lambda image: pytest.fail(f"{image.filename} is decoded")
+    )
+    for name in names:
+        assert image_size(tmp_path / name, as_viewed=True) == (6, 4)
+    monkeypatch.undo()
+    with open_image(tmp_path / "a.png") as image:  # and asking for it does not disturb decoding
+        assert size_of(image, SquareImageProcessor(2, 1, as_viewed=True)) == (6, 4)
+        assert process(image, SquareImageProcessor(2, 1).rgb).getpixel((0, 0)) == RED
 
 
 def test_transparency_shows_the_hidden_colour_or_white(tmp_path):

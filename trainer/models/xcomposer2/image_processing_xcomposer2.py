@@ -28,9 +28,10 @@ file.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -42,6 +43,8 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 TILE_4KHD = 336
 """4KHD is recognised by its tile: 336 pixels, where 2.5 has 560."""
 EXIF_ORIENTATION = 0x0112
+TIFF_WIDTH = 256
+"""Its number among the tags of a TIFF file."""
 SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 
@@ -61,8 +64,34 @@ def to_rgb(image: Image.Image, as_viewed: bool = False) -> Image.Image:
 
 def rgb_size(image: Image.Image, as_viewed: bool = False) -> tuple[int, int]:
     """(width, height) of `to_rgb(image, as_viewed)`, from the header alone."""
-    turned = as_viewed and image.getexif().get(EXIF_ORIENTATION) in (5, 6, 7, 8)
+    turned = as_viewed and _exif(image).get(EXIF_ORIENTATION) in (5, 6, 7, 8)
+    if turned and image.format == "TIFF":  # newer versions of Pillow turn it, but keep the tag
+        turned = image.width == cast(Any, image).tag_v2[TIFF_WIDTH]
     return (image.height, image.width) if turned else image.size
+
+
+def _exif(image: Image.Image) -> Image.Exif:
+    """EXIF data without decoding the pixels, which Pillow does for a PNG, to see what is behind them."""
+    file: Any = getattr(image, "fp", None)
+    if image.format != "PNG" or file is None or _has_text_or_exif_at_end(file):
+        return image.getexif()
+    return Image.Image.getexif(image)
+
+
+def _has_text_or_exif_at_end(file: Any) -> bool:
+    """Whether a PNG file has chunks behind its pixels that may contain EXIF data."""
+    position, behind_pixels = file.tell(), False
+    file.seek(8)
+    try:
+        while len(header := file.read(8)) == 8:
+            kind = header[4:]
+            behind_pixels |= kind == b"IDAT"
+            if behind_pixels and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+                return True
+            file.seek(int.from_bytes(header[:4], "big") + 4, os.SEEK_CUR)  # the chunk and its checksum
+        return False
+    finally:
+        file.seek(position)
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
