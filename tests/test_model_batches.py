@@ -4,6 +4,7 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 
 from tests.model_cases import (
@@ -252,6 +253,30 @@ def test_adapters_on_partial_lora_itself_change_the_output_and_train():
     for parameter in added.values():
         torch.nn.init.normal_(parameter)
     assert not torch.allclose(wrapped(**part).logits, expected, atol=1e-3)
+
+
+def test_a_sample_beyond_max_positions_changes_the_rotation_of_no_other_one():
+    plain = golden("xcomposer2").model()
+    config = type(plain.config).from_dict(
+        plain.config.to_dict()
+        | {"max_position_embeddings": 8, "rope_scaling": {"type": "dynamic", "factor": 2.0}}
+    )
+    model = build_model(config).eval()
+    model.load_state_dict(plain.state_dict())
+    long, short = torch.randint(3, 90, (1, 20)), torch.randint(3, 90, (1, 12))
+    with torch.no_grad():
+        alone = [model(input_ids=ids).logits[0] for ids in (short, long)]
+        positions = torch.cat([torch.arange(12), torch.arange(20)])[None]
+        bounds = torch.tensor([0, 12, 32], dtype=torch.int32)
+        samples = {"sample_lengths": [12, 20], "cu_seq_lens": bounds}
+        row = model(input_ids=torch.cat([short, long], 1), position_ids=positions, **samples).logits[0]
+        mask = torch.ones(2, 20, dtype=torch.long)
+        mask[0, 12:] = 0
+        rows = model(input_ids=torch.cat([F.pad(short, (0, 8)), long]), attention_mask=mask).logits
+        before = plain.eval()(input_ids=short).logits[0]
+    for found in (row.split([12, 20]), (rows[0, :12], rows[1])):
+        torch.testing.assert_close(found, tuple(alone), rtol=0, atol=1e-5)
+    assert (alone[0] - before).abs().max() > 1e-3, "the scaling does something"
 
 
 def test_no_block_keeps_its_output_where_nothing_is_trained():

@@ -60,13 +60,17 @@ class RotaryEmbedding(nn.Module):
         self.max_positions = config.max_position_embeddings
         self.width = config.hidden_size // config.num_attention_heads
 
-    def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """position_ids [B, T] → cosines and sines, [B, T, E] float32."""
+    def forward(self, position_ids: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """position_ids [B, T] → cosines and sines, [B, T, E] float32.
+
+        lengths: of each token's sample, [B, T] or [B, 1]; None: a row ends at its highest position.
+        """
         exponents = torch.arange(0, self.width, 2, device=position_ids.device).float() / self.width
         base: float | Tensor = self.theta
         if self.factor is not None:
-            length = position_ids.max() + 1
-            growth = self.factor * length / self.max_positions - (self.factor - 1)
+            if lengths is None:
+                lengths = position_ids.amax(-1, keepdim=True) + 1
+            growth = self.factor * lengths[..., None] / self.max_positions - (self.factor - 1)
             base = base * growth.clamp(min=1) ** (self.width / (self.width - 2))
         angles = position_ids[..., None].float() * (1.0 / base**exponents)
         angles = torch.cat([angles, angles], dim=-1)
@@ -235,6 +239,12 @@ class InternLM2Model(nn.Module):
     ) -> BaseModelOutputWithPast:
         if samples is None and attention_mask is None and cache is None and len(x) == 1:
             samples = _samples_of(position_ids)
+        lengths = None  # of samples, where positions do not tell them
+        if samples is not None:
+            sizes = samples.cu_seq_lens.diff()
+            lengths = sizes.repeat_interleave(sizes, output_size=x.shape[1])[None]
+        elif attention_mask is not None and position_ids is None and cache is None:
+            lengths = attention_mask.sum(-1, keepdim=True)
         if samples is None or self.config._attn_implementation == "flex_attention":
             # From positions that restart, flex's mask knows the samples of a packed row.
             mask, samples = create_causal_mask(self.config, x, attention_mask, cache, position_ids), None
@@ -243,7 +253,7 @@ class InternLM2Model(nn.Module):
         if position_ids is None:
             seen = 0 if cache is None else cache.get_seq_length()
             position_ids = torch.arange(seen, seen + x.shape[1], device=x.device)[None]
-        cos, sin = self.rotary_emb(position_ids)
+        cos, sin = self.rotary_emb(position_ids, lengths)
         first, second = sin.chunk(2, dim=-1)
         rope = (cos[:, :, None, None], torch.cat([-first, second], dim=-1)[:, :, None, None])
         states = [x]
