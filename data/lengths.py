@@ -33,7 +33,7 @@ from data.sampler import StepSampler
 
 CHUNK_RECORDS = 256
 """Records that a worker measures at a time."""
-VERSION = 4
+VERSION = 5
 """Increase it when samples are encoded differently."""
 WRITE_SECONDS = 30.0
 BAD, UNMEASURED = -1, -2

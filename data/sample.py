@@ -18,6 +18,7 @@ The formats of other projects are read too:
                       {"type": "text", "text": …}, {"type": "image", "image": path} or
                       {"type": "image_url", "image_url": {"url": path}}; an image part without a path takes
                       the next of the record's `images`
+    LLaMA-Factory     a text under `system` is a system turn before the others
 
 A path may be written as a URL, `file:///data/my%20cat.jpg`; other URLs are rejected.
 
@@ -44,7 +45,9 @@ ROLES = {
     "system": "system",
 }
 VIDEO_AND_AUDIO = {"video", "videos", "audio", "audios"}
-KNOWN_KEYS = {"id", "image", "images", "conversations", "messages", *VIDEO_AND_AUDIO}
+KNOWN_KEYS = {"id", "image", "images", "conversations", "messages", "system", *VIDEO_AND_AUDIO}
+TRAINED_KEYS = ("weight", "loss", "train", "loss_weight")
+"""Keys of a turn that say in other projects whether it is trained on."""
 FILE_URL = re.compile(r"file://(?:localhost)?(?=/)", re.IGNORECASE)
 URL = re.compile(r"data:|[a-z][a-z0-9+]*://", re.IGNORECASE)
 
@@ -87,6 +90,12 @@ def parse_sample(record: Any, needs_answer: bool = True) -> Sample:
         raise DataError(f"{found} {key!r}; give [{{'from': 'user', 'value': …}}, …]")
     part_paths: list[str | None] = []
     turns = [_parse_turn(turn, number, part_paths) for number, turn in enumerate(conversations)]
+    if system := record.get("system"):
+        if not isinstance(system, str):
+            raise DataError(f"has {_kind(system)} as 'system'; it must be a string")
+        if any(role == "system" for role, _ in turns):
+            raise DataError("has 'system' and a system turn; keep one of them")
+        turns.insert(0, ("system", system.strip()))
     if needs_answer and all(role != "assistant" for role, _ in turns):
         raise DataError(
             "has no assistant turn, so there is nothing to learn from it; add one or drop the record"
@@ -128,6 +137,13 @@ def _parse_turn(turn: Any, number: int, part_paths: list[str | None]) -> tuple[s
     if not isinstance(role, str) or role.lower() not in ROLES:
         found = f"{role!r:.60}" if isinstance(role, str) else _kind(role)
         raise DataError(f"turn {number} has the unknown role {found}; use one of {', '.join(ROLES)}")
+    for key in TRAINED_KEYS:
+        # 1 and true ask for what happens anyway.
+        if ROLES[role.lower()] == "assistant" and turn.get(key) not in (None, True):
+            raise DataError(
+                f"turn {number} has {key!r}: {turn[key]!r:.60}, but every answer is trained on alike; "
+                f"drop the key, or what follows from this turn on"
+            )
     if isinstance(text, list) and text:
         text = "".join(_parse_part(part, f"turn {number} has a part", part_paths) for part in text)
     if not isinstance(text, str):

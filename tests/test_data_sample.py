@@ -12,6 +12,7 @@ from tests.data_fixtures import record, turns, write_json
 ANSWER = {"role": "assistant", "content": "A cat."}
 IMAGE_PART = {"type": "image", "image": "a.jpg"}
 TEXT_PART = {"type": "text", "text": "What?"}
+TEXT_TURN = {"role": "user", "content": "What?"}
 NATIVE = parse_sample(record("<ImageHere>What?", "A cat.", images=["a.jpg"]))
 
 
@@ -180,6 +181,13 @@ def test_image_tags_are_placeholders_only_where_the_counts_need_them(text, image
         ),
         ({**record("1", "2"), "audio": ["a.wav"]}, "has 'audio', but"),
         ({"conversations": [{"from": "user", "content": "1"}]}, "turn 0 must be an object with 'from' and"),
+        (
+            {"messages": [TEXT_TURN, ANSWER | {"weight": 0}]},
+            "turn 1 has 'weight': 0, but every answer is trained on",
+        ),
+        ({"messages": [TEXT_TURN, ANSWER | {"loss": False}]}, "turn 1 has 'loss': False, but"),
+        ({**record("1", "2"), "system": ["3"]}, "has a list as 'system'"),
+        ({"system": "3", "messages": [{"role": "system", "content": "4"}, ANSWER]}, "keep one of them"),
     ],
 )
 def test_what_would_train_wrongly_is_refused(item, message):
@@ -187,6 +195,14 @@ def test_what_would_train_wrongly_is_refused(item, message):
         parse_sample(item)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_what_asks_for_training_on_an_answer_changes_nothing_and_a_system_text_is_the_first_turn():
+    weighed = {"messages": [TEXT_TURN | {"weight": 0}, ANSWER | {"weight": 1, "loss": True, "train": None}]}
+    assert parse_sample(weighed) == parse_sample({"messages": [TEXT_TURN, ANSWER], "system": ""})
+    as_turn = [{"role": "system", "content": "Be short."}, TEXT_TURN, ANSWER]
+    as_key = {"messages": [TEXT_TURN, ANSWER], "system": " Be short. "}
+    assert parse_sample(as_key) == parse_sample({"messages": as_turn})
 
 
 def test_unknown_keys_are_told():

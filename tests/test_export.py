@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -21,6 +21,7 @@ from data.errors import DataError
 from tests.adapter_cases import FILES, adapter, train_adapter
 from tests.model_cases import golden, golden_folder
 from tests.tiny import ROOT, read_metrics, run_ranks, tiny_data
+from trainer.adapter_folder import read_adapter
 from trainer.export import main
 from trainer.generate import load_model
 from trainer.generate import main as generate
@@ -268,6 +269,14 @@ def test_a_checkpoint_becomes_a_folder_of_its_model_alone(world, tmp_path, flags
         reload(world / "model", tmp_path / "out")
     else:
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_an_adapter_of_embeddings_is_refused_in_a_sentence(tmp_path):
+    LoraConfig(target_modules=["embed_tokens"]).save_pretrained(str(tmp_path))
+    rows = {"base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(2, 4)}
+    save_file(rows, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(DataError, match="lora_embedding_A adapts embeddings"):
+        read_adapter(tmp_path)
 
 
 @pytest.mark.parametrize(

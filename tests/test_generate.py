@@ -14,7 +14,7 @@ from data.loader import SampleReader
 from data.mixture import read_mixture
 from data.tokens import SampleEncoder
 from tests.tiny import ROOT, run_ranks, tiny_data, tiny_model
-from trainer.generate import is_correct, load_model, main
+from trainer.generate import Questions, is_correct, load_model, main, one_question
 from trainer.models import load_conversation, load_image_processor
 from trainer.scores import scores
 
@@ -216,6 +216,12 @@ def test_a_place_that_cannot_be_written_is_named_before_the_model_is_read(folder
     (output,) = run_ranks(1, main, flags(folder, "--output", tmp_path / "file" / "p.jsonl"), status=2)
     assert "file/p.jsonl cannot be written" in output
     assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("text", ["What?", "<ImageHere>What?", "<image>What?"])
+def test_a_single_question_shows_its_picture_where_it_says_or_first(text):
+    source = one_question(Questions(model_name_or_path="m", question=text, image=("cat.jpg",)))
+    assert source.sample(0, needs_answer=False).turns == [("user", "<ImageHere>What?")]
 
 
 def test_a_single_question_is_called_the_question(folder, tmp_path):

@@ -63,6 +63,7 @@ NAMED = {
     "D": [
         "D\nIts tail is long.",
         "I think it is D.",
+        "Answer: I think it is D.",
         "It is (D), a dog",
         "选D",
         "\\boxed{D}",

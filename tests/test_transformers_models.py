@@ -207,6 +207,17 @@ def test_a_resumed_run_is_the_uninterrupted_one_also_on_another_number_of_ranks(
     assert losses(wider) == pytest.approx(losses(straight)[2:], rel=1e-5)
 
 
+@pytest.mark.slow
+def test_a_buffer_in_float32_is_not_rounded_by_a_merge_in_bfloat16(tmp_path):
+    world = world_of("glm4v_moe", tmp_path)
+    run = train(world, "run", max_steps=1, use_lora=True, fix_sampler=True)
+    merge(run, world / "merged", dtype=torch.bfloat16)
+    dtypes = {key: tensor.dtype for key, tensor in load_file(world / "merged" / "model.safetensors").items()}
+    biases = {name for name in dtypes if name.endswith("e_score_correction_bias")}
+    assert biases
+    assert {name for name in dtypes if dtypes[name] == torch.float32} == biases
+
+
 @pytest.mark.parametrize(
     ("name", "changes"),
     [

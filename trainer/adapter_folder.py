@@ -83,6 +83,8 @@ def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, list[int]]]:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     except (ValueError, TypeError, KeyError, SafetensorError) as error:
         raise DataError(f"{folder}: cannot be read as an adapter: {' '.join(str(error).split())}") from error
+    if embeddings := [name for name in shapes if ".lora_embedding_" in name]:
+        raise DataError(f"{folder}: {embeddings[0]} adapts embeddings, and here only linear layers can be")
     if not isinstance(peft_config, LoraConfig):
         raise DataError(f"{folder}: holds an adapter of type {peft_config.peft_type}, not LORA")
     if peft_config.init_lora_weights not in (True, False, "gaussian"):

@@ -151,6 +151,7 @@ def merge(adapter: Path, out: Path, base: Path | None = None, dtype: torch.dtype
     whole = {checkpoint_name(name): file_key(name) for name in names_in_file if not is_adapter(name)}
     merged = _Merge(adapter, base_files, in_base, layers, whole)
 
+    buffers = {checkpoint_name(name) for name, _ in model.named_buffers()}  # which keep their dtype
     dtypes: dict[str, torch.dtype] = {}
     shapes: dict[str, Sequence[int]] = {}
     for name in dict.fromkeys([*in_base, *whole]):
@@ -159,7 +160,8 @@ def merge(adapter: Path, out: Path, base: Path | None = None, dtype: torch.dtype
             entry = file.get_slice(key)
             shapes[name] = in_base[name].results[name] if name in in_base else entry.get_shape()
             stored = SAFETENSORS_DTYPES.get(entry.get_dtype())  # None: not floating
-            dtypes[name] = (dtype or stored) if stored else file.get_tensor(key).dtype
+            changed = dtype if name not in buffers else None
+            dtypes[name] = (changed or stored) if stored else file.get_tensor(key).dtype
     groups = {next(iter(group.results)): group for group in parts.names.saved(shapes)}
     sizes = {
         first: sum(map(math.prod, group.results.values())) * dtypes[group.sources[0]].itemsize

@@ -38,7 +38,7 @@ from data.flags import ConfigError, parse_flags
 from data.loader import SampleReader
 from data.mixture import Source, read_mixture
 from data.records import Records
-from data.sample import PLACEHOLDER
+from data.sample import IMAGE_TAG, PLACEHOLDER
 from data.tokens import Encoded, SampleEncoder
 from trainer.adapter_folder import (
     CONFIG_FILE,
@@ -252,7 +252,7 @@ class OneQuestion(Source):
 def one_question(questions: Questions) -> Source:
     """`--question` and `--image` as a source of one record."""
     text = questions.question or ""
-    if PLACEHOLDER not in text:
+    if PLACEHOLDER not in text and IMAGE_TAG not in text:
         text = PLACEHOLDER * len(questions.image) + text
     record = {"image": list(questions.image), "conversations": [{"from": "user", "value": text}]}
     return OneQuestion("question", cast(Records, [record]), 1, Path(questions.image_root or ""))

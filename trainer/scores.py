@@ -76,7 +76,8 @@ def _named_letter(text: str) -> str | None:
         return letter
     text = unicodedata.normalize("NFKC", text)
     answer_is = r"(?i:answer(?:\s+is)?(?:\W+(?:option|choice))?)|答案[是为為]?(?:选项|选)?"
-    if stated := re.findall(rf"(?:{answer_is})\W*([A-Z])(?![A-Za-z])", text):
+    # "I" before a word in lower case is the pronoun: "Answer: I think it is B."
+    if stated := re.findall(rf"(?:{answer_is})\W*(?!I(?: [a-z]|['’]))([A-Z])(?![A-Za-z])", text):
         return stated[-1]
     # The article at the start of a sentence and the pronoun are no choices, as in "A cat, I think".
     after_a_letter = r"(?:and|as|because|is|or|since)\b"

@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from data.errors import DataError
 from data.images import jpeg_uri, open_image, process
+from trainer.models.xcomposer2.image_processing_xcomposer2 import to_rgb
 from trainer.report.run import Run, read_lines
 from trainer.report.values import as_dict, number
 
@@ -195,11 +196,7 @@ def _small(path: str) -> str:
         )  # a large JPEG is decoded at a lower resolution
 
         def shrink(image: Image.Image) -> str:
-            image = ImageOps.exif_transpose(image)
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB")
+            image = to_rgb(image, as_viewed=True)
             image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
             return jpeg_uri(image, quality=75)
 
