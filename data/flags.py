@@ -13,6 +13,9 @@ below it. Output: an instance, or `ConfigError` with every problem at once.
     parse_flags(Questions, ["--batch_size", "4"], prog="trainer.generate")     # Questions(batch_size=4)
     parse_flags(Questions, ["--bach_size", "4"], prog="trainer.generate")
     # ConfigError: --bach_size is unknown; did you mean --batch_size?
+
+A flag of several values takes words and lists at commas: `--metrics anls,rouge_l choice`. A field of paths,
+which may contain commas, has `metadata={"split_at_commas": False}`: each word is one path.
 """
 
 import argparse
@@ -90,7 +93,9 @@ def parse_flags(
     for field in fields(kind):
         if field.name in values:
             try:
-                values[field.name] = _convert(values[field.name], field.type)
+                values[field.name] = _convert(
+                    values[field.name], field.type, field.metadata.get("split_at_commas", True)
+                )
             except ValueError as error:
                 problems.append(f"--{field.name} {values[field.name]}: {error}")
                 del values[field.name]
@@ -134,11 +139,13 @@ def _plain_type(annotation: Any) -> type:
     return next((t for t in get_args(annotation) if t is not NoneType), annotation)
 
 
-def _convert(value: Any, annotation: Any) -> Any:
+def _convert(value: Any, annotation: Any, split_at_commas: bool = True) -> Any:
     """A word of the command line or a YAML value → the field's type; ValueError says what was expected."""
     kind = _plain_type(annotation)
     if get_origin(annotation) is tuple:
         words = [str(word) for word in (value if isinstance(value, list) else [value])]
+        if not split_at_commas:
+            return tuple(words)
         plain = re.compile(r"[\w.,-]+")  # a comma in a regular expression is a part of it
         return tuple(
             name for word in words for name in (word.split(",") if plain.fullmatch(word) else [word])

@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 
+from data.flags import parse_flags
 from data.loader import SampleReader
 from data.mixture import read_mixture
 from data.tokens import SampleEncoder
@@ -229,3 +230,11 @@ def test_a_single_question_is_called_the_question(folder, tmp_path):
     (output,) = run_ranks(1, main, [*words, "--question", "what?"], status=1)
     assert f"error: the question {tmp_path}/none.png does not exist" in output
     assert "record" not in output
+
+
+def test_an_image_with_a_comma_in_its_name_is_one_image(folder, tmp_path):
+    arguments = ["--model_name_or_path", str(folder / "model"), "--question", "what?"]
+    images = ["paris,france.jpg", "img/paris,france.jpg"]
+    (tmp_path / "ask.yaml").write_text(json.dumps({"image": images}))
+    for given in (["--image", *images], ["--config", str(tmp_path / "ask.yaml")]):
+        assert parse_flags(Questions, [*arguments, *given], "trainer.generate").image == tuple(images)

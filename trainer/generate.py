@@ -20,7 +20,7 @@ import json
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -91,7 +91,7 @@ class Questions:
     """Folder that image paths are relative to; by default the folder of the JSON file."""
     question: str | None = None
     """One question, instead of data_path."""
-    image: tuple[str, ...] = ()
+    image: tuple[str, ...] = field(default=(), metadata={"split_at_commas": False})
     """The image of that question, or several."""
     output: str = "predictions.jsonl"
     """File for the predictions of data_path."""
