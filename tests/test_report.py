@@ -1,5 +1,7 @@
 """report.html: written by real runs, and looked at in a real browser."""
 
+import base64
+import io
 import json
 import os
 import random
@@ -8,6 +10,7 @@ import signal
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -406,3 +409,17 @@ def test_answers_to_steps_that_will_be_done_again_are_not_shown(tmp_path):
     (tmp_path / "eval" / "step-8.jsonl").write_text(stale)
     found = read_questions([read_run(tmp_path)])
     assert {answer.last for question in found.shown for answer in question.answers} == {0, 4}
+
+
+def test_a_picture_of_16_bit_grey_has_on_the_page_the_shades_that_the_model_sees(tmp_path):
+    levels = np.linspace(0, 60000, 64).astype(np.uint16)
+    Image.fromarray(np.tile(levels, (64, 1))).save(tmp_path / "grey.png")
+    (tmp_path / "eval").mkdir()
+    row = {"source": "grey", "record": 0, "question": "which?", "images": [str(tmp_path / "grey.png")]}
+    (tmp_path / "eval" / "step-0.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 1.0}\n')
+    (question,) = read_questions([read_run(tmp_path)]).shown
+    (picture,) = question.pictures
+    with Image.open(io.BytesIO(base64.b64decode(picture.partition(",")[2]))) as image:
+        shades = np.asarray(image.convert("L"))[32].astype(int)
+    assert np.abs(shades - (levels >> 8)).max() <= 8  # as JPEG has it
