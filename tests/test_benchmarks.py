@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks.gpu import peers_that_fit
 from tests.benchmarks.workloads import QWEN_TEXT, QWEN_VISION, WORKLOADS, make_data, make_qwen2_5_vl
 from tests.tiny import flags, read_metrics, run_ranks, tiny_model
 from trainer.main import main
@@ -88,9 +87,34 @@ def test_a_peer_sees_our_samples_and_has_our_loss(make_model, peer, lora, work_o
         assert line["loss"] == pytest.approx(ours_line["loss"], rel=1e-5)
 
 
-def test_a_peer_that_holds_the_whole_state_on_every_gpu_is_left_out_where_it_does_not_fit():
-    gigabyte, peers = 10**9, ["hf_ddp", "hf_fsdp2"]
-    of_7b = 139 * gigabyte
-    assert peers_that_fit(peers, of_7b, 80 * gigabyte, ranks=8) == ["hf_fsdp2"]
-    assert peers_that_fit(peers, of_7b, 80 * gigabyte, ranks=2) is None
-    assert peers_that_fit(peers, 30 * gigabyte, 141 * gigabyte, ranks=1) == peers
+def test_the_gpu_benchmark_skips_a_peer_whose_whole_state_does_not_fit_each_gpu():
+    from tests.benchmarks.gpu import peers_that_fit
+
+    systems = ["ours", "hf_ddp", "hf_fsdp2", "trl"]
+    state = {"1.8b": 38e9, "7b": 138e9}
+    assert peers_that_fit(systems, state["7b"], 80e9, 8) == ["ours", "hf_fsdp2"]
+    assert peers_that_fit(systems, state["1.8b"], 80e9, 8) == systems
+    assert peers_that_fit(systems, state["1.8b"], 141e9, 1) == systems
+    assert peers_that_fit(systems, state["7b"], 141e9, 1) == []
+    assert peers_that_fit(systems, 0, 80e9, 8) == systems
+
+
+def test_the_gpu_benchmark_prints_its_table_and_goes_on_when_a_peer_fails(monkeypatch, tmp_path, capsys):
+    from tests.benchmarks import gpu
+
+    def failing(options, workload, folder, runs):
+        done = {"system": "ours", "flops": [1e9], "seconds": [1.0], "tokens": [7000], "mfu": [0.5]}
+        runs.append(done | {"memory_all": 10**9})
+        raise RuntimeError("the job ended with status 1: out of memory")
+
+    monkeypatch.setattr(gpu, "compare", failing)
+    monkeypatch.setattr(gpu, "tiny_model", lambda folder, **sizes: None)
+    monkeypatch.setattr("sys.argv", ["gpu", "--smoke", "--warm_up", "0", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit) as status:
+        gpu.main()
+    assert status.value.code == 1
+    said = capsys.readouterr().out
+    assert said.count("out of memory") == 2
+    table = said.rsplit("|---|", 1)[1]
+    for trained in ("all but the tower", "LoRA"):
+        assert f"| 67m | {trained} | ours | 7,000 " in table

@@ -1,15 +1,17 @@
 """Compiled blocks, and selective checkpointing, of models of transformers: the losses of plain runs."""
 
 import functools
-from typing import Any, cast
+from typing import Any
 
 import pytest
+import torch
+import torch._dynamo.utils
 import torch._inductor.config
 
+from tests import vlm_cases
 from tests.test_transformers_models import losses, train, world_of
 from tests.tiny import flags, run_ranks
-from tests.vlm_cases import tiny_model
-from trainer.extras.compile import compile_blocks
+from trainer.extras.compile import compile_block
 from trainer.main import main
 from trainer.models.model_parts import find_parts
 from trainer.models.transformers_vlm import prepare_for_training
@@ -20,6 +22,24 @@ FAMILIES = ("qwen2_5_vl", "gemma3")
 def main_in_one_process(arguments: list[str]) -> int:
     torch._inductor.config.compile_threads = 1  # a pool of processes would outlive a forked rank
     return main(arguments)
+
+
+def test_a_new_number_of_pictures_or_windows_compiles_no_vision_block_again(monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    model: Any = vlm_cases.tiny_model("qwen2_5_vl")
+    prepare_for_training(model)
+    for block in model.get_submodule(find_parts(model).vision_blocks).children():
+        compile_block(block)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    graphs = []
+    for grids in ([[1, 8, 8]], [[1, 8, 16]], [[1, 8, 24]], [[1, 8, 8], [1, 16, 8]], [[1, 8, 40]] * 3):
+        pixels = torch.randn(sum(t * h * w for t, h, w in grids), 3 * 2 * 4 * 4)
+        with torch.no_grad():
+            model.base_model.get_image_features(pixels, torch.tensor(grids))
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"] - before)
+    assert graphs[0] >= 2, graphs
+    assert graphs[1:] == [graphs[1]] * (len(graphs) - 1), graphs
 
 
 @pytest.mark.slow
@@ -42,21 +62,3 @@ def test_compiled_blocks_change_no_loss(family, tmp_path):
     argv = flags(world, "compiled", compile=True, **options)
     run_ranks(1, main_in_one_process, argv, timeout=1200)
     assert losses(world / "compiled") == pytest.approx(losses(world / "plain"), rel=1e-5)
-
-
-def test_a_vision_tower_is_not_compiled_again_for_another_number_of_windows(monkeypatch):
-    """Dynamo alone, without a compiler."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    torch._dynamo.reset()
-    model = tiny_model("qwen2_5_vl")
-    prepare_for_training(model)
-    compile_blocks(model, find_parts(model))
-    graphs = []
-    for windows in (2, 4, 6, 8):
-        grid = torch.tensor([[1, 8, 4 * windows]])
-        pixels = torch.randn(int(grid.prod()), 3 * 2 * 4 * 4)
-        with torch.no_grad():
-            cast(Any, model.base_model).get_image_features(pixels, grid)
-        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    assert graphs[0] > 0
-    assert graphs[1:] == [graphs[1]] * 3

@@ -254,16 +254,23 @@ def plot(results: dict[str, Any], file: Path) -> None:
 
 
 def compare(
-    options: argparse.Namespace, workload: Workload, folder: Path, picture: tuple[int, int] = (320, 240)
+    options: argparse.Namespace,
+    workload: Workload,
+    folder: Path,
+    picture: tuple[int, int] = (320, 240),
+    runs: list[Run] | None = None,
 ) -> dict[str, Any]:
-    """All rounds of one workload on the model in folder/model; picture: (width, height) of its pictures."""
+    """All rounds of one workload on the model in folder/model; picture: (width, height) of its pictures.
+
+    `runs` collects the runs; given by a caller that needs those which ended before one fails.
+    """
     model = folder / "model"
     global_batch = options.batch * options.ranks
     num_samples = options.steps * global_batch
     data = make_data(folder / "data", workload.shapes, num_samples, picture=picture)
     expected = expected_samples(model, data, options.steps, global_batch)
     systems = ["ours", *options.peers]
-    runs: list[Run] = []
+    runs = [] if runs is None else runs
     for number in range(options.rounds):
         turn = number % len(systems)
         for system in systems[turn:] + systems[:turn]:

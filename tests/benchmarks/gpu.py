@@ -11,13 +11,15 @@ words with a 490-pixel picture (1,225 slots) in 60 % of them. Output: a table on
 All GPUs of this machine are used, one run at a time. The systems are those of compare.py, take turns and do
 the same work, which it checks. TFLOP/s and MFU count the model's operations alone (trainer/models/family.py):
 padding, recomputation and logits that nobody reads lower them. The MFU is the fraction of the speed that
-matrix products reach on the same GPUs in bfloat16. Without an accelerator the benchmark says so and ends;
-`--smoke` then runs a small model, to check the benchmark itself.
+matrix products reach on the same GPUs in bfloat16. What cannot fit is skipped; when a run fails, its reason
+and the rows so far are printed, the next mode begins, and the exit status is 1. Without an
+accelerator the benchmark says so and ends; `--smoke` then runs a small model, to check the benchmark itself.
 """
 
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.benchmarks.compare import Run, compare
+from tests.benchmarks.compare import Run, VoidError, compare
 from tests.benchmarks.workloads import SIZES, WORKLOADS, Workload
 from tests.tiny import tiny_model, word_tokenizer
 from trainer.models import build_model
@@ -54,21 +56,16 @@ def make_model(folder: Path, sizes: dict[str, Any], device: torch.device) -> int
         torch.set_default_dtype(default)
     model.save_pretrained(folder)
     word_tokenizer(folder, config.vocab_size)
-    parameters = model.num_parameters()
-    if device.type != "cpu":
-        del model
-        torch.accelerator.empty_cache()  # the runs that follow need this memory
-    return parameters
+    return model.num_parameters()
 
 
-def peers_that_fit(peers: list[str], needed: int, memory: int, ranks: int) -> list[str] | None:
-    """The peers that fit into GPUs of `memory` bytes with a state of `needed` bytes; None if ours does not.
+def peers_that_fit(systems: list[str], needed: float, memory: float, ranks: int) -> list[str]:
+    """Those of `systems` whose state takes at most 80 % of each of `ranks` GPUs with `memory` bytes.
 
-    With FSDP every rank holds a share of the state, else all of it.
+    needed: bytes of the whole state, which DDP keeps on every GPU; ours and FSDP divide it over them.
     """
-    if needed > 0.8 * memory * ranks:
-        return None
-    return [peer for peer in peers if "fsdp" in peer or needed <= 0.8 * memory]
+    divides = {system: system.startswith("ours") or "fsdp" in system for system in systems}
+    return [s for s in systems if needed / (ranks if divides[s] else 1) <= 0.8 * memory]
 
 
 def with_picture(random: np.random.Generator) -> tuple[int, int]:
@@ -143,6 +140,7 @@ def main() -> None:
         name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
     print(f"{options.ranks} × {name}, torch {torch.__version__}", flush=True)
     options.output.mkdir(parents=True, exist_ok=True)
+    peers, failed = options.peers, False
     rows: list[dict[str, Any]] = []
     all_runs: list[Run] = []
     for size in ["67m"] if options.smoke else options.models.split(","):
@@ -152,34 +150,43 @@ def main() -> None:
                 parameters = 0
             else:
                 parameters = make_model(Path(folder) / "model", MODELS[size], device or torch.device("cpu"))
+                if device is not None:
+                    torch.accelerator.empty_cache()  # the runs are other processes, and need the memory
             for mode in options.modes.split(","):
                 needed = parameters * STATE_BYTES if mode == "full" else 0
-                state = f"its state alone takes {needed / 1e9:.0f} GB"
-                peers = options.peers
+                systems = ["ours", *peers]
                 if device is not None:
-                    peers = peers_that_fit(peers, needed, memory, options.ranks)
-                if peers is None:
-                    print(f"{size}, {mode}: skipped, {state}", flush=True)
+                    systems = peers_that_fit(systems, needed, memory, options.ranks)
+                for system in [system for system in ("ours", *peers) if system not in systems]:
+                    reason = f"its state alone takes {needed / 1e9:.0f} GB"
+                    print(f"{size}, {mode}, {system}: skipped, {reason}", flush=True)
+                if "ours" not in systems:
                     continue
-                for peer in set(options.peers) - set(peers):
-                    print(f"{size}, {mode}, {peer}: skipped, {state} on every GPU", flush=True)
-                chosen = argparse.Namespace(**{**vars(options), "peers": peers})
+                options.peers = systems[1:]
                 workload = WORKLOADS["realistic" if mode == "full" else "lora"]
                 if not options.smoke:
                     workload = replace(workload, shapes=with_picture)
+                runs: list[Run] = []
                 with tempfile.TemporaryDirectory() as work:
                     (Path(work) / "model").symlink_to(Path(folder) / "model")
                     try:
-                        runs = compare(chosen, workload, Path(work))["runs"]
-                    except RuntimeError as error:  # such as one that ran out of memory
-                        print(f"{size}, {mode}: {error}", flush=True)
-                        continue
+                        compare(options, workload, Path(work), runs=runs)
+                    except (RuntimeError, VoidError) as error:
+                        failed = True
+                        print(f"{size}, {mode}: a run failed: {error}", flush=True)
+                        if isinstance(error, VoidError):
+                            runs.clear()  # the systems did not do the same work, so nothing can be compared
+                if not any(run["system"] == "ours" for run in runs):
+                    print(table(rows), flush=True)
+                    continue
                 rows += rows_of(size, workload, runs, options.warm_up, options.ranks)
                 all_runs += [{"model": size, "mode": mode, **run} for run in runs]
                 about = {"gpu": name, "gpus": options.ranks, "torch": torch.__version__}
                 about |= {"rows": rows, "runs": all_runs}
                 (options.output / "gpu.json").write_text(json.dumps(about))
-    print(table(rows))
+                print(table(rows), flush=True)
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ with a compiled forward.
 
 Blocks of a kind share their code. It is compiled for rows of any length, so that a new length does not
 compile again. Attention and the linear layers are not compiled: they are matrix products anyway, and would be
-compiled again for every packing of a row, every place of an image, and every number of windows in a vision
-tower. What is compiled are the norms, the rotation and the activation between them.
+compiled again for every packing of a row and every place of an image. What is compiled are the norms, the
+rotation and the activation between them.
 """
 
 import inspect
@@ -20,18 +20,19 @@ from trainer.models import Parts
 
 def compile_blocks(model: PreTrainedModel, parts: Parts) -> None:
     """Compile the blocks of vision and language; compilation happens when they first run."""
-    language_blocks, vision_blocks = parts.blocks(model)
-    for block in vision_blocks:
-        for module in block.modules():
-            # The function that computes it, by sample, is not compiled in any block; here neither is what
-            # splits a tower's tokens into its images and windows.
-            if type(module).__name__.endswith("Attention"):
-                module.forward = torch.compiler.disable(module.forward)
-    for block in (*vision_blocks, *language_blocks):
-        compile_block(block)
+    for blocks in parts.blocks(model):
+        for block in blocks:
+            compile_block(block)
 
 
 def compile_block(block: nn.Module) -> None:
     """Compile the block's own forward: transformers' wrapper around it is one function for all kinds of
-    blocks, and torch limits the number of compiled versions of a function."""
+    blocks, and torch limits the number of compiled versions of a function.
+
+    Attention that takes the bounds of its pictures or windows, `cu_seqlens`, loops over them. It is left out:
+    it would be compiled again for every number of them, until torch gives up and runs all of it uncompiled.
+    """
+    for module in block.modules():
+        if module is not block and "cu_seqlens" in inspect.signature(module.forward).parameters:
+            module.forward = torch.compiler.disable(module.forward)
     block.forward = torch.compile(inspect.unwrap(type(block).forward).__get__(block), dynamic=True)
