@@ -8,6 +8,7 @@ import torch._inductor.config
 from tests.same_training import assert_same_training, train
 from tests.tiny import read_metrics
 from trainer.main import main
+from trainer.optim import ShardedAdamW
 
 
 @pytest.fixture(scope="module")
@@ -18,13 +19,13 @@ def world(same_world):
 def main_with_few_graphs(arguments):
     """Every row is cut otherwise; the last to make new code may be the first with no image."""
     torch._inductor.config.compile_threads = 1  # a pool of processes would outlive a forked rank
-    graphs, step = [], torch.optim.AdamW.step
+    graphs, step = [], ShardedAdamW.step
 
     def counted(self):
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
         return step(self)
 
-    torch.optim.AdamW.step = counted
+    ShardedAdamW.step = counted
     status = main(arguments)
     assert graphs[0] >= 2, graphs
     assert graphs[5] == graphs[-1] < 24, graphs

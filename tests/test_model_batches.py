@@ -263,7 +263,8 @@ def test_a_sample_beyond_max_positions_changes_the_rotation_of_no_other_one():
     )
     model = build_model(config).eval()
     model.load_state_dict(plain.state_dict())
-    long, short = torch.randint(3, 90, (1, 20)), torch.randint(3, 90, (1, 12))
+    random = torch.Generator().manual_seed(0)
+    long, short = (torch.randint(3, 90, (1, length), generator=random) for length in (20, 12))
     with torch.no_grad():
         alone = [model(input_ids=ids).logits[0] for ids in (short, long)]
         positions = torch.cat([torch.arange(12), torch.arange(20)])[None]

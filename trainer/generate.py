@@ -401,10 +401,10 @@ def open_all(questions: Questions) -> tuple[PreTrainedModel, SampleReader, Parti
         questions.images_as_viewed,
     )
     template, folder = questions.chat_template, Path(questions.model_name_or_path)
-    if template is None and folder != model_folder:  # an adapter
+    trained_with = getattr(model.config, "conversation_format", None)  # that the family's code has
+    if template is None and trained_with is None and folder != model_folder:  # an adapter
         template = own_chat_template(folder, load_tokenizer(model_folder))
     conversation = load_conversation(model_folder, template)
-    trained_with = getattr(model.config, "conversation_format", None)
     if trained_with not in (None, conversation.format):
         log(
             f"warning: {questions.model_name_or_path} was trained with another conversation format "

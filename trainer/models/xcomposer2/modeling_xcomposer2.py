@@ -240,7 +240,7 @@ class InternLM2Model(nn.Module):
         if samples is None and attention_mask is None and cache is None and len(x) == 1:
             samples = _samples_of(position_ids)
         lengths = None  # of samples, where positions do not tell them
-        if samples is not None:
+        if samples is not None and self.rotary_emb.factor is not None:
             sizes = samples.cu_seq_lens.diff()
             lengths = sizes.repeat_interleave(sizes, output_size=x.shape[1])[None]
         elif attention_mask is not None and position_ids is None and cache is None:
