@@ -69,6 +69,7 @@ class Findings:
     shrunk: list[str] = field(default_factory=list)
     tags_as_text: list[str] = field(default_factory=list)
     empty_answers: list[str] = field(default_factory=list)
+    unanswered: list[str] = field(default_factory=list)
     hashes: list[int] = field(default_factory=list)
     """64 bits of each record's conversation and images; 0 for one that cannot be read."""
     unknown_keys: Counter[tuple[int, str]] = field(default_factory=Counter)
@@ -120,6 +121,8 @@ def inspect_records(reader: SampleReader, chunk: Chunk) -> Findings:
             found.tags_as_text.append(f"{source.where(index)} has {tags} as text, not as an image")
         if any(role == "assistant" and not text for role, text in sample.turns):
             found.empty_answers.append(f"{source.where(index)} has an empty answer")
+        if sample.turns[-1][0] != "assistant":
+            found.unanswered.append(f"{source.where(index)} ends with a turn that no answer follows")
         found.unknown_keys.update((number, key) for key in sample.unknown_keys)
         content = repr((sample.turns, paths)).encode("utf-8", "surrogatepass")
         found.hashes.append(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big"))
@@ -195,6 +198,7 @@ def check(reader: SampleReader, cost: CostModel, config: CheckConfig) -> dict[st
             "unknown keys": unknown_keys(sources, found.unknown_keys),
             "repeated often": [source.repetition for source in sources if source.repetition],
             "empty answer": found.empty_answers,
+            "no answer to the last turn": found.unanswered,
             "duplicate": [
                 f"{', '.join(records_in_files(map(locate, group)))} are the same"
                 for group in groups_of_equal(np.array(found.hashes, dtype=np.uint64))

@@ -90,9 +90,10 @@ def parse_sample(record: Any, needs_answer: bool = True) -> Sample:
         raise DataError(f"{found} {key!r}; give [{{'from': 'user', 'value': …}}, …]")
     part_paths: list[str | None] = []
     turns = [_parse_turn(turn, number, part_paths) for number, turn in enumerate(conversations)]
-    if system := record.get("system"):
-        if not isinstance(system, str):
-            raise DataError(f"has {_kind(system)} as 'system'; it must be a string")
+    system = record.get("system")
+    if system is not None and not isinstance(system, str):
+        raise DataError(f"has {_kind(system)} as 'system'; it must be a string")
+    if system and system.strip():
         if any(role == "system" for role, _ in turns):
             raise DataError("has 'system' and a system turn; keep one of them")
         turns.insert(0, ("system", system.strip()))

@@ -153,6 +153,7 @@ def test_what_may_not_be_meant_is_a_warning(tmp_path, model):
     records = [record(f"w{i}", "w2") | {"sorce": "x"} for i in range(1200)]
     records[7] |= {"imgae": "a.png"}
     records[8] = record("what is <image> in <video>", "w2", record_id="tag")
+    records[9] = record("w9", "w2", "and then?", record_id="open") | {"sorce": "x"}
     data = write_json(tmp_path / "a.json", records)
     (tmp_path / "one.json").write_text(json.dumps([record("w1", "w3")]))
     (tmp_path / "data.txt").write_text("a.json\none.json 1\na.json 12\n")
@@ -165,6 +166,8 @@ def test_what_may_not_be_meant_is_a_warning(tmp_path, model):
     assert (
         f"{data}: record 8 (id 'tag') has <image> and <video> as text" in warnings["placeholders as text"][0]
     )
+    (unanswered, _) = warnings["no answer to the last turn"]  # data.txt lists the file twice
+    assert unanswered == f"{data}: record 9 (id 'open') ends with a turn that no answer follows"
     (often,) = warnings["repeated often"]
     assert f"{tmp_path / 'one.json'}: 1,000 samples an epoch of 1 record, each about 1,000 times" in often
 

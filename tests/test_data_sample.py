@@ -187,6 +187,7 @@ def test_image_tags_are_placeholders_only_where_the_counts_need_them(text, image
         ),
         ({"messages": [TEXT_TURN, ANSWER | {"loss": False}]}, "turn 1 has 'loss': False, but"),
         ({**record("1", "2"), "system": ["3"]}, "has a list as 'system'"),
+        ({**record("1", "2"), "system": 0}, "has a number as 'system'"),
         ({"system": "3", "messages": [{"role": "system", "content": "4"}, ANSWER]}, "keep one of them"),
     ],
 )
