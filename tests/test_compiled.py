@@ -17,7 +17,8 @@ def world(same_world):
 
 
 def main_with_few_graphs(arguments):
-    """Every row is cut otherwise; the last to make new code may be the first with no image."""
+    """Every row is cut otherwise; only the first with a single picture, which the ninth step may have, makes
+    new code, of a vision block: torch compiles a size of 1 apart from all others."""
     torch._inductor.config.compile_threads = 1  # a pool of processes would outlive a forked rank
     graphs, step = [], ShardedAdamW.step
 
@@ -28,7 +29,8 @@ def main_with_few_graphs(arguments):
     ShardedAdamW.step = counted
     status = main(arguments)
     assert graphs[0] >= 2, graphs
-    assert graphs[5] == graphs[-1] < 24, graphs
+    assert graphs[5] <= graphs[-1] <= graphs[5] + 1, graphs
+    assert graphs[-1] < 24, graphs
     return status
 
 
