@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 from tests.model_cases import FAMILIES, golden
 from trainer.models.xcomposer2.configuration_xcomposer2 import InternLMXcomposer2Config
-from trainer.models.xcomposer2.modeling_xcomposer2 import RotaryEmbedding
 from trainer.models.xcomposer2.plora_xcomposer2 import runs_of
+from trainer.models.xcomposer2.rotary_xcomposer2 import RotaryEmbedding
 from trainer.models.xcomposer2.vision_xcomposer2 import resize_positions
 
 CASES = [(family, case) for family in FAMILIES for case in golden(family).cases]

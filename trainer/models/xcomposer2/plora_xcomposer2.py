@@ -154,7 +154,7 @@ class PLoRALinear(nn.Linear):
         x = input.flatten(0, -2)
         if type(self.Plora_A) is not PLoRADown or type(self.Plora_B) is not PLoRAUp:  # adapters are on them
             y = super().forward(x)
-            if not runs:  # the adapters take part in the backward pass on every rank, or their sum would hang
+            if not runs:  # no rows, for gradients of zeros: FSDP leaves missing ones out, on this rank alone
                 y = torch.cat([y, self.Plora_B(self.Plora_A(x[:0]))])
             parts = [
                 y[begin:end] + self.scale * self.Plora_B(self.Plora_A(self.dropout(x[begin:end])))
