@@ -121,7 +121,7 @@ def inspect_records(reader: SampleReader, chunk: Chunk) -> Findings:
             found.tags_as_text.append(f"{source.where(index)} has {tags} as text, not as an image")
         if any(role == "assistant" and not text for role, text in sample.turns):
             found.empty_answers.append(f"{source.where(index)} has an empty answer")
-        if sample.turns[-1][0] != "assistant":
+        if sample.answer is None:
             found.unanswered.append(f"{source.where(index)} ends with a turn that no answer follows")
         found.unknown_keys.update((number, key) for key in sample.unknown_keys)
         content = repr((sample.turns, paths)).encode("utf-8", "surrogatepass")

@@ -66,6 +66,12 @@ class Sample:
     """Keys of the record that are not used, perhaps because they are misspelt."""
 
     @property
+    def answer(self) -> str | None:
+        """The last turn's text if it is the assistant's: what a model's answer is compared with."""
+        role, text = self.turns[-1]
+        return text if role == "assistant" else None
+
+    @property
     def tags_as_text(self) -> list[str]:
         """Other projects' placeholders that stay text in this sample."""
         return [tag for tag in TAGS if any(tag in text for _, text in self.turns)]
@@ -138,12 +144,11 @@ def _parse_turn(turn: Any, number: int, part_paths: list[str | None]) -> tuple[s
     if not isinstance(role, str) or role.lower() not in ROLES:
         found = f"{role!r:.60}" if isinstance(role, str) else _kind(role)
         raise DataError(f"turn {number} has the unknown role {found}; use one of {', '.join(ROLES)}")
-    for key in TRAINED_KEYS:
-        # 1 and true ask for what happens anyway.
-        if ROLES[role.lower()] == "assistant" and turn.get(key) not in (None, True):
+    for key in TRAINED_KEYS if ROLES[role.lower()] == "assistant" else ():
+        if turn.get(key) not in (None, True):  # 1 equals True
             raise DataError(
                 f"turn {number} has {key!r}: {turn[key]!r:.60}, but every answer is trained on alike; "
-                f"drop the key, or what follows from this turn on"
+                "drop the key to train on this one too, or drop the record"
             )
     if isinstance(text, list) and text:
         text = "".join(_parse_part(part, f"turn {number} has a part", part_paths) for part in text)

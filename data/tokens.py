@@ -111,7 +111,7 @@ class SampleEncoder:
 
     def prompt_pieces(self, sample: Sample) -> list[Piece]:
         """The prompt for generating the last answer: the turns before it, and an assistant's header."""
-        turns = sample.turns[:-1] if sample.turns[-1][0] == "assistant" else sample.turns
+        turns = sample.turns if sample.answer is None else sample.turns[:-1]
         return [*self.conversation.pieces(turns, image_first=sample.image_first, prompt=True)]
 
     def join(self, pieces: Iterable[Piece], image_tokens: Callable[[int], np.ndarray]) -> Encoded:

@@ -88,15 +88,15 @@ def test_a_peer_sees_our_samples_and_has_our_loss(make_model, peer, lora, work_o
 
 
 def test_the_gpu_benchmark_skips_a_peer_whose_whole_state_does_not_fit_each_gpu():
-    from tests.benchmarks.gpu import peers_that_fit
+    from tests.benchmarks.gpu import systems_that_fit
 
     systems = ["ours", "hf_ddp", "hf_fsdp2", "trl"]
     state = {"1.8b": 38e9, "7b": 138e9}
-    assert peers_that_fit(systems, state["7b"], 80e9, 8) == ["ours", "hf_fsdp2"]
-    assert peers_that_fit(systems, state["1.8b"], 80e9, 8) == systems
-    assert peers_that_fit(systems, state["1.8b"], 141e9, 1) == systems
-    assert peers_that_fit(systems, state["7b"], 141e9, 1) == []
-    assert peers_that_fit(systems, 0, 80e9, 8) == systems
+    assert systems_that_fit(systems, state["7b"], 80e9, 8) == ["ours", "hf_fsdp2"]
+    assert systems_that_fit(systems, state["1.8b"], 80e9, 8) == systems
+    assert systems_that_fit(systems, state["1.8b"], 141e9, 1) == systems
+    assert systems_that_fit(systems, state["7b"], 141e9, 1) == []
+    assert systems_that_fit(systems, 0, 80e9, 8) == systems
 
 
 def test_the_gpu_benchmark_prints_its_table_and_goes_on_when_a_peer_fails(monkeypatch, tmp_path, capsys):

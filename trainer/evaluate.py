@@ -84,7 +84,7 @@ def plan_evaluation(
             try:
                 # With its pictures: one that cannot be decoded is told now, and not at the first evaluation.
                 sample = reader.read_prompt(source, record)[0]
-                if sample.turns[-1][0] != "assistant":
+                if sample.answer is None:
                     raise DataError(
                         f"{sources[source].where(record)}: does not end with an assistant's turn, with which "
                         "the model's answer could be compared; add one or drop the record"
@@ -100,7 +100,7 @@ def plan_evaluation(
     try:
         chosen = parse_metrics(config.eval_metrics, [source.name for source in sources])
         for source, samples in zip(sources, questions, strict=True):
-            answers = [[sample.turns[-1][1]] for sample in samples.values()]
+            answers = [[sample.answer] for sample in samples.values() if sample.answer is not None]
             if samples:
                 metrics[source.name] = chosen.get(source.name) or default_metrics(answers)
         _check_metric_for_best(config, sources, metrics)

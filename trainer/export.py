@@ -56,6 +56,7 @@ from trainer.trainable import checkpoint_name, is_adapter
 from trainer.weights import (
     SAFETENSORS_DTYPES,
     OpenFiles,
+    persistent_buffers,
     save_small_files,
     split_into_files,
     tensor_files,
@@ -151,7 +152,7 @@ def merge(adapter: Path, out: Path, base: Path | None = None, dtype: torch.dtype
     whole = {checkpoint_name(name): file_key(name) for name in names_in_file if not is_adapter(name)}
     merged = _Merge(adapter, base_files, in_base, layers, whole)
 
-    buffers = {checkpoint_name(name) for name, _ in model.named_buffers()}  # which keep their dtype
+    buffers = {checkpoint_name(name) for name in persistent_buffers(model)}  # which keep their dtype
     dtypes: dict[str, torch.dtype] = {}
     shapes: dict[str, Sequence[int]] = {}
     for name in dict.fromkeys([*in_base, *whole]):

@@ -280,12 +280,11 @@ def answer_some(
         except DataError as error:
             rows.append({"id": reader.sources[source].record_id(index), "error": str(error)})
             continue
-        *_, (role, text) = sample.turns
-        has_answer = role == "assistant"
+        has_answer = sample.answer is not None
         question = sample.turns[-2 if has_answer else -1][1] if len(sample.turns) > has_answer else ""
         rows.append({"id": sample.id, "question": question.replace(PLACEHOLDER, "").strip()})
         if has_answer:
-            rows[-1]["answer"] = text
+            rows[-1]["answer"] = sample.answer
         asked.append((rows[-1], metrics[source]))
         prompts.append(prompt)
         pixels += images
@@ -401,8 +400,9 @@ def open_all(questions: Questions) -> tuple[PreTrainedModel, SampleReader, Parti
         questions.images_as_viewed,
     )
     template, folder = questions.chat_template, Path(questions.model_name_or_path)
-    trained_with = getattr(model.config, "conversation_format", None)  # that the family's code has
-    if template is None and trained_with is None and folder != model_folder:  # an adapter
+    # Only a family whose format is in its code, and not in a chat template, saves this.
+    trained_with = getattr(model.config, "conversation_format", None)
+    if template is None and trained_with is None and folder != model_folder:  # an adapter's folder
         template = own_chat_template(folder, load_tokenizer(model_folder))
     conversation = load_conversation(model_folder, template)
     if trained_with not in (None, conversation.format):

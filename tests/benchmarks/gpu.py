@@ -59,7 +59,7 @@ def make_model(folder: Path, sizes: dict[str, Any], device: torch.device) -> int
     return model.num_parameters()
 
 
-def peers_that_fit(systems: list[str], needed: float, memory: float, ranks: int) -> list[str]:
+def systems_that_fit(systems: list[str], needed: float, memory: float, ranks: int) -> list[str]:
     """Those of `systems` whose state takes at most 80 % of each of `ranks` GPUs with `memory` bytes.
 
     needed: bytes of the whole state, which DDP keeps on every GPU; ours and FSDP divide it over them.
@@ -156,7 +156,7 @@ def main() -> None:
                 needed = parameters * STATE_BYTES if mode == "full" else 0
                 systems = ["ours", *peers]
                 if device is not None:
-                    systems = peers_that_fit(systems, needed, memory, options.ranks)
+                    systems = systems_that_fit(systems, needed, memory, options.ranks)
                 for system in [system for system in ("ours", *peers) if system not in systems]:
                     reason = f"its state alone takes {needed / 1e9:.0f} GB"
                     print(f"{size}, {mode}, {system}: skipped, {reason}", flush=True)
@@ -176,14 +176,12 @@ def main() -> None:
                         print(f"{size}, {mode}: a run failed: {error}", flush=True)
                         if isinstance(error, VoidError):
                             runs.clear()  # the systems did not do the same work, so nothing can be compared
-                if not any(run["system"] == "ours" for run in runs):
-                    print(table(rows), flush=True)
-                    continue
-                rows += rows_of(size, workload, runs, options.warm_up, options.ranks)
-                all_runs += [{"model": size, "mode": mode, **run} for run in runs]
-                about = {"gpu": name, "gpus": options.ranks, "torch": torch.__version__}
-                about |= {"rows": rows, "runs": all_runs}
-                (options.output / "gpu.json").write_text(json.dumps(about))
+                if any(run["system"] == "ours" for run in runs):
+                    rows += rows_of(size, workload, runs, options.warm_up, options.ranks)
+                    all_runs += [{"model": size, "mode": mode, **run} for run in runs]
+                    about = {"gpu": name, "gpus": options.ranks, "torch": torch.__version__}
+                    about |= {"rows": rows, "runs": all_runs}
+                    (options.output / "gpu.json").write_text(json.dumps(about))
                 print(table(rows), flush=True)
     if failed:
         sys.exit(1)
