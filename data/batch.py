@@ -66,7 +66,7 @@ class MicroBatch:
         return len(self.sample_ids)
 
     def to(self, device: torch.device | str) -> "MicroBatch":
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return self._map(lambda tensor: to_device(tensor, torch.device(device)))
 
     def pin_memory(self) -> "MicroBatch":  # called by DataLoader
         return self._map(torch.Tensor.pin_memory)
@@ -92,8 +92,21 @@ def map_tensors(value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy of the host's `values` on the device, which the host does not wait for."""
-    return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
+    """A copy of the host's `values` on the device, which the host does not wait for; see `on_host`."""
+    if device.type == "cpu":
+        return values
+    if torch.accelerator.is_available():  # not where the device is "meta"
+        values = values.pin_memory()
+    moved = values.to(device, non_blocking=True)
+    if not values.is_floating_point():
+        moved.values_on_host = values  # type: ignore[attr-defined]
+    return moved
+
+
+def on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """The integers from which `to_device` made this tensor, without waiting for the device; another tensor as
+    it is."""
+    return getattr(tensor, "values_on_host", tensor)
 
 
 def collate(

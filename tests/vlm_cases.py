@@ -153,6 +153,7 @@ CASES: dict[str, Case] = {
         TEXT | MIXTURE | {"layer_types": ["linear_attention", "full_attention"], "block_size": 8}
     ),
     "granite": Case(TEXT | {"logits_scaling": 4.0, "embedding_multiplier": 3.0}),
+    "qwen2_vl": _qwen({"embed_dim": 32, "mlp_ratio": 2}, {}),
     "qwen2_5_vl": _qwen({"window_size": 16, "fullatt_block_indexes": [1]}, {}),
     "qwen3_vl": _qwen(DEEPSTACK, {}),
     "qwen3_vl_moe": _qwen(DEEPSTACK, EXPERTS),

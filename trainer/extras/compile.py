@@ -28,11 +28,5 @@ def compile_blocks(model: PreTrainedModel, parts: Parts) -> None:
 def compile_block(block: nn.Module) -> None:
     """Compile the block's own forward: transformers' wrapper around it is one function for all kinds of
     blocks, and torch limits the number of compiled versions of a function.
-
-    Attention that takes the bounds of its pictures or windows, `cu_seqlens`, loops over them. It is left out:
-    it would be compiled again for every number of them, until torch gives up and runs all of it uncompiled.
     """
-    for module in block.modules():
-        if module is not block and "cu_seqlens" in inspect.signature(module.forward).parameters:
-            module.forward = torch.compiler.disable(module.forward)
     block.forward = torch.compile(inspect.unwrap(type(block).forward).__get__(block), dynamic=True)

@@ -41,6 +41,8 @@ class Answers:
     """The position of a sample's first token."""
     final_end: str | None = None
     """The token that ends an answer, where the chat template leaves the last one open."""
+    sizes_on_host: bool = False
+    """Whether all that it computes from the sizes of pictures may be on the host, where nothing waits."""
     mixers: tuple[str, ...] = ()
     """Classes of modules that mix tokens, beside attention and modules with a convolution of their own."""
 
@@ -50,8 +52,15 @@ ANSWERS = {
     "glm4v": Answers(final_end="<|user|>"),
     "glm4v_moe": Answers(final_end="<|user|>"),
     "llava": Answers(final_end="</s>"),
-    "paligemma": Answers(token_types=prefix_types, first_position=1),
+    "llava_onevision": Answers(sizes_on_host=True),
     "minimax": Answers(mixers=("MiniMaxLightningAttention",)),
+    "mistral3": Answers(sizes_on_host=True),
+    "paligemma": Answers(token_types=prefix_types, first_position=1),
+    "qwen2_vl": Answers(sizes_on_host=True),
+    "qwen2_5_vl": Answers(sizes_on_host=True),
+    "qwen3_vl": Answers(sizes_on_host=True),
+    "qwen3_vl_moe": Answers(sizes_on_host=True),
+    "qwen3_5": Answers(sizes_on_host=True),
 }
 """By the configuration's model_type."""
 

@@ -38,7 +38,7 @@ def find_parts(model: PreTrainedModel) -> Parts:
         raise ValueError(
             f"{type(model).__name__}: its language blocks were not found, so it cannot be sharded"
         )
-    tower = _tower_of(model)
+    tower = tower_of(model)
     vision_blocks, vision, projector = None, (), ()
     if tower is not None:
         vision_blocks = _blocks_of(tower, names)
@@ -58,7 +58,7 @@ def find_parts(model: PreTrainedModel) -> Parts:
     )
 
 
-def _tower_of(model: PreTrainedModel) -> nn.Module | None:
+def tower_of(model: PreTrainedModel) -> nn.Module | None:
     """The vision tower, or None."""
     if not hasattr(model.base_model, "get_image_features"):
         return None

@@ -43,8 +43,9 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_MAPPING
 
+from data.batch import on_host
 from trainer.models.answers import answers_of
-from trainer.models.model_parts import find_parts
+from trainer.models.model_parts import find_parts, tower_of
 from trainer.models.own_head import OwnHead, is_plain
 from trainer.models.packed_attention import (
     ATTENTION,
@@ -54,6 +55,9 @@ from trainer.models.packed_attention import (
     rope_types,
     rotate_by_sample,
 )
+from trainer.models.picture_sizes import sizes_read_on_host
+from trainer.models.slots import slots_on_host
+from trainer.models.tower_attention import attend_within_pictures
 from trainer.models.xcomposer2.modeling_xcomposer2 import (
     OutputWithTokenLosses,
     supervised_cross_entropy,
@@ -89,6 +93,9 @@ def prepare_for_training(model: PreTrainedModel) -> None:
             f"{type(model).__name__} cannot be trained: its base model takes pictures, but not their "
             "features (mm_encoder_outputs), so its vision tower cannot run before the text on every rank"
         )
+    if (tower := tower_of(model)) is not None:
+        attend_within_pictures(tower)
+        slots_on_host(model)
     for block in model.get_submodule(find_parts(model).language_blocks).children():
         if mixers := [module for module in block.modules() if _mixes_tokens(module, model.config)]:
             mix_by_sample(block, mixers)
@@ -164,7 +171,7 @@ def _training_forward(
     has_slots = bool(im_mask.any() if image_runs is None and im_mask is not None else image_runs)
     anchor = None
     if vision:
-        features = _image_features(base, vision)
+        features = _image_features(base, vision, input_ids.device, answers.sizes_on_host)
         if has_slots:
             arguments["mm_encoder_outputs"] = {"image": features}
         else:
@@ -218,9 +225,13 @@ TRAINING_ARGUMENTS = _parameters(_training_forward) - {
 """Arguments that the classes' own forward does not have."""
 
 
-def _image_features(base: Any, vision: dict[str, Any]) -> Any:
+def _image_features(base: Any, vision: dict[str, Any], device: torch.device, sizes_on_host: bool) -> Any:
     taken = _parameters(base.get_image_features)
-    return base.get_image_features(**{name: value for name, value in vision.items() if name in taken})
+    given = {name: value for name, value in vision.items() if name in taken}
+    if sizes_on_host:
+        given = {name: on_host(value) for name, value in given.items()}
+    with sizes_read_on_host(base.get_encoder(modality="image"), device):
+        return base.get_image_features(**given)
 
 
 @contextmanager
