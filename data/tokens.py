@@ -61,6 +61,10 @@ class Conversation(Protocol):
         """The pieces of a conversation of (role, text) turns; `prompt`: up to the start of an answer."""
         ...
 
+    def answer_in(self, generated: str) -> str:
+        """The answer in what a model wrote behind a prompt, decoded without special tokens."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Encoded:

@@ -7,6 +7,7 @@ import json
 import pickle
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -107,6 +108,8 @@ class Format(NamedTuple):
     """Whether transformers needs a list of parts for a text without pictures."""
     system: bool = True
     final_end: str | None = None
+    opening: str = ""
+    """What the template puts before the last answer, and not into the prompt for it."""
 
 
 PARTS = (
@@ -178,6 +181,7 @@ FORMATS = {
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
         None,
         "<|im_end|>",
+        opening="<think>\n\n</think>\n\n",
     ),
     "GLM: strings alone for answers, the last answer open": Format(
         "[gMASK]{% for m in messages %}{{ '<|' + m.role + '|>\n' }}"
@@ -296,6 +300,7 @@ def test_answers_and_the_token_that_ends_them_are_trained(name, kind, turns):
     pieces = [*ours.pieces(turns)]
     trained = tokenizer.decode([i for piece in pieces if piece.trained for i in piece.ids])
     answers = [text for role, text in turns if role == "assistant"]
+    answers[-1:] = [format.opening + answer for answer in answers[-1:]]
     expected = "".join(answer + (format.end or "") for answer in answers)
     if format.end is None:
         expected += format.final_end
@@ -396,7 +401,24 @@ def test_an_answer_s_own_thinking_replaces_an_empty_block():
         (answer,) = (piece.ids for piece in pieces if piece.role == "assistant")
         assert {*tokenizer.convert_tokens_to_ids(["<think>", "</think>"])} <= {*answer}
         plain = [*ours.pieces([("user", "why?"), ("assistant", "A cat.")])]
-        assert [piece.trained for piece in plain] == [False, False, False, True, True, False]
+        assert [piece.trained for piece in plain] == [False, False, False, True, True, True, False]
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_all_that_a_model_has_to_write_is_trained_and_its_answer_is_found_in_it(kind, name):
+    """Behind the prompt for an answer, up to the token that ends generation."""
+    ours, tokenizer = CONVERSATIONS[kind, name], TOKENIZERS[kind]
+    turns = [("user", "b"), ("assistant", "A cat."), ("user", "why?"), ("assistant", "It purrs.")]
+    whole, prompt = ([*ours.pieces(part, prompt=p)] for part, p in ((turns, False), (turns[:-1], True)))
+    begin = len(ids_of(prompt, tokenizer))
+    trained = np.repeat([piece.trained for piece in whole], [len(piece.ids) for piece in whole])
+    ids = np.array(ids_of(whole, tokenizer))
+    assert ids[:begin].tolist() == ids_of(prompt, tokenizer)
+    written = ids[begin:][: np.flatnonzero(trained[begin:])[-1] + 1]
+    left_out = written[~trained[begin:][: len(written)]]
+    assert not tokenizer.decode(left_out).strip()
+    assert ours.answer_in(tokenizer.decode(written, skip_special_tokens=True)) == "It purrs."
 
 
 def test_a_picture_without_a_placeholder_comes_first_in_the_first_question():

@@ -234,7 +234,7 @@ def answer(
         input_ids=input_ids, attention_mask=attention_mask, **images, **options
     )
     texts = encoder.tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
-    return [text.strip() for text in texts]
+    return [encoder.conversation.answer_in(text) for text in texts]
 
 
 def is_correct(prediction: str, expected: str) -> bool:

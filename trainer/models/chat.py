@@ -18,8 +18,10 @@ Two things differ on purpose. A control token that a text spells out ("<|im_end|
 cut inside the token and both sides are tokenised separately, so that no text ends a turn or adds a picture.
 And an answer keeps its own <think> block, in place of an empty one that the template would put before it.
 
-Trained are all tokens that overlap an assistant's text, and the token behind it that ends generation, with
-white space in between if the template has any. Whatever else the template adds is not trained.
+Trained are all tokens that overlap an assistant's text, the token behind it that ends generation, with white
+space in between if the template has any, and the `opening`: what stands between the prompt for an answer and
+its text, which a model has to write itself. In Qwen3 that is "<think>\n\n</think>\n\n", mostly nothing.
+Whatever else the template adds is not trained.
 """
 
 from __future__ import annotations
@@ -93,8 +95,11 @@ class TemplateConversation:
         self._control = {i: added[i].content for i in control if added[i].content not in THINKING}
         self._in_parts: set[tuple[str, bool]] = set()
         """(role, has pictures) of the texts that the template takes as a list of parts, not as a string."""
+        self.opening = ""
+        """What a model writes before the text of an answer."""
         self._choose_forms()
         list(self.pieces(PROBES[0]))  # raises what is wrong with the template
+        self.opening = self._find_opening()
         probes = [self._probe(probe) for probe in PROBES]
         probes += [self._probe(probe[:-1], prompt=True) for probe in PROBES]
         pieces = [piece for probe in probes for piece in probe or () if piece.role == "control"]
@@ -117,11 +122,17 @@ class TemplateConversation:
         if image_first:
             first = next((n for n, (role, _) in enumerate(turns) if role == "user"), 0)
             turns = [(role, IMAGE * (n == first) + text) for n, (role, text) in enumerate(turns)]
-        text, owners, empty_answers = self._fill(turns, prompt)
+        text, owners, answers = self._fill(turns, prompt)
         ids, starts, stops, roles = self._tokenize(text, owners)
         trained = roles == ASSISTANT
         is_end = np.isin(ids, [*self._ends])
+        empty_answers = [begin for begin, end in answers if begin == end]
         behind = [*np.flatnonzero(trained[:-1] & ~trained[1:]) + 1, *np.searchsorted(starts, empty_answers)]
+        for begin, _ in answers if self.opening else ():
+            before = text[:begin].rstrip()  # white space of the answer itself may stand there
+            if before.endswith(self.opening.rstrip()):
+                first = np.searchsorted(starts, len(before) - len(self.opening.rstrip()))
+                trained[first : np.searchsorted(starts, begin)] = True
         for begin in behind:
             for end in range(begin, len(ids)):
                 if is_end[end]:
@@ -143,8 +154,24 @@ class TemplateConversation:
             else:
                 yield Piece(ids[begin:end].tolist(), ROLES[roles[begin]], bool(trained[begin]))
 
-    def _fill(self, turns: Sequence[tuple[str, str]], prompt: bool) -> tuple[str, bytearray, list[int]]:
-        """The rendered conversation, the index in ROLES of each character, and where empty answers are.
+    def answer_in(self, generated: str) -> str:
+        """What a model wrote, decoded without special tokens: without the opening and white space around."""
+        ids = self.tokenizer.encode(self.opening, add_special_tokens=False)
+        opening = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        return generated.strip().removeprefix(opening).strip()
+
+    def _find_opening(self) -> str:
+        """What the template puts between the prompt for an answer and its text; "" for white space alone."""
+        prompt, _ = self._render(PROBES[0][:-1], prompt=True)
+        frame, _ = self._render(PROBES[0], prompt=False)
+        before = frame[: [*MARK.finditer(frame)][-1].start()]
+        opening = before.removeprefix(prompt) if before.startswith(prompt) else ""
+        return opening if opening.strip() else ""
+
+    def _fill(
+        self, turns: Sequence[tuple[str, str]], prompt: bool
+    ) -> tuple[str, bytearray, list[tuple[int, int]]]:
+        """The rendered conversation, the index in ROLES of each character, and where answers begin and end.
 
         ValueError if the template refuses the conversation or does not give back each text once, in order.
         """
@@ -164,7 +191,7 @@ class TemplateConversation:
         if self.final_end and not prompt and turns[-1][0] == "assistant" and not literals[-1].strip():
             literals[-1] = self.final_end
 
-        text, owners, empty_answers = "", bytearray(), []
+        text, owners, answers = "", bytearray(), []
         for literal, number in zip(literals, [*marks, None], strict=True):
             turn, core = (0, "") if number is None else texts[number]
             role = CONTROL if number is None else ROLES.index(turns[turn][0])
@@ -172,9 +199,9 @@ class TemplateConversation:
                 literal = EMPTY_THINKING.sub("", literal)
             text += literal + core
             owners += bytes([CONTROL]) * len(literal) + bytes([role]) * len(core)
-            if role == ASSISTANT and not core:
-                empty_answers.append(len(text))
-        return text, owners, empty_answers
+            if role == ASSISTANT:
+                answers.append((len(text) - len(core), len(text)))
+        return text, owners, answers
 
     def _render(
         self, turns: Sequence[tuple[str, str]], prompt: bool, mark_empty: bool = True

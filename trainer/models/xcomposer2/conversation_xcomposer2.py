@@ -120,6 +120,10 @@ class Conversation:
             if after:
                 yield Piece(after, "control", False)
 
+    def answer_in(self, generated: str) -> str:
+        """The answer in what a model wrote behind a prompt, decoded without special tokens."""
+        return generated.strip()
+
     def _literals(self, roles: tuple[str, ...], prompt: bool) -> list[list[int]]:
         """The ids before the first text, between texts, and after the last: one list more than roles."""
         if (roles, prompt) not in self._between:
