@@ -10,20 +10,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn import functional as F
 
 from data.batch import map_tensors, on_host, to_device
-from tests.vlm_cases import WITH_PICTURES, five_samples, packed, tiny_config, tiny_model
+from tests.vlm_cases import WITHOUT_WAITS, five_samples, packed, tiny_config, tiny_model
 from trainer.distributed import finish, start
 from trainer.models import tower_attention
 from trainer.models.transformers_vlm import build, prepare_for_training
-
-WAIT = {
-    "glm4v": "for sizes",
-    "glm4v_moe": "for sizes",
-    "idefics3": "for which tiles are real",
-    "mistral3": "for sizes",
-    "qwen3_5": "for whether there is padding",
-    "smolvlm": "for which tiles are real",
-}
-"""Families whose own code waits, a few times a micro-batch and never in a block."""
 
 
 def moved(tensor):
@@ -31,7 +21,7 @@ def moved(tensor):
     return to_device(tensor.bfloat16() if tensor.is_floating_point() else tensor, torch.device("meta"))
 
 
-@pytest.mark.parametrize("name", [name for name in WITH_PICTURES if name not in WAIT])
+@pytest.mark.parametrize("name", WITHOUT_WAITS)
 def test_a_packed_micro_batch_waits_for_the_device_nowhere(name):
     """On the meta device, where whatever needs a value raises."""
     samples = five_samples(name, tiny_model(name))

@@ -34,6 +34,7 @@ CHAT_TEMPLATE = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"""
 SIZES: dict[str, dict[str, Any]] = {
+    "qwen2_vl": {"patch_size": 14},
     "qwen2_5_vl": {"patch_size": 14, "window_size": 4 * TILE},
     "qwen3_vl": {"patch_size": 14, "num_position_embeddings": 256},
     "qwen3_vl_moe": {"patch_size": 14, "num_position_embeddings": 256},
@@ -45,7 +46,12 @@ SIZES: dict[str, dict[str, Any]] = {
     "smolvlm": {"patch_size": 7, "image_size": TILE},
 }
 """Of the vision tower, to go with the processors; other towers take tiles of TILE pixels in four patches."""
-SAME_PROCESSOR = {"qwen3_vl_moe": "qwen3_vl", "qwen3_5": "qwen3_vl", "glm4v_moe": "glm4v"}
+SAME_PROCESSOR = {
+    "qwen2_vl": "qwen2_5_vl",
+    "qwen3_vl_moe": "qwen3_vl",
+    "qwen3_5": "qwen3_vl",
+    "glm4v_moe": "glm4v",
+}
 """Families without a processor of their own."""
 
 

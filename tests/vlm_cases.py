@@ -242,6 +242,16 @@ def as_published(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 TEXT_ONLY = [name for name, case in CASES.items() if case.pictures is _no_pictures]
 WITH_PICTURES = [name for name in CASES if name not in TEXT_ONLY]
+WAITS = {
+    "glm4v": "for sizes",
+    "glm4v_moe": "for sizes",
+    "idefics3": "for which tiles are real",
+    "mistral3": "for sizes",
+    "qwen3_5": "for whether there is padding",
+    "smolvlm": "for which tiles are real",
+}
+"""Families whose own code waits, a few times a micro-batch and never in a block."""
+WITHOUT_WAITS = [name for name in WITH_PICTURES if name not in WAITS]
 
 
 @dataclass
