@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
-    FSDPModule,
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
@@ -96,27 +95,25 @@ def set_communication(model: Any, config: Config, is_last: bool) -> None:
     replicate the model). Without `reshard_after_forward` parameters are gathered once a step.
     """
     reduces = is_last or config.reduce_every_micro_batch
-    groups: list[Any] = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for group in groups:
+    for group in model.groups:
         # FSDP cannot defer the reduction of a group that never ran, such as a frozen tower on text alone.
-        if any(parameter.requires_grad for parameter in group.parameters()):
+        if group.trains:
             group.set_requires_gradient_sync(reduces, recurse=False)
-    model.set_requires_all_reduce(is_last)
-    model.set_reshard_after_backward(is_last or config.reshard_after_forward)
+        group.set_requires_all_reduce(is_last, recurse=False)
+        group.set_reshard_after_backward(is_last or config.reshard_after_forward, recurse=False)
 
 
-def reshard(model: nn.Module) -> None:
+def reshard(model: Any) -> None:
     """Free all gathered parameters: of what a forward pass keeps for a backward pass that does not follow."""
-    for group in model.modules():
-        if isinstance(group, FSDPModule):
-            group.reshard()
+    for group in model.groups:
+        group.reshard()
 
 
 @contextmanager
-def gathered(model: nn.Module, whole: bool) -> Iterator[None]:
+def gathered(model: Any, whole: bool) -> Iterator[None]:
     """Within it every rank has the whole model, so that forward passes have no collectives; whole False: as
     always."""
-    groups: list[Any] = [module for module in model.modules() if isinstance(module, FSDPModule) and whole]
+    groups = model.groups if whole else []
     for group in groups:
         group.unshard()
         group.set_reshard_after_forward(False, recurse=False)
@@ -146,7 +143,8 @@ def parallelize(model: PreTrainedModel, mesh: DeviceMesh, parts: Parts, config: 
     on every rank, in the compute dtype, and never gathered; all trained parameters are one group, gathered
     once, its gradients reduced once. Without `shard_frozen_vision` the vision tower alone is whole.
 
-    Returns the same object, which is now an `FSDPModule` as well as a model; no static type is both.
+    Returns the same object, which is now an `FSDPModule` as well as a model; no static type is both. Its
+    `groups` are the modules that are gathered as one each, itself the last.
     """
     language_blocks, vision_blocks = parts.blocks(model)
     vision_trains = any(p.requires_grad for n, p in model.named_parameters() if n.startswith(parts.vision))
@@ -179,6 +177,7 @@ def parallelize(model: PreTrainedModel, mesh: DeviceMesh, parts: Parts, config: 
         options |= {"mesh": mesh, "mp_policy": mp_policy, "offload_policy": offload}
         fully_shard(module, reshard_after_forward=reshards, **options)
         module.reshards_after_forward = reshards
+        module.trains = any(parameter.requires_grad for parameter in module.parameters())
         return module
 
     whole: set[nn.Parameter] = set()
@@ -219,4 +218,5 @@ def parallelize(model: PreTrainedModel, mesh: DeviceMesh, parts: Parts, config: 
         for module in modules:
             module.set_custom_all_gather(GlooAllGather())
             module.set_custom_reduce_scatter(GlooReduceScatter())
+    sharded.groups = modules
     return sharded
