@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from data.config import DataConfig
@@ -45,6 +46,7 @@ def open_reader(
     sources: Sequence[Source],
     models: Any,
     adapter_preprocessing: Mapping[str, Any] | None = None,
+    adapter_template: str | Path | None = None,
 ) -> tuple[SampleReader, Any]:
     """A reader of samples in the form that the model takes, and the model's configuration.
 
@@ -53,12 +55,13 @@ def open_reader(
     Args:
         models: the module of the model families, `trainer.models`.
         adapter_preprocessing: the preprocessing of the adapter that training continues from.
+        adapter_template: the file of its chat template, where `chat_template` is not given.
     """
     folder = config.model_name_or_path
     model_config = models.load_config(
         folder, config.img_size, config.hd_num, config.images_as_viewed, adapter_preprocessing
     )
-    conversation = models.load_conversation(folder, config.chat_template)
+    conversation = models.load_conversation(folder, config.chat_template or adapter_template)
     models.set_options(model_config, conversation_format=conversation.format)
     reader = SampleReader(
         sources,

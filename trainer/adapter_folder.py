@@ -35,7 +35,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from data.errors import DataError
 from trainer.atomic import Jobs, write_safetensors
 from trainer.job import is_main, log
-from trainer.models import Parts, build_model, preprocessing_of
+from trainer.models import Parts, build_model, load_tokenizer, preprocessing_of
 from trainer.trainable import is_adapter
 from trainer.weights import base_checksum
 
@@ -112,6 +112,14 @@ def own_chat_template(adapter: Path, base: PreTrainedTokenizerBase) -> Path | No
     file = adapter / "chat_template.jinja"
     is_own = file.is_file() and file.read_text(encoding="utf-8") != base.chat_template
     return file if is_own else None
+
+
+def adapter_template(folder: str | Path | None, base: Path) -> Path | None:
+    """The file of the chat template that training goes on with after the adapter in `folder`; None where the
+    base's own is used, or the format is not a template."""
+    if folder is None or "conversation_format" in adapter_preprocessing(folder):
+        return None
+    return own_chat_template(Path(folder), load_tokenizer(base))
 
 
 def parameters_in(model: nn.Module, folder: Path, base: Path) -> set[str]:

@@ -26,7 +26,7 @@ from data.mixture import Source, read_mixture
 from data.packing import CostModel, Packing
 from data.reader import cost_model, open_reader
 from data.sampler import StepSampler
-from trainer.adapter_folder import adapter_preprocessing, loads_by_itself
+from trainer.adapter_folder import adapter_preprocessing, adapter_template, loads_by_itself
 from trainer.atomic import output_dir_problems
 from trainer.config import Config
 from trainer.distributed import Ranks, all_max
@@ -208,7 +208,8 @@ def _describe_model(config: Config, ranks: Ranks, sources: list[Source], for_tra
     has_weights = for_training or any(base.glob("*.safetensors"))
     base_dtype = weights_dtype(base) if has_weights else torch.bfloat16
     preprocessing = adapter_preprocessing(config.lora_weight_path)
-    reader, model_config = open_reader(config, sources, trainer.models, preprocessing)
+    template = adapter_template(config.lora_weight_path, base)
+    reader, model_config = open_reader(config, sources, trainer.models, preprocessing, template)
     set_options(model_config, plora_dropout=config.plora_dropout)
     model_config._attn_implementation = config.attn_implementation
     parts = parts_of(model_config)

@@ -35,7 +35,7 @@ import trainer.models
 from data.batch import MicroBatch, map_tensors
 from data.mixture import read_mixture
 from data.reader import open_reader
-from trainer.adapter_folder import adapter_preprocessing
+from trainer.adapter_folder import adapter_preprocessing, adapter_template
 from trainer.atomic import numbered
 from trainer.config import Config
 from trainer.loss import chunked_cross_entropy
@@ -106,7 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config.data_path, config.given_num, config.image_root, skip_bad=config.on_bad_sample == "skip"
     )
     preprocessing = adapter_preprocessing(config.lora_weight_path)
-    reader, _ = open_reader(config, sources, trainer.models, preprocessing)
+    template = adapter_template(config.lora_weight_path, base)
+    reader, _ = open_reader(config, sources, trainer.models, preprocessing, template)
     numbers = {source.name: number for number, source in enumerate(sources)}
     num_bad = 0
     for rank in capsule["ranks"]:
