@@ -20,7 +20,7 @@ from tests.tiny import word_tokenizer
 from tests.tiny_models import CHAT_TEMPLATE
 from trainer.forecast.config import ForecastConfig
 from trainer.forecast.forecast import forecast
-from trainer.models.pictures import Pictures
+from trainer.models.generic.pictures import Pictures
 from trainer.models.xcomposer2.configuration_xcomposer2 import InternLMXcomposer2Config
 
 RECORDED = Path(__file__).with_suffix(".json")

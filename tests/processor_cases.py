@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast, ProcessorMixin
 from transformers.models.auto.image_processing_auto import get_image_processor_class_from_name
 from transformers.utils import is_num2words_available
 
-from trainer.models.load_processor import build_processor
+from trainer.models.generic.load_processor import build_processor
 
 TILE = 28
 TEXTS = (

@@ -23,7 +23,7 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from trainer.models.chat import IMAGE, TemplateConversation
+from trainer.models.generic.chat import IMAGE, TemplateConversation
 
 # --- tokenizers --------------------------------------------------------------------------------------------
 

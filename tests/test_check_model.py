@@ -19,9 +19,9 @@ from tests.tiny_models import tiny_folder
 from tests.vlm_cases import LONG
 from trainer.check_model import shortest_samples
 from trainer.main import main
-from trainer.models import model_parts, transformers_vlm
-from trainer.models.packed_attention import ATTENTION
-from trainer.models.pictures import Pictures
+from trainer.models.generic import model_parts, modeling
+from trainer.models.generic.packed_attention import ATTENTION
+from trainer.models.generic.pictures import Pictures
 from trainer.models.xcomposer2.image_processing_xcomposer2 import HDImageProcessor, SquareImageProcessor
 from trainer.rehearsal import all_sizes
 
@@ -77,7 +77,7 @@ def masks_of_the_whole_row():
 
 
 def heads_without_their_scale():
-    transformers_vlm.is_plain = lambda model, own_class: True
+    modeling.is_plain = lambda model, own_class: True
 
 
 def sizes_of_wider_pictures():
@@ -93,7 +93,7 @@ def unused_layers_that_train():
 
 
 def frequencies_of_the_longest_sample():
-    transformers_vlm.rotate_by_sample = lambda rotary: None
+    modeling.rotate_by_sample = lambda rotary: None
 
 
 def test_a_mask_that_leaks_between_samples_is_refused_by_all_ranks_and_its_module_named(tmp_path):

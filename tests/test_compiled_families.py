@@ -13,8 +13,8 @@ from tests.test_transformers_models import losses, train, world_of
 from tests.tiny import flags, run_ranks
 from trainer.extras.compile import compile_block
 from trainer.main import main
-from trainer.models.model_parts import find_parts
-from trainer.models.transformers_vlm import prepare_for_training
+from trainer.models.generic.model_parts import find_parts
+from trainer.models.generic.modeling import prepare_for_training
 
 FAMILIES = ("qwen2_5_vl", "gemma3")
 

@@ -35,10 +35,10 @@ from tests.vlm_cases import (
 )
 from trainer.lora import resolve_targets
 from trainer.loss import chunked_cross_entropy
-from trainer.models import packed_attention
-from trainer.models.conversions import loaded, saved
 from trainer.models.family import Conversion
-from trainer.models.transformers_vlm import (
+from trainer.models.generic import packed_attention
+from trainer.models.generic.conversions import loaded, saved
+from trainer.models.generic.modeling import (
     build,
     find_parts,
     init_buffers,

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from data.batch import map_tensors, on_host, to_device
 from tests.vlm_cases import WITHOUT_WAITS, five_samples, packed, tiny_config, tiny_model
 from trainer.distributed import finish, start
-from trainer.models import tower_attention
-from trainer.models.transformers_vlm import build, prepare_for_training
+from trainer.models.generic import tower_attention
+from trainer.models.generic.modeling import build, prepare_for_training
 
 
 def moved(tensor):

@@ -10,8 +10,9 @@ from data.batch import map_tensors, to_device
 from tests import vlm_cases
 from tests.model_cases import golden, packed_micro_batch
 from trainer.extras.compile import compile_block
-from trainer.models import parts_of, tower_attention, transformers_vlm
-from trainer.models.model_parts import find_parts
+from trainer.models import parts_of
+from trainer.models.generic import modeling, tower_attention
+from trainer.models.generic.model_parts import find_parts
 
 DEVICE = torch.device("cuda")
 pytestmark = [
@@ -30,9 +31,9 @@ def on_gpu(inputs, dtype=torch.float32):
 def family(name, dtype=torch.float32):
     """The tiny model of a family in training, and five samples in a packed row."""
     own = vlm_cases.tiny_model(name)
-    model = transformers_vlm.build(own.config)
+    model = modeling.build(own.config)
     model.load_state_dict(own.state_dict())
-    transformers_vlm.prepare_for_training(model)
+    modeling.prepare_for_training(model)
     inputs = vlm_cases.packed(name, own.config, vlm_cases.five_samples(name, own))
     return model.to(DEVICE, dtype).train(), on_gpu(inputs, dtype)
 

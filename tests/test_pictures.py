@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from tests.processor_cases import FAMILIES, NEEDS_NUM2WORDS, TILE, make_processor
-from trainer.models.pictures import SLOT, TEXT_INPUTS, Pictures
+from trainer.models.generic.pictures import SLOT, TEXT_INPUTS, Pictures
 
 random_sizes = random.Random(0)
 SIZES = [(random_sizes.randint(8, 400), random_sizes.randint(8, 400)) for _ in range(14)]
@@ -181,7 +181,7 @@ def test_a_processor_that_needs_pixels_gets_a_blank_picture(case, monkeypatch):
     def fail(*args, **kwargs):
         raise TypeError("not an image")
 
-    monkeypatch.setattr("trainer.models.picture_shapes._ShapesAlone.rescale", fail)
+    monkeypatch.setattr("trainer.models.generic.picture_shapes._ShapesAlone.rescale", fail)
     with_pixels = Pictures(processor)
     for size in SIZES[:3]:
         assert np.array_equal(with_pixels.tokens(*size), pictures.tokens(*size))

@@ -144,9 +144,7 @@ def test_an_adapter_of_two_ranks_answers_in_peft_as_in_the_merged_model(family, 
     assert asked.encoder.tokenizer.chat_template == template
     lora.pop("chat_template")
     on = train(world, "on", lora_weight_path=world / "two", max_steps=1, **lora)
-    assert (on / "chat_template.jinja").read_text() == template, (
-        "the adapter's own template"
-    )
+    assert (on / "chat_template.jinja").read_text() == template, "the adapter's own template"
     with torch.no_grad():
         base, merged = (plain_model(world / name)(input_ids=ids).logits for name in ("model", "merged"))
         logits = adapted(input_ids=ids).logits

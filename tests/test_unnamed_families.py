@@ -19,8 +19,8 @@ from tests.test_transformers_models import first_loss_by_transformers, losses, p
 from tests.tiny import tiny_data
 from tests.tiny_models import CHAT_TEMPLATE
 from tests.vlm_cases import TEXT, TOWER
-from trainer.models.answers import ANSWERS
-from trainer.models.transformers_vlm import build, prepare_for_training
+from trainer.models.generic.answers import ANSWERS
+from trainer.models.generic.modeling import build, prepare_for_training
 
 SIDES = (TILE, 2 * TILE, 3 * TILE)
 PINPOINTS = [[height, width] for height in SIDES for width in SIDES]

@@ -15,8 +15,9 @@ from tests.data_fixtures import record, write_json
 from tests.tiny import ROOT, run_ranks, tiny_data, tiny_model
 from tests.tiny_models import tiny_folder
 from trainer import verify
-from trainer.models import shrink, transformers_vlm
-from trainer.models.packed_attention import ATTENTION
+from trainer.models import shrink
+from trainer.models.generic import modeling
+from trainer.models.generic.packed_attention import ATTENTION
 
 
 def verified(folder, *words, status=0, breaks=lambda: None, run=forked_run):
@@ -120,12 +121,12 @@ def test_a_published_size_shrinks_to_a_small_model_of_its_class(family):
     config = CONFIG_MAPPING[family]()
     small = shrink.shrunk(config)
     with torch.device("meta"):
-        models = [transformers_vlm.build(value) for value in (config, small)]
+        models = [modeling.build(value) for value in (config, small)]
     whole, tiny = (sum(p.numel() for p in model.parameters()) for model in models)
     assert type(models[0]) is type(models[1])
     rows = small.get_text_config().vocab_size * small.get_text_config().hidden_size
     assert tiny - 2 * rows < whole / 100
-    parts = transformers_vlm.find_parts(models[1])
+    parts = modeling.find_parts(models[1])
     language, vision = parts.blocks(models[1])
     assert (len(language), len(vision)) == (2, shrink.VISION_BLOCKS)
 

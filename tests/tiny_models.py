@@ -17,7 +17,7 @@ from transformers import (
 
 from tests.processor_cases import TILE, make_processor, make_tokenizer
 from tests.vlm_cases import CASES, TEXT_ONLY, as_published
-from trainer.models.pictures import Pictures
+from trainer.models.generic.pictures import Pictures
 from trainer.weights import persistent_buffers
 
 CHAT_TEMPLATE = """\

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
-from trainer.models.transformers_vlm import auto_class, image_token, positions
+from trainer.models.generic.modeling import auto_class, image_token, positions
 from trainer.models.xcomposer2.modeling_xcomposer2 import supervised_positions
 
 VOCABULARY, IMAGE = 96, 90

@@ -211,7 +211,7 @@ def check_logits(subject: Subject) -> Check:
         subject.rounding,
         f"{head}: the logits of training differ by {measured:.2g} of the largest from those of "
         f"{subject.class_name}'s own forward, which scales or caps them or counts positions in a way that is "
-        "not known here; train another model, or teach trainer/models/own_head.py or answers.py",
+        "not known here; train another model, or teach trainer/models/generic/own_head.py or answers.py",
     )
 
 
@@ -238,7 +238,7 @@ def check_leak(subject: Subject) -> Check:
         limit,
         f"{module or subject.class_name}: other words in one sample change the losses of another one in its "
         f"batch by {measured:.2g} of the mean, so it mixes tokens across samples; name the module's class in "
-        "trainer/models/answers.py, or use --per_device_train_batch_size 1 --packing False",
+        "trainer/models/generic/answers.py, or use --per_device_train_batch_size 1 --packing False",
     )
 
 

@@ -24,7 +24,7 @@ from data.images import ImageProcessor
 from data.loader import SampleReader
 from data.tokens import Conversation
 from trainer.models.family import Family, Flops, Parts
-from trainer.models.transformers_family import TransformersFamily
+from trainer.models.generic.family import TransformersFamily
 from trainer.models.xcomposer2.family import MODEL_TYPES, XComposer2
 
 __all__ = [

@@ -35,7 +35,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from trainer.models.transformers_vlm import auto_class
+from trainer.models.generic.modeling import auto_class
 from trainer.models.xcomposer2.demo_base import make_base as make_xcomposer2
 
 SIDE, PATCH = 64, 8

@@ -44,10 +44,10 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_MAPPING
 
 from data.batch import on_host
-from trainer.models.answers import answers_of
-from trainer.models.model_parts import find_parts, tower_of
-from trainer.models.own_head import OwnHead, is_plain
-from trainer.models.packed_attention import (
+from trainer.models.generic.answers import answers_of
+from trainer.models.generic.model_parts import find_parts, tower_of
+from trainer.models.generic.own_head import OwnHead, is_plain
+from trainer.models.generic.packed_attention import (
     ATTENTION,
     Samples,
     mix_by_sample,
@@ -55,9 +55,9 @@ from trainer.models.packed_attention import (
     rope_types,
     rotate_by_sample,
 )
-from trainer.models.picture_sizes import sizes_read_on_host
-from trainer.models.slots import slots_on_host
-from trainer.models.tower_attention import attend_within_pictures
+from trainer.models.generic.picture_sizes import sizes_read_on_host
+from trainer.models.generic.slots import slots_on_host
+from trainer.models.generic.tower_attention import attend_within_pictures
 from trainer.models.xcomposer2.modeling_xcomposer2 import (
     OutputWithTokenLosses,
     supervised_cross_entropy,

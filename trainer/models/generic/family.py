@@ -7,7 +7,7 @@
     family.conversation(Path("Qwen2.5-VL-3B-Instruct"))            # the folder's own chat template
     family.image_processor(config).num_tokens(640, 480)            # 391
 
-Input: a model folder of transformers. Output: the model with the forward of `transformers_vlm.py`, its parts
+Input: a model folder of transformers. Output: the model with the forward of `modeling.py`, its parts
 (`model_parts.py`), the conversation format of its chat template (`chat.py`) and the processor of its pictures
 (`pictures.py`). No code of the folder is run. What a family must answer itself is in `answers.py`.
 """
@@ -38,13 +38,13 @@ from data.errors import DataError
 from data.images import ImageProcessor
 from data.loader import SampleReader
 from data.tokens import IGNORED
-from trainer.models import conversions, transformers_vlm
-from trainer.models.answers import answers_of
-from trainer.models.chat import TemplateConversation
 from trainer.models.family import Conversion, Flops, Names, Parts, Shapes
-from trainer.models.model_parts import find_parts
-from trainer.models.pictures import Pictures
-from trainer.models.transformers_vlm import takes_pictures
+from trainer.models.generic import conversions, modeling
+from trainer.models.generic.answers import answers_of
+from trainer.models.generic.chat import TemplateConversation
+from trainer.models.generic.model_parts import find_parts
+from trainer.models.generic.modeling import takes_pictures
+from trainer.models.generic.pictures import Pictures
 
 FOLDER_FILES = (
     "preprocessor_config.json",
@@ -69,18 +69,18 @@ class TransformersFamily:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
     def build(self, config: PreTrainedConfig) -> PreTrainedModel:
-        if (wanted := config._attn_implementation) not in (None, "sdpa", transformers_vlm.ATTENTION):
+        if (wanted := config._attn_implementation) not in (None, "sdpa", modeling.ATTENTION):
             raise ValueError(f"{wanted} is not for this model, whose attention packed rows decide.")
-        model: Any = transformers_vlm.build(config)
-        transformers_vlm.prepare_for_training(model)
-        model.init_buffers = functools.partial(transformers_vlm.init_buffers, model)
+        model: Any = modeling.build(config)
+        modeling.prepare_for_training(model)
+        model.init_buffers = functools.partial(modeling.init_buffers, model)
         model.resize_for_load = _same_shape
         return model
 
     def parts(self, config: PreTrainedConfig) -> Parts:
         folder = Path(config._name_or_path)
         with torch.device("meta"):
-            model = transformers_vlm.build(copy.deepcopy(config))
+            model = modeling.build(copy.deepcopy(config))
         files = tuple(folder / name for name in FOLDER_FILES if (folder / name).is_file())
         return replace(find_parts(model), files=files, names=TransformersNames(model))
 
@@ -119,11 +119,11 @@ class TransformersFamily:
     ) -> np.ndarray | None:
         names = [name for name in pictures[0] if "grid" in name] if pictures else []
         grids = {name: torch.cat([picture[name] for picture in pictures]) for name in names}
-        found = transformers_vlm.positions(config, torch.from_numpy(input_ids), **grids)
+        found = modeling.positions(config, torch.from_numpy(input_ids), **grids)
         return None if found is None else found.numpy()
 
     def answering_class(self, config: PreTrainedConfig) -> Any:
-        return transformers_vlm.auto_class(config)
+        return modeling.auto_class(config)
 
     def prompt_arguments(self, config: PreTrainedConfig, im_mask: Tensor) -> dict[str, Any]:
         base_class: Any = MODEL_MAPPING[type(config)]
@@ -134,7 +134,7 @@ class TransformersFamily:
 
     def own_arguments(self, config: PreTrainedConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:
         ids, slots = inputs["input_ids"], inputs["im_mask"]
-        vision = transformers_vlm.vision_arguments(inputs) if inputs["image_runs"] else {}
+        vision = modeling.vision_arguments(inputs) if inputs["image_runs"] else {}
         types = self.prompt_arguments(config, slots) if vision else {}
         types |= answers_of(config).token_types(slots if vision else None, inputs["labels"], [ids.shape[1]])
         return {"input_ids": ids, **vision, **types}

@@ -41,8 +41,8 @@ from PIL import Image
 from transformers import PreTrainedConfig, ProcessorMixin
 
 from data.tokens import SLOT
-from trainer.models.load_processor import load_processor
-from trainer.models.picture_shapes import shapes_alone
+from trainer.models.generic.load_processor import load_processor
+from trainer.models.generic.picture_shapes import shapes_alone
 from trainer.models.xcomposer2.image_processing_xcomposer2 import rgb_size, to_rgb
 
 CACHED_TOKENS, CACHED_COUNTS = 1_000, 100_000
