@@ -63,9 +63,11 @@ CLOSING_SECONDS = 3.0
 
 
 class Agent(LocalElasticAgent):
-    """torchrun's process on a machine, with two differences."""
+    """torchrun's process on a machine, with three differences."""
 
     has_started_ranks = False
+    rendezvous: Any = None
+    """That of the last run. It has the store, which ends with it, and spare machines still need it."""
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:  # pyright: ignore
         Agent.has_started_ranks = True
@@ -78,6 +80,7 @@ class Agent(LocalElasticAgent):
 
     def run(self, role: str = "default") -> RunResult:  # pyright: ignore
         """Also of a spare machine that the run did not need, for which torchrun has no result."""
+        Agent.rendezvous = self._worker_group.spec.rdzv_handler
         return super().run(role) or RunResult(WorkerState.SUCCEEDED)  # pyright: ignore
 
 
