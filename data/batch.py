@@ -92,8 +92,9 @@ def map_tensors(value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy of the host's `values` on the device, which the host does not wait for; see `on_host`."""
-    if device.type == "cpu":
+    """A copy of the host's `values` on the device, which the host does not wait for; see `on_host`. Values
+    that are not on the host, or stay there, are returned as they are."""
+    if values.device.type != "cpu" or device.type == "cpu":
         return values
     if torch.accelerator.is_available():  # not where the device is "meta"
         values = values.pin_memory()

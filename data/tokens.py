@@ -61,8 +61,8 @@ class Conversation(Protocol):
         """The pieces of a conversation of (role, text) turns; `prompt`: up to the start of an answer."""
         ...
 
-    def answer_in(self, generated: str) -> str:
-        """The answer in what a model wrote behind a prompt, decoded without special tokens."""
+    def answer_in(self, generated: Sequence[int]) -> str:
+        """The answer in the ids that a model wrote behind a prompt."""
         ...
 
 
@@ -123,7 +123,7 @@ class SampleEncoder:
         ids: list[int] = []
         supervised: list[tuple[int, int]] = []
         sizes: list[int] = []
-        is_cut = False
+        is_cut = has_answer = False
         for piece in pieces:
             begin, room = len(ids), self.max_length - len(ids)
             if piece.ids is not None:
@@ -131,6 +131,7 @@ class SampleEncoder:
                 ids += piece.ids[:room]
                 if piece.trained:
                     supervised.append((begin, len(ids)))
+                    has_answer |= piece.role == "assistant" and room > 0
             elif not room:
                 size = 1
             elif (size := len(image := image_tokens(len(sizes)))) <= room:
@@ -143,7 +144,8 @@ class SampleEncoder:
         im_mask = input_ids == SLOT
         input_ids[im_mask] = self.conversation.slot_id
         labels = np.full(len(ids), IGNORED, dtype=np.int64)
-        for begin, end in supervised:
+        # What stands before and behind answers is not trained alone.
+        for begin, end in supervised if has_answer or not is_cut else ():
             labels[begin:end] = input_ids[begin:end]
         labels[:1] = IGNORED  # no token comes before it
         return Encoded(input_ids, labels, im_mask, sizes, is_cut)

@@ -23,6 +23,7 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
+from data.tokens import SampleEncoder
 from trainer.models.generic.chat import IMAGE, TemplateConversation
 
 # --- tokenizers --------------------------------------------------------------------------------------------
@@ -418,7 +419,37 @@ def test_all_that_a_model_has_to_write_is_trained_and_its_answer_is_found_in_it(
     written = ids[begin:][: np.flatnonzero(trained[begin:])[-1] + 1]
     left_out = written[~trained[begin:][: len(written)]]
     assert not tokenizer.decode(left_out).strip()
-    assert ours.answer_in(tokenizer.decode(written, skip_special_tokens=True)) == "It purrs."
+    assert ours.answer_in(written.tolist()) == "It purrs."
+
+
+def test_a_sample_cut_before_its_answer_trains_nothing_though_the_opening_is_left():
+    ours = CONVERSATIONS["byte-level", "Qwen3: an empty think block in the last answer"]
+    pieces = [*ours.pieces([("user", "why?"), ("assistant", "A cat.")])]
+    before = sum(len(piece.ids) for piece in pieces[: [piece.role for piece in pieces].index("assistant")])
+    assert any(piece.trained and piece.role == "control" for piece in pieces[:-2])
+    for max_length, trains in ((before - 1, False), (before, False), (before + 1, True)):
+        encoded = SampleEncoder(ours, max_length).join(pieces, lambda image: np.empty(0))
+        assert encoded.is_cut
+        assert (encoded.num_supervised > 0) == trains
+
+
+def test_a_template_that_renders_no_question_alone_trains_all_the_same():
+    template = (
+        "{% if messages[-1].role != 'assistant' %}{{ raise_exception('no answer') }}{% endif %}"
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + ' ' + m.content + '<|im_end|>' }}{% endfor %}"
+    )
+    ours = TemplateConversation(TOKENIZERS["byte-level"], template)
+    assert ours.opening == ""
+    assert [piece.trained for piece in ours.pieces([("user", "b"), ("assistant", "c")])].count(True) == 1
+
+
+def test_only_the_whole_opening_is_left_out_of_an_answer():
+    tokenizer = TOKENIZERS["byte-level"]
+    template = "{% for m in messages %}{{ '<|im_start|>' + m.role + ' ' + m.content + '\n' }}{% endfor %}"
+    ours = TemplateConversation(tokenizer, template)
+    assert ours.opening == "<|im_start|>assistant "
+    for written, answer in (("assistantship", "assistantship"), ("<|im_start|>assistant ship", "ship")):
+        assert ours.answer_in(tokenizer.encode(written, add_special_tokens=False)) == answer
 
 
 def test_a_picture_without_a_placeholder_comes_first_in_the_first_question():

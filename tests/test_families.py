@@ -36,7 +36,7 @@ from tests.vlm_cases import (
 from trainer.lora import resolve_targets
 from trainer.loss import chunked_cross_entropy
 from trainer.models.family import Conversion
-from trainer.models.generic import packed_attention
+from trainer.models.generic import packed_attention, tower_attention
 from trainer.models.generic.conversions import loaded, saved
 from trainer.models.generic.modeling import (
     build,
@@ -144,6 +144,7 @@ def test_one_kernel_for_all_samples(name, monkeypatch):
     loss, gradients = reference(own, samples)
     model = trainable(name)
     monkeypatch.setattr(packed_attention, "has_varlen_kernel", lambda query: True)
+    monkeypatch.setattr(tower_attention, "fits_varlen", lambda *args: False)
     monkeypatch.setattr(packed_attention, "varlen_attn", varlen)
     outputs = model(**packed(name, model.config, samples))
     outputs.loss.backward()

@@ -14,6 +14,9 @@ from tests.vlm_cases import WITHOUT_WAITS, five_samples, packed, tiny_config, ti
 from trainer.distributed import finish, start
 from trainer.models.generic import tower_attention
 from trainer.models.generic.modeling import build, prepare_for_training
+from trainer.models.generic.slots import SlotMask
+
+CPU = torch.device("cpu")
 
 
 def moved(tensor):
@@ -56,19 +59,43 @@ def test_integers_know_their_values_on_the_host_also_inside_a_sharded_model():
         finish()
 
 
+def test_what_is_on_the_device_is_not_copied_again():
+    there = torch.zeros(2, dtype=torch.int64, device="meta")
+    assert to_device(there, torch.device("meta")) is there
+    assert on_host(there) is there
+
+
+def test_features_are_copied_to_the_slots_of_a_mask_however_it_is_given():
+    mask = SlotMask.of(torch.tensor([[[False], [True], [True]], [[True], [False], [False]]]), CPU)
+    row, features = torch.zeros(2, 3, 4), torch.randn(3, 4)
+    expected = torch.zeros(2, 3, 4).masked_scatter(torch.Tensor(mask).bool().expand(2, 3, 4), features)
+    for found in (
+        row.masked_scatter(mask, features),
+        row.masked_scatter(mask=mask, source=features),
+        row.masked_scatter(mask.to(CPU), features),
+    ):
+        assert torch.equal(found, expected)
+    assert mask[..., 0].places.tolist() == [1, 2, 3]
+    assert type(row.to(mask)) is torch.Tensor
+    assert type(mask | mask) is torch.Tensor
+
+
 # --- attention of towers ----------------------------------------------------------------------------------
 
 
 def by_bounds(calls):
     """A stand-in for torch's kernel for rows of several pictures, which runs on CUDA alone."""
 
-    def kernel(q, k, v, bounds, bounds_k, longest, longest_k, *, scale):
+    def kernel(q, k, v, bounds, bounds_k, longest, longest_k, *, scale, enable_gqa):
+        assert enable_gqa
         assert bounds is bounds_k
         assert bounds.dtype == torch.int32
         assert longest == longest_k == bounds.diff().max()
         calls.append(bounds.tolist())
         parts = [
-            F.scaled_dot_product_attention(*(x[begin:end].transpose(0, 1) for x in (q, k, v)), scale=scale)
+            F.scaled_dot_product_attention(
+                *(x[begin:end].transpose(0, 1) for x in (q, k, v)), scale=scale, enable_gqa=True
+            )
             for begin, end in itertools.pairwise(bounds.tolist())
         ]
         return torch.cat([part.transpose(0, 1) for part in parts])
@@ -109,6 +136,6 @@ def test_a_tower_attends_within_pictures_in_one_kernel_a_block(monkeypatch, name
     expected, calls = features(own), []
     torch.testing.assert_close(features(model), expected, rtol=0, atol=1e-6)
     monkeypatch.setattr(tower_attention, "varlen_attn", by_bounds(calls))
-    monkeypatch.setattr(tower_attention, "has_varlen_kernel", lambda q: True)
+    monkeypatch.setattr(tower_attention, "fits_varlen", lambda *args: True)
     torch.testing.assert_close(features(model), expected, rtol=0, atol=1e-6)
     assert calls == bounds

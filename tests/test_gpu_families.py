@@ -89,7 +89,7 @@ def test_the_kernel_for_pictures_in_a_row_computes_what_one_picture_at_a_time_do
     monkeypatch.setattr(tower_attention, "varlen_attn", lambda *a, **k: calls.append(a) or original(*a, **k))
     found = features()
     assert len(calls) == 2, "once a block"
-    monkeypatch.setattr(tower_attention, "has_varlen_kernel", lambda q: False)
+    monkeypatch.setattr(tower_attention, "fits_varlen", lambda *args: False)
     expected = features()
     assert (found - expected).norm() < 2e-2 * expected.norm()
 

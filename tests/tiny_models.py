@@ -35,6 +35,7 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"""
 SIZES: dict[str, dict[str, Any]] = {
     "qwen2_vl": {"patch_size": 14},
+    "exaone4_5": {"patch_size": 14, "window_size": 4 * TILE},
     "qwen2_5_vl": {"patch_size": 14, "window_size": 4 * TILE},
     "qwen3_vl": {"patch_size": 14, "num_position_embeddings": 256},
     "qwen3_vl_moe": {"patch_size": 14, "num_position_embeddings": 256},
@@ -48,6 +49,7 @@ SIZES: dict[str, dict[str, Any]] = {
 """Of the vision tower, to go with the processors; other towers take tiles of TILE pixels in four patches."""
 SAME_PROCESSOR = {
     "qwen2_vl": "qwen2_5_vl",
+    "exaone4_5": "qwen2_5_vl",
     "qwen3_vl_moe": "qwen3_vl",
     "qwen3_5": "qwen3_vl",
     "glm4v_moe": "glm4v",
@@ -78,7 +80,7 @@ def tiny_folder(family: str, folder: Path, vision: dict[str, Any] | None = None,
         if pinpoints := getattr(processor.image_processor, "image_grid_pinpoints", None):
             config["image_grid_pinpoints"] = pinpoints
         auto = AutoModelForImageTextToText
-    shown = f"<|vision_start|>{image}<|vision_end|>" if family.startswith("qwen") else image
+    shown = f"<|vision_start|>{image}<|vision_end|>" if family.startswith(("qwen", "exaone")) else image
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE.replace("IMAGE", shown))
     model = auto.from_config(CONFIG_MAPPING[case.model_type or family](**config), dtype=torch.float32)
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)

@@ -155,6 +155,10 @@ CASES: dict[str, Case] = {
     "granite": Case(TEXT | {"logits_scaling": 4.0, "embedding_multiplier": 3.0}),
     "qwen2_vl": _qwen({"embed_dim": 32, "mlp_ratio": 2}, {}),
     "qwen2_5_vl": _qwen({"window_size": 16, "fullatt_block_indexes": [1]}, {}),
+    "exaone4_5": _qwen(
+        {"num_key_value_heads": 2, "window_size": 16, "fullatt_block_indexes": [1]},
+        {"model_type": "exaone4"},
+    ),
     "qwen3_vl": _qwen(DEEPSTACK, {}),
     "qwen3_vl_moe": _qwen(DEEPSTACK, EXPERTS),
     "qwen3_5": _qwen({"num_position_embeddings": 64}, DELTA_RULE),

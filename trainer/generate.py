@@ -233,8 +233,7 @@ def answer(
     generated = cast(Any, model).generate(
         input_ids=input_ids, attention_mask=attention_mask, **images, **options
     )
-    texts = encoder.tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
-    return [encoder.conversation.answer_in(text) for text in texts]
+    return [encoder.conversation.answer_in(ids) for ids in generated[:, width:].tolist()]
 
 
 def is_correct(prediction: str, expected: str) -> bool:

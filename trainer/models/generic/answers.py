@@ -48,6 +48,7 @@ class Answers:
 
 
 ANSWERS = {
+    "exaone4_5": Answers(sizes_on_host=True),
     "gemma3": Answers(token_types=image_types),
     "glm4v": Answers(final_end="<|user|>"),
     "glm4v_moe": Answers(final_end="<|user|>"),

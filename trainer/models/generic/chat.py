@@ -42,6 +42,7 @@ CONTROL, ASSISTANT = 0, 3
 THINKING = ("<think>", "</think>")
 """Tokens that models write themselves: they remain tokens in texts."""
 EMPTY_THINKING = re.compile(r"<think>\s*</think>\s*\Z")
+EMPTY_THINKING_FIRST = re.compile(r"\A<think>\s*</think>\s*")
 MARK = re.compile("\ue000(\\d+)\ue001")
 
 PROBES = (
@@ -131,8 +132,9 @@ class TemplateConversation:
         for begin, _ in answers if self.opening else ():
             before = text[:begin].rstrip()  # white space of the answer itself may stand there
             if before.endswith(self.opening.rstrip()):
-                first = np.searchsorted(starts, len(before) - len(self.opening.rstrip()))
-                trained[first : np.searchsorted(starts, begin)] = True
+                first = np.searchsorted(stops, len(before) - len(self.opening.rstrip()), side="right")
+                last = np.searchsorted(starts, begin)
+                trained[first:last] |= roles[first:last] == CONTROL
         for begin in behind:
             for end in range(begin, len(ids)):
                 if is_end[end]:
@@ -154,15 +156,22 @@ class TemplateConversation:
             else:
                 yield Piece(ids[begin:end].tolist(), ROLES[roles[begin]], bool(trained[begin]))
 
-    def answer_in(self, generated: str) -> str:
-        """What a model wrote, decoded without special tokens: without the opening and white space around."""
-        ids = self.tokenizer.encode(self.opening, add_special_tokens=False)
-        opening = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
-        return generated.strip().removeprefix(opening).strip()
+    def answer_in(self, generated: Sequence[int]) -> str:
+        """The answer in the ids that a model wrote: without the opening or an empty think block, special
+        tokens, and white space around."""
+        opening = self.tokenizer.encode(self.opening.rstrip(), add_special_tokens=False)
+        if list(generated[: len(opening)]) == opening:
+            generated = generated[len(opening) :]
+        text = self.tokenizer.decode(generated, skip_special_tokens=True).strip()
+        return EMPTY_THINKING_FIRST.sub("", text).strip()
 
     def _find_opening(self) -> str:
-        """What the template puts between the prompt for an answer and its text; "" for white space alone."""
-        prompt, _ = self._render(PROBES[0][:-1], prompt=True)
+        """What the template puts between the prompt for an answer and its text; "" for white space alone, and
+        for a template that renders no question without its answer."""
+        try:
+            prompt, _ = self._render(PROBES[0][:-1], prompt=True)
+        except ValueError:
+            return ""
         frame, _ = self._render(PROBES[0], prompt=False)
         before = frame[: [*MARK.finditer(frame)][-1].start()]
         opening = before.removeprefix(prompt) if before.startswith(prompt) else ""

@@ -55,7 +55,7 @@ from trainer.models.generic.packed_attention import (
     rope_types,
     rotate_by_sample,
 )
-from trainer.models.generic.picture_sizes import sizes_read_on_host
+from trainer.models.generic.picture_sizes import read_sizes_on_host, results_on
 from trainer.models.generic.slots import slots_on_host
 from trainer.models.generic.tower_attention import attend_within_pictures
 from trainer.models.xcomposer2.modeling_xcomposer2 import (
@@ -95,6 +95,7 @@ def prepare_for_training(model: PreTrainedModel) -> None:
         )
     if (tower := tower_of(model)) is not None:
         attend_within_pictures(tower)
+        read_sizes_on_host(tower)
         slots_on_host(model)
     for block in model.get_submodule(find_parts(model).language_blocks).children():
         if mixers := [module for module in block.modules() if _mixes_tokens(module, model.config)]:
@@ -230,7 +231,7 @@ def _image_features(base: Any, vision: dict[str, Any], device: torch.device, siz
     given = {name: value for name, value in vision.items() if name in taken}
     if sizes_on_host:
         given = {name: on_host(value) for name, value in given.items()}
-    with sizes_read_on_host(base.get_encoder(modality="image"), device):
+    with results_on(device):
         return base.get_image_features(**given)
 
 

@@ -123,11 +123,11 @@ def sample_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """The registered attention function: query [B, H, T, E], key and value [B, K, T, E] → [B, T, H, E]."""
     if not isinstance(attention_mask, SampleMasks):
-        return _attend(module, query, key, value, attention_mask, **kwargs)
+        return attend(module, query, key, value, attention_mask, **kwargs)
     if kwargs.get("position_bias") is not None:
         raise ValueError("attention with a bias by position cannot be packed; turn packing off")
     samples, window = attention_mask.samples, attention_mask.window
-    if window is not None and _fits_varlen(query, value, kwargs):
+    if window is not None and fits_varlen(query, value, kwargs):
         bounds, longest = samples.bounds(query.device), max(samples.lengths)
         q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))  # [T, H | K | K, E]
         options: dict[str, Any] = {"scale": kwargs.get("scaling"), "window_size": window, "enable_gqa": True}
@@ -135,13 +135,13 @@ def sample_attention(
         return y[None], None
     alone = zip(*(part.split(samples.lengths, dim=2) for part in (query, key, value)), strict=True)
     outputs = [
-        _attend(module, q, k, v, mask, **kwargs)[0]
+        attend(module, q, k, v, mask, **kwargs)[0]
         for (q, k, v), mask in zip(alone, attention_mask.masks, strict=True)
     ]
     return torch.cat(outputs, dim=1), None
 
 
-def _fits_varlen(query: Tensor, value: Tensor, kwargs: dict[str, Any]) -> bool:
+def fits_varlen(query: Tensor, value: Tensor, kwargs: dict[str, Any]) -> bool:
     """Whether torch's kernel for rows of several samples takes these; it knows no dropout and no caps."""
     special = kwargs.get("dropout") or _is_special(kwargs)
     return not special and query.shape[-1] == value.shape[-1] <= 256 and has_varlen_kernel(query)
@@ -152,7 +152,7 @@ def _is_special(kwargs: dict[str, Any]) -> bool:
     return kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None
 
 
-def _attend(
+def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """torch's fused attention, or that of the model's own file for what the former does not know."""

@@ -2,16 +2,21 @@
 
 Towers for pictures of any size compute, from the grids of their patches, where each patch is, which window it
 is in and where pictures end. On the device every such step waits for it. `transformers.vision_utils` has the
-functions `get_vision_…`; within `sizes_read_on_host` they work on the host's copy of the grids (`on_host` in
-data/batch.py), and only their results go to the device:
+functions `get_vision_…` for this. Here they work on the host's copy of the grids (see `on_host`), and only
+their results go to the device:
 
     image_grid_thw [[1, 4, 4], [1, 4, 8]]  →  cu_seqlens [0, 16, 48], position_ids [48, 2], window_index [12]
+
+    read_sizes_on_host(model.visual)       # before training; calls without a host's copy are as before
+    with results_on(device):
+        model.visual(pixels, grids)
 """
 
+import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,27 +24,33 @@ from torch import Tensor, nn
 
 from data.batch import map_tensors, on_host, to_device
 
+_device: ContextVar[torch.device | None] = ContextVar("device", default=None)
 
-@contextmanager
-def sizes_read_on_host(tower: nn.Module, device: torch.device) -> Iterator[None]:
-    """Within it, those functions in the tower's file work on the host, and give their results to `device`."""
-    names = vars(sys.modules[type(tower).__module__])
-    ours: dict[str, Any] = {
-        name: functools.partial(_from_host, function, device)
-        for name, function in names.items()
-        if name.startswith("get_vision_") and callable(function)
-    }
-    if "get_max_seqlen" in names:
-        ours["get_max_seqlen"] = functools.partial(_maximum, names["get_max_seqlen"])
-    own = {name: names[name] for name in ours}
-    names.update(ours)
+
+@contextlib.contextmanager
+def results_on(device: torch.device) -> Iterator[None]:
+    """Within it, what is computed from sizes on the host goes to this device."""
+    token = _device.set(device)
     try:
         yield
     finally:
-        names.update(own)  # these alone: torch.compile puts names of its own there
+        _device.reset(token)
 
 
-def _from_host(function: Callable[..., Any], device: Any, grids: Tensor, *args: Any, **kwargs: Any) -> Any:
+def read_sizes_on_host(tower: nn.Module) -> None:
+    """Replace the functions of sizes in the file of the tower's class."""
+    names = vars(sys.modules[type(tower).__module__])
+    for name, function in list(names.items()):
+        if isinstance(function, functools.partial) or not callable(function):
+            continue
+        if name.startswith("get_vision_"):
+            names[name] = functools.partial(_of_sizes, function)
+        elif name == "get_max_seqlen":
+            names[name] = functools.partial(_maximum, function)
+
+
+def _of_sizes(function: Callable[..., Any], grids: Tensor, *args: Any, **kwargs: Any) -> Any:
+    device = _device.get() or grids.device
     return map_tensors(function(on_host(grids), *args, **kwargs), lambda result: to_device(result, device))
 
 

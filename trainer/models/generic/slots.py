@@ -37,16 +37,25 @@ class SlotMask(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.masked_scatter and isinstance(args[1], SlotMask):
-            row, mask, features = args
+        kwargs = kwargs or {}
+        if func is Tensor.masked_scatter:
+            row, mask, features = _row_mask_and_features(*args, **kwargs)
             features = features.reshape(-1, row.shape[-1])
             return row.flatten(0, 1).index_copy(0, mask.places, features).view_as(row)
         with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **(kwargs or {}))
-        if func is Tensor.to or (func is Tensor.__getitem__ and args[1] == (..., 0)):
+            result = func(*args, **kwargs)
+        mask = args[0]
+        if isinstance(mask, SlotMask) and (
+            func is Tensor.to or (func is Tensor.__getitem__ and args[1] == (..., 0) and mask.ndim == 3)
+        ):
             result = result.as_subclass(SlotMask)
-            result.places = args[0].places
+            result.places = mask.places
         return result
+
+
+def _row_mask_and_features(input: Tensor, mask: Any, source: Tensor) -> tuple[Tensor, SlotMask, Tensor]:
+    """The arguments of `Tensor.masked_scatter`, by its names."""
+    return input, mask, source
 
 
 def slots_on_host(model: nn.Module) -> None:
@@ -60,11 +69,11 @@ def slots_on_host(model: nn.Module) -> None:
 
 
 def _placeholder_mask(
-    own: Any, input_ids: Tensor | None, inputs_embeds: Tensor, *features: Any, **named: Any
+    own: Any, input_ids: Tensor | None, inputs_embeds: Tensor | None, *features: Any, **named: Any
 ) -> Any:
     """The class's own function, of the row's ids on the host; the masks that it returns are `SlotMask`s."""
     ids = None if input_ids is None else on_host(input_ids)
-    if ids is None or ids.device.type != "cpu":
+    if ids is None or ids.device.type != "cpu" or inputs_embeds is None:
         return own(input_ids, inputs_embeds, *features, **named)
     without_memory = torch.empty(()).expand(inputs_embeds.shape)
     masks = own(ids, without_memory, *features, **named)

@@ -21,11 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from data.batch import on_host
-from trainer.models.xcomposer2.modeling_xcomposer2 import has_varlen_kernel
+from data.batch import on_host, to_device
+from trainer.models.generic.packed_attention import attend, fits_varlen
 
 ATTENTION = "flash_by_picture"
 """The name of our attention among transformers' implementations; "flash" is what towers look for."""
@@ -39,37 +38,31 @@ def attend_within_pictures(tower: nn.Module) -> None:
 
 @torch.compiler.disable()  # it would be compiled again for every number of pictures
 def attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    cu_seq_lens_q: Tensor | None = None,
-    max_length_q: int | None = None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The registered attention function: query, key and value [1, H, N, E] → [1, N, H, E].
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The registered attention function: query [1, H, N, E], key and value [1, K, N, E] → [1, N, H, E].
 
-    cu_seq_lens_q: int32 [pictures or windows + 1], where each begins and the last ends; None: of one row.
+    cu_seq_lens_q: int32 [pictures or windows + 1], where each begins and the last ends; without it, torch's
+    attention with the mask.
     """
-    if cu_seq_lens_q is None:
-        options = {"scaling": scaling, "dropout": dropout, "is_causal": False}
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    if has_varlen_kernel(query) and not dropout:
-        q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))  # [N, H, E]
-        bounds, longest = cu_seq_lens_q, max_length_q or len(q)
-        y: Any = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling)
+    bounds, longest = kwargs.pop("cu_seq_lens_q", None), kwargs.pop("max_length_q", None)
+    if bounds is None:
+        return attend(module, query, key, value, attention_mask, **kwargs)
+    if attention_mask is not None or kwargs.get("is_causal", getattr(module, "is_causal", False)):
+        raise ValueError(f"{type(module).__name__} has more rules than the bounds of its pictures")
+    if fits_varlen(query, value, kwargs):
+        bounds = to_device(bounds, query.device)
+        q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))  # [N, H | K | K, E]
+        options: dict[str, Any] = {"scale": kwargs.get("scaling"), "enable_gqa": True}
+        y: Any = varlen_attn(q, k, v, bounds, bounds, longest or len(q), longest or len(q), **options)
         return y[None], None
-    lengths = on_host(cu_seq_lens_q).diff().tolist()
+    lengths = on_host(bounds).diff().tolist()
     runs = [(length, len(list(run))) for length, run in itertools.groupby(lengths)]
     parts = [part[0].split([length * n for length, n in runs], dim=1) for part in (query, key, value)]
     outputs = []
     for (length, n), *q_k_v in zip(runs, *parts, strict=True):
-        batch = (part.unflatten(1, (n, length)).transpose(0, 1) for part in q_k_v)  # [n, H, length, E]
-        y = nn.functional.scaled_dot_product_attention(*batch, dropout_p=dropout, scale=scaling)
-        outputs.append(y.transpose(1, 2).flatten(0, 1))  # [n · length, H, E]
+        q, k, v = (part.unflatten(1, (n, length)).transpose(0, 1) for part in q_k_v)  # [n, H | K | K, …, E]
+        outputs.append(attend(module, q, k, v, None, **kwargs)[0].flatten(0, 1))  # [n · length, H, E]
     return torch.cat(outputs)[None], None
 
 

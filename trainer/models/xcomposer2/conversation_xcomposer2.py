@@ -120,9 +120,9 @@ class Conversation:
             if after:
                 yield Piece(after, "control", False)
 
-    def answer_in(self, generated: str) -> str:
-        """The answer in what a model wrote behind a prompt, decoded without special tokens."""
-        return generated.strip()
+    def answer_in(self, generated: Sequence[int]) -> str:
+        """The answer in the ids that a model wrote behind a prompt."""
+        return self.tokenizer.decode(generated, skip_special_tokens=True).strip()
 
     def _literals(self, roles: tuple[str, ...], prompt: bool) -> list[list[int]]:
         """The ids before the first text, between texts, and after the last: one list more than roles."""
