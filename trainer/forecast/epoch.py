@@ -51,7 +51,7 @@ def full_row(plan: Plan, config: ForecastConfig) -> MicroBatch:
     """A micro-batch of per_device_train_batch_size samples of max_length, each with a picture, if the model
     takes any; all text is trained. DataError if the picture does not fit."""
     reader, size = plan.reader, config.picture_size
-    text = _Text([reader.encoder.pad_id] * config.max_length, trained=True)
+    text = _Text([reader.encoder.pad_id] * config.max_length, trained=True, role="assistant")
     pieces = [_Text([reader.encoder.pad_id]), text]
     pictures: list[Any] = []
     if size and plan.parts.vision_blocks is not None:

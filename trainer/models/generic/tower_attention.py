@@ -10,6 +10,8 @@ is, by its name, FlashAttention to transformers, and runs anywhere:
     elsewhere                              torch's attention for windows 0 and 1 as a batch, then for window 2
 
     attend_within_pictures(model.visual)   # on any device, before training
+
+Pixtral on one core, 4 narrow blocks, 8 pictures of 784 patches: 9.4 → 3.0 s forward and backward.
 """
 
 import inspect
