@@ -102,14 +102,15 @@ def test_the_gpu_benchmark_skips_a_peer_whose_whole_state_does_not_fit_each_gpu(
 def test_the_gpu_benchmark_prints_its_table_and_goes_on_when_a_peer_fails(monkeypatch, tmp_path, capsys):
     from tests.benchmarks import gpu
 
-    def failing(options, workload, folder, runs):
+    def failing(options, workload, folder, picture, runs):
         done = {"system": "ours", "flops": [1e9], "seconds": [1.0], "tokens": [7000], "mfu": [0.5]}
         runs.append(done | {"memory_all": 10**9})
         raise RuntimeError("the job ended with status 1: out of memory")
 
     monkeypatch.setattr(gpu, "compare", failing)
-    monkeypatch.setattr(gpu, "tiny_model", lambda folder, **sizes: None)
-    monkeypatch.setattr("sys.argv", ["gpu", "--smoke", "--warm_up", "0", "--output", str(tmp_path)])
+    monkeypatch.setitem(gpu.SMALL_MODELS, "xcomposer2", gpu.Model(lambda folder: 0, ()))
+    arguments = ["--models", "1.8b", "--warm_up", "0", "--output", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["gpu", "--smoke", *arguments])
     with pytest.raises(SystemExit) as status:
         gpu.main()
     assert status.value.code == 1
@@ -117,4 +118,4 @@ def test_the_gpu_benchmark_prints_its_table_and_goes_on_when_a_peer_fails(monkey
     assert said.count("out of memory") == 2
     table = said.rsplit("|---|", 1)[1]
     for trained in ("all but the tower", "LoRA"):
-        assert f"| 67m | {trained} | ours | 7,000 " in table
+        assert f"| 1.8b, small | {trained} | ours | 7,000 " in table

@@ -2,9 +2,11 @@
 
     pip install -e '.[test,bench]'
     python -m tests.benchmarks.gpu --output output/gpu
+    python -m tests.benchmarks.gpu --models qwen2.5-vl-3b
 
-Input: none; the models have random weights, in the shapes of vl-1.8b and vl-7b, and the samples are random
-words with a 490-pixel picture (1,225 slots) in 60 % of them. Output: a table on stdout, and gpu.json:
+Input: none; the models have random weights, in the shapes of vl-1.8b and vl-7b or of Qwen2.5-VL-3B, and the
+samples are random words with a picture of 1,225 slots in 60 % of them. Output: a table on stdout, and
+gpu.json:
 
 | model | trained | system | tokens/s a GPU | ours is | TFLOP/s a GPU | MFU | peak GB |
 
@@ -17,6 +19,7 @@ accelerator the benchmark says so and ends; `--smoke` then runs a small model, t
 """
 
 import argparse
+import functools
 import json
 import statistics
 import sys
@@ -29,34 +32,62 @@ import numpy as np
 import torch
 
 from tests.benchmarks.compare import Run, VoidError, compare
-from tests.benchmarks.workloads import SIZES, WORKLOADS, Workload
-from tests.tiny import tiny_model, word_tokenizer
+from tests.benchmarks.workloads import MODELS as SMALL_MODELS
+from tests.benchmarks.workloads import WORKLOADS, Model, Workload, make_qwen2_5_vl
+from tests.tiny import word_tokenizer
 from trainer.models import build_model
 from trainer.models.xcomposer2.configuration_xcomposer2 import InternLMXcomposer2Config
 
 SMALL: dict[str, Any] = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24}
-MODELS: dict[str, dict[str, Any]] = {
-    "1.8b": SMALL | {"num_attention_heads": 16, "img_size": 490},
-    "7b": {"img_size": 490},  # the rest are the configuration's defaults
+QWEN_3B_TEXT: dict[str, Any] = {
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+}
+QWEN_3B_VISION: dict[str, Any] = {
+    "hidden_size": 1280,
+    "intermediate_size": 3420,
+    "depth": 32,
+    "num_heads": 16,
+    "patch_size": 14,
+    "window_size": 112,
+    "fullatt_block_indexes": [7, 15, 23, 31],
 }
 STATE_BYTES = 16
 """Bytes per trained parameter: weight, gradient and two moments in float32."""
 
 
-def make_model(folder: Path, sizes: dict[str, Any], device: torch.device) -> int:
+def make_xcomposer2(folder: Path, **sizes: Any) -> int:
     """Write a model of random weights in bfloat16 to `folder`; returns its parameters."""
-    config = InternLMXcomposer2Config(**{**sizes, "plora_dropout": 0.0})
+    config = InternLMXcomposer2Config(**sizes, img_size=490, plora_dropout=0.0)
     config.dtype = torch.bfloat16
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with device:
-            model = build_model(config)
+        model = build_model(config)
     finally:
         torch.set_default_dtype(default)
     model.save_pretrained(folder)
     word_tokenizer(folder, config.vocab_size)
     return model.num_parameters()
+
+
+MODELS: dict[str, Model] = {
+    "1.8b": Model(
+        functools.partial(make_xcomposer2, **SMALL, num_attention_heads=16), ("hf_ddp", "hf_fsdp2")
+    ),
+    "7b": Model(make_xcomposer2, ("hf_ddp", "hf_fsdp2")),  # in the configuration's default sizes
+    "qwen2.5-vl-3b": Model(
+        functools.partial(make_qwen2_5_vl, text=QWEN_3B_TEXT, vision=QWEN_3B_VISION, dtype=torch.bfloat16),
+        ("hf_ddp", "hf_fsdp2"),
+        picture=(980, 980),
+    ),
+}
 
 
 def systems_that_fit(systems: list[str], needed: float, memory: float, ranks: int) -> list[str]:
@@ -116,7 +147,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--models", default="1.8b,7b", help=f"of {', '.join(MODELS)}")
     parser.add_argument("--modes", default="full,lora")
     parser.add_argument("--peers", default="hf_ddp", help="as in compare.py; empty for none")
     parser.add_argument("--rounds", type=int, default=1)
@@ -143,17 +174,18 @@ def main() -> None:
     peers, failed = options.peers, False
     rows: list[dict[str, Any]] = []
     all_runs: list[Run] = []
-    for size in ["67m"] if options.smoke else options.models.split(","):
+    for size in options.models.split(","):
+        model = MODELS[size]
+        if options.smoke:
+            model = SMALL_MODELS["qwen2_5_vl" if size.startswith("qwen") else "xcomposer2"]
+            size = f"{size}, small"
         with tempfile.TemporaryDirectory() as folder:
-            if options.smoke:
-                tiny_model(Path(folder) / "model", **SIZES)
-                parameters = 0
-            else:
-                parameters = make_model(Path(folder) / "model", MODELS[size], device or torch.device("cpu"))
-                if device is not None:
-                    torch.accelerator.empty_cache()  # the runs are other processes, and need the memory
+            with device or torch.device("cpu"):
+                parameters: Any = model.make(Path(folder) / "model")
+            if device is not None:
+                torch.accelerator.empty_cache()  # the runs are other processes, and need the memory
             for mode in options.modes.split(","):
-                needed = parameters * STATE_BYTES if mode == "full" else 0
+                needed = parameters * STATE_BYTES if mode == "full" and not options.smoke else 0
                 systems = ["ours", *peers]
                 if device is not None:
                     systems = systems_that_fit(systems, needed, memory, options.ranks)
@@ -170,7 +202,7 @@ def main() -> None:
                 with tempfile.TemporaryDirectory() as work:
                     (Path(work) / "model").symlink_to(Path(folder) / "model")
                     try:
-                        compare(options, workload, Path(work), runs=runs)
+                        compare(options, workload, Path(work), model.picture, runs)
                     except (RuntimeError, VoidError) as error:
                         failed = True
                         print(f"{size}, {mode}: a run failed: {error}", flush=True)

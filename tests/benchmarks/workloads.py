@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
@@ -100,12 +101,17 @@ class Model:
 
 
 def make_qwen2_5_vl(
-    folder: Path, text: dict[str, Any] = QWEN_TEXT, vision: dict[str, Any] = QWEN_VISION
-) -> None:
-    """Pictures keep their size: a slot is 28 × 28 pixels. The tokenizer knows words, as XComposer2's does."""
+    folder: Path,
+    text: dict[str, Any] = QWEN_TEXT,
+    vision: dict[str, Any] = QWEN_VISION,
+    dtype: torch.dtype = torch.float32,
+) -> int:
+    """Pictures keep their size: a slot is 28 × 28 pixels. The tokenizer knows words, as XComposer2's does.
+    Returns the model's parameters."""
     word_tokenizer(folder, text["vocab_size"], special=[*ROLES, *QWEN_TOKENS])
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    write_qwen2_5_vl(folder, tokenizer, text, vision, min_pixels=28**2, max_pixels=1280 * 28**2)
+    pixels = {"min_pixels": 28**2, "max_pixels": 1280 * 28**2}
+    return write_qwen2_5_vl(folder, tokenizer, text, vision, **pixels, dtype=dtype)
 
 
 OUR_LOSS = ("hf_ddp_our_loss", "hf_fsdp2_our_loss")

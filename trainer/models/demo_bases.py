@@ -94,8 +94,10 @@ def write_qwen2_5_vl(
     vision: dict[str, Any],
     min_pixels: int,
     max_pixels: int,
-) -> None:
+    dtype: torch.dtype = torch.float32,
+) -> int:
     """Write a Qwen2.5-VL of random weights; the tokenizer has QWEN_TOKENS, and gets the chat template.
+    Returns the number of parameters.
 
     text, vision: the sizes in its configuration. min_pixels, max_pixels: of a resized picture.
     """
@@ -109,9 +111,9 @@ def write_qwen2_5_vl(
         vision_start_token_id=start,
         vision_end_token_id=end,
     )
-    _write(folder, config, tokenizer, "".join(QWEN_TOKENS[:3]))
     size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
     Qwen2VLImageProcessorPil(patch_size=vision["patch_size"], size=size).save_pretrained(folder)
+    return _write(folder, config, tokenizer, "".join(QWEN_TOKENS[:3]), dtype)
 
 
 def make_llava(folder: Path, texts: Iterable[str]) -> None:
@@ -174,19 +176,26 @@ def _of_tokenizer(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     }
 
 
-def _write(folder: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast, picture: str) -> None:
-    """Write configuration, random weights and tokenizer to `folder`.
+def _write(
+    folder: Path,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    picture: str,
+    dtype: torch.dtype = torch.float32,
+) -> int:
+    """Write configuration, random weights and tokenizer to `folder`; returns the number of parameters.
 
     picture: what the chat template puts for a picture.
     """
     torch.manual_seed(0)
-    model = auto_class(config).from_config(config, dtype=torch.float32)
+    model = auto_class(config).from_config(config, dtype=dtype)
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     model.save_pretrained(folder)
     tokenizer.chat_template = CHAT_TEMPLATE.replace("IMAGE", picture)
     tokenizer.save_pretrained(folder)
+    return model.num_parameters()
 
 
 DEMO_BASES = {
