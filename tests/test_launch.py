@@ -163,6 +163,29 @@ def test_bad_input_is_the_last_that_a_launcher_shows(world, tmp_path, launcher):
         assert f"traceback : {error}" in output.partition("Root Cause")[2], output
 
 
+@pytest.mark.parametrize("told", ["launcher", "ranks"])
+def test_a_run_that_is_asked_to_stop_while_its_ranks_start_ends_as_a_stopped_one(tmp_path, told):
+    """They do not listen to signals before their first step, as these processes never do."""
+    rank = tmp_path / "rank.py"
+    rank.write_text(
+        f"import os, time\nfile = '{tmp_path}/' + os.environ['LOCAL_RANK']\n"
+        "open(file + '.part', 'w').write(str(os.getpid()))\n"
+        "os.rename(file + '.part', file)\n"
+        "time.sleep(60)\n"
+    )
+    command = [sys.executable, "-m", "trainer.launch", "--nproc_per_node", "2", rank]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as launcher:
+        for number in "01":
+            wait_for_file(tmp_path / number)
+        pids = [int((tmp_path / number).read_text()) for number in "01"]
+        for pid in pids if told == "ranks" else [launcher.pid]:
+            os.kill(pid, signal.SIGUSR1)
+        _, output = launcher.communicate(timeout=60)
+    assert launcher.returncode == STOPPED, output
+    assert output.rstrip().splitlines()[-1].startswith("ended by SIGUSR1 before the first step"), output
+    assert "Traceback" not in output
+
+
 def test_a_port_that_is_taken_is_one_sentence(world, tmp_path):
     with socket.socket() as taken:
         taken.bind(("0.0.0.0", 0))

@@ -26,7 +26,7 @@ from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from torch.distributed import DistError, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.distributed_c10d import PrefixStore
@@ -58,20 +58,29 @@ DEFAULTS = ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--s
 
 PATIENCE_SECONDS = 900.0
 """How long a machine waits for the one that holds the store, as torchrun does without c10d."""
+ENDED_AT_THE_START = "ended by {} before the first step; nothing was trained by this start"
+"""From the first step on, ranks listen to signals, and no longer end by them."""
 CLOSING_SECONDS = 3.0
 """How long the store outlasts the run: spare machines look every second whether it has ended."""
 
 
 class Agent(LocalElasticAgent):
-    """torchrun's process on a machine, with three differences."""
+    """torchrun's process on a machine, with a few differences."""
 
     has_started_ranks = False
+    exit_codes: ClassVar[list[int]] = []
+    """Of the ranks, once they were ended."""
     rendezvous: Any = None
     """That of the last run. It has the store, which ends with it, and spare machines still need it."""
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:  # pyright: ignore
         Agent.has_started_ranks = True
         return super()._start_workers(worker_group)  # pyright: ignore
+
+    def _shutdown(self, *args: Any, **kwargs: Any) -> None:
+        super()._shutdown(*args, **kwargs)
+        handlers = getattr(self._pcontext, "subprocess_handlers", {})
+        Agent.exit_codes = [handler.proc.returncode for handler in handlers.values()]
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:  # pyright: ignore
         """Stop the ranks before a restart. When a machine joins, they finish their step and save it first."""
@@ -102,6 +111,9 @@ def launch(arguments: Sequence[str], status_file: Path) -> int:
         if status_file.is_file() and (status := int(status_file.read_text())) in (STOPPED, BAD_INPUT):
             return status  # on which all ranks agree, even if one was ended before it could say so
         rank, failure = error.get_first_failure()
+        if failure.exitcode == -signal.SIGUSR1:  # the scheduler's, to ranks that did not listen yet
+            print(ENDED_AT_THE_START.format("SIGUSR1"), file=sys.stderr)
+            return STOPPED
         how, has_said_why = how_it_ended(rank, failure), Path(failure.error_file).is_file()
         if not has_said_why and options.nnodes != "1" and options.rdzv_backend == "static":
             tell_other_machines(options, rank, how)
@@ -111,6 +123,9 @@ def launch(arguments: Sequence[str], status_file: Path) -> int:
     except SignalException as error:
         if not Agent.has_started_ranks:
             print(f"ended by {error.sigval.name}, before ranks were started here", file=sys.stderr)
+            return STOPPED
+        if not status_file.is_file() and set(Agent.exit_codes) == {-error.sigval}:
+            print(ENDED_AT_THE_START.format(error.sigval.name), file=sys.stderr)
             return STOPPED
         if not status_file.is_file():
             print(f"\nerror: ended by {error.sigval.name}; nothing was saved after it", file=sys.stderr)
