@@ -46,13 +46,17 @@ def read_sizes_on_host(tower: nn.Module) -> None:
         if name.startswith("get_vision_"):
             names[name] = functools.partial(_of_sizes, function)
         elif name == "get_max_seqlen":
-            names[name] = functools.partial(_maximum, function)
+            names[name] = functools.partial(_on_host, function)
 
 
-def _of_sizes(function: Callable[..., Any], grids: Tensor, *args: Any, **kwargs: Any) -> Any:
-    device = _device.get() or grids.device
-    return map_tensors(function(on_host(grids), *args, **kwargs), lambda result: to_device(result, device))
+def _on_host(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The function's result for the host's copies of the tensors that it is given."""
+    return function(
+        *map_tensors(args, on_host), **{name: map_tensors(v, on_host) for name, v in kwargs.items()}
+    )
 
 
-def _maximum(get_max_seqlen: Callable[..., Any], cu_seqlens: Tensor, *args: Any, **kwargs: Any) -> Any:
-    return get_max_seqlen(on_host(cu_seqlens), *args, **kwargs)
+def _of_sizes(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    sizes = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    device = _device.get() or sizes.device
+    return map_tensors(_on_host(function, *args, **kwargs), lambda result: to_device(result, device))
