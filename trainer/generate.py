@@ -43,7 +43,7 @@ from data.tokens import Encoded, SampleEncoder
 from trainer.adapter_folder import (
     CONFIG_FILE,
     adapter_preprocessing,
-    own_chat_template,
+    adapter_template,
     read_adapter,
 )
 from trainer.distributed import Ranks, finish, start, step_seed
@@ -64,7 +64,6 @@ from trainer.models import (
     load_config,
     load_conversation,
     load_image_processor,
-    load_tokenizer,
     parts_of,
     prompt_arguments,
 )
@@ -401,8 +400,8 @@ def open_all(questions: Questions) -> tuple[PreTrainedModel, SampleReader, Parti
     template, folder = questions.chat_template, Path(questions.model_name_or_path)
     # Only a family whose format is in its code, and not in a chat template, saves this.
     trained_with = getattr(model.config, "conversation_format", None)
-    if template is None and trained_with is None and folder != model_folder:  # an adapter's folder
-        template = own_chat_template(folder, load_tokenizer(model_folder))
+    if template is None and folder != model_folder:  # an adapter's folder
+        template = adapter_template(folder, model_folder)
     conversation = load_conversation(model_folder, template)
     if trained_with not in (None, conversation.format):
         log(
