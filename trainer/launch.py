@@ -58,7 +58,7 @@ DEFAULTS = ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--s
 
 PATIENCE_SECONDS = 900.0
 """How long a machine waits for the one that holds the store, as torchrun does without c10d."""
-ENDED_AT_THE_START = "ended by {} before the first step; nothing was trained by this start"
+ENDED_AT_THE_START = "ended by {} before the first step, so nothing was trained"
 """From the first step on, ranks listen to signals, and no longer end by them."""
 CLOSING_SECONDS = 3.0
 """How long the store outlasts the run: spare machines look every second whether it has ended."""
